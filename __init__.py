@@ -1,0 +1,15 @@
+"""ComfyUI loads a folder in ``custom_nodes`` by this file; everything else finds the code by itself.
+
+It is not part of the wheel. Whoever else imports it (pytest does) gets no nodes and no change to ``sys.path``.
+"""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+NODE_CLASS_MAPPINGS: dict[str, type] = {}
+
+if __package__ and importlib.util.find_spec("folder_paths") is not None:  # ComfyUI's own module
+    # The last place on the path: an installed onlinequant is preferred, and `tests` and the like hide nobody else's.
+    sys.path.append(str(Path(__file__).parent))
+    # The nodes are imported here once there are any.

@@ -1,0 +1,25 @@
+"""onlinequant: a ``torch.compile`` backend that makes diffusion models draw the same picture faster, in 8 bit."""
+
+from pathlib import Path as _Path
+
+# In a checkout ``passes`` and ``comfy_integration`` lie beside this package; in a wheel, inside it.
+if not (_Path(__file__).parent / "passes").is_dir():
+    __path__.append(str(_Path(__file__).parent.parent))
+
+from .backend import onlinequant  # noqa: E402
+from .config import QuantConfig  # noqa: E402
+from .errors import OnlineQuantError  # noqa: E402
+from .report import NodeDecision, Report, reports  # noqa: E402
+from .runtime import invalidate, reset  # noqa: E402
+
+__all__ = [
+    "NodeDecision",
+    "OnlineQuantError",
+    "QuantConfig",
+    "Report",
+    "invalidate",
+    "onlinequant",
+    "reports",
+    "reset",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,65 @@
+"""Everything that differs between the torch versions we support (2.11 to 2.13), in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._dynamo.exc import ShortenTraceback
+
+
+class UnwrappedError(ShortenTraceback):
+    """An error that Dynamo passes on to the user as it is, instead of as ``BackendCompilerFailed``."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args, first_useful_frame=None)
+
+
+def hint(size: int | torch.SymInt) -> int:
+    """The concrete size that Dynamo saw for a possibly symbolic ``size``."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    if getattr(node, "hint", None) is not None:
+        return int(node.hint)
+    return int(node.shape_env.size_hint(node.expr))
+
+
+def cpu_flags() -> dict[str, bool]:
+    """The 8-bit matrix instructions of this CPU: ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` and ``avx2``."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "avx512_vnni": bool(torch.cpu._is_vnni_supported()),
+        "avx_vnni": bool(capabilities.get("avx_vnni", False)),
+        "amx_int8": bool(torch.cpu._is_amx_tile_supported()),
+        "avx2": bool(torch.cpu._is_avx2_supported()),
+    }
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def inductor_option_names() -> frozenset[str]:
+    """Every option name that Inductor accepts, with underscores."""
+    from torch._inductor import config
+
+    return frozenset(name.replace("-", "_") for name in config.get_config_copy())
+
+
+def compile_fx(
+    graph_module: torch.fx.GraphModule,
+    inputs: list[Any],
+    options: dict[str, Any],
+    *,
+    outside_dynamo: bool,
+) -> Callable[..., Any]:
+    """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    extra = {"ignore_shape_env": True} if outside_dynamo else {}
+    return inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)

@@ -1,0 +1,160 @@
+"""The options of the backend: one frozen dataclass, validated before any work."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from . import compat, errors
+
+PRECISIONS = ("auto", "int8", "fp8", "float")
+SENSITIVITIES = ("local", "end_to_end")
+CALIBRATION_METHODS = ("mse", "minmax")
+CUDA_GRAPHS = ("auto", True, False)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantConfig:
+    """Options of ``torch.compile(model, backend="onlinequant", options={...})``; each field is one option.
+
+    Attributes:
+        quantized_conv_percentage: share of convolutions to quantize in [0, 100], least sensitive first; 0 means none.
+        quantized_linear_percentage: the same for linear layers.
+        conv_compute_density_threshold: a convolution below this many FLOPs per byte stays in float; [0, inf).
+        linear_compute_density_threshold: the same for linear layers.
+        precision: "auto", "int8", "fp8" or "float"; "auto" takes what the device is fast at.
+        calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
+        calibration_method: "mse" clips each range where the squared error is least; "minmax" keeps all of it.
+        exclude: glob patterns of layer names that stay in float.
+        sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
+        cache_dir: where statistics go; None means the environment's or the platform's cache directory.
+        cuda_graphs: "auto" (on for CUDA), True or False.
+        inductor: options passed on to Inductor.
+        mode: a ``torch.compile`` mode, passed on to Inductor.
+    """
+
+    quantized_conv_percentage: float = 100
+    quantized_linear_percentage: float = 100
+    conv_compute_density_threshold: float = 100
+    linear_compute_density_threshold: float = 300
+    precision: str = "auto"
+    calibration_steps: int = 20
+    calibration_method: str = "mse"
+    exclude: tuple[str, ...] = ()
+    sensitivity: str = "local"
+    cache_dir: str | None = None
+    cuda_graphs: str | bool = "auto"
+    inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    mode: str | None = None
+
+    def __post_init__(self) -> None:
+        for kind in ("conv", "linear"):
+            _check_percentage(f"quantized_{kind}_percentage", getattr(self, f"quantized_{kind}_percentage"))
+            _check_threshold(f"{kind}_compute_density_threshold", getattr(self, f"{kind}_compute_density_threshold"))
+        if not _is_choice(self.precision, PRECISIONS):
+            raise errors.UnknownPrecisionError(_choose_from("precision", self.precision, PRECISIONS))
+        steps = self.calibration_steps
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+            raise errors.InvalidCalibrationStepsError(
+                f"calibration_steps is {steps!r}, but it counts observed calls: give an integer of at least 1."
+            )
+        _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
+        _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
+        _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        object.__setattr__(self, "exclude", _checked_patterns(self.exclude))
+        if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir):
+            raise errors.InvalidOptionError(f"cache_dir is {self.cache_dir!r}: give a directory's path, or None.")
+        object.__setattr__(self, "inductor", _checked_inductor_options(self.inductor, self.mode))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> QuantConfig:
+        """Build a config from what ``torch.compile`` hands on; an unknown option raises UnknownOptionError."""
+        given = dict(options or {})
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), known, n=1)
+                meant = f" Did you mean {close[0]!r}?" if close else ""
+                raise errors.UnknownOptionError(
+                    f"Unknown option {name!r}.{meant} Known options: {', '.join(known)}. "
+                    "Inductor's own options go into options={'inductor': {...}}."
+                )
+        if mode is not None:
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option as JSON-ready data."""
+        return {**dataclasses.asdict(self), "exclude": list(self.exclude), "inductor": dict(self.inductor)}
+
+    def cache_key(self) -> str:
+        """A hex digest that changes with every option that can change the result; ``cache_dir`` cannot."""
+        options = {name: value for name, value in self.to_dict().items() if name != "cache_dir"}
+        return hashlib.sha256(json.dumps(options, sort_keys=True, default=repr).encode()).hexdigest()
+
+    def inductor_options(self) -> dict[str, Any]:
+        """What Inductor is given: the options of ``mode``, then those of ``inductor``, which win."""
+        from_mode = compat.inductor_mode_options(self.mode) if self.mode else {}
+        return {**from_mode, **self.inductor}
+
+
+def _is_choice(value: object, allowed: tuple[object, ...]) -> bool:
+    return any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed)
+
+
+def _choose_from(name: str, value: object, allowed: tuple[object, ...]) -> str:
+    return f"{name} is {value!r}, but it must be one of: {', '.join(map(repr, allowed))}."
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if not _is_choice(value, allowed):
+        raise errors.InvalidOptionError(_choose_from(name, value, allowed))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _check_percentage(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 <= value <= 100):
+        raise errors.InvalidPercentageError(f"{name} is {value!r}, but a percentage is a number in [0, 100].")
+
+
+def _check_threshold(name: str, value: Any) -> None:
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise errors.InvalidThresholdError(
+            f"{name} is {value!r}, but a density threshold is a number of FLOPs per byte in [0, inf)."
+        )
+
+
+def _checked_patterns(exclude: Any) -> tuple[str, ...]:
+    if isinstance(exclude, str) or not isinstance(exclude, (tuple, list)):
+        raise errors.InvalidOptionError(
+            f"exclude is {exclude!r}: give a tuple of glob patterns, for instance ('*.to_out.0', 'conv_in')."
+        )
+    for pattern in exclude:
+        if not isinstance(pattern, str):
+            raise errors.InvalidOptionError(f"exclude holds {pattern!r}, but every pattern must be a string.")
+    return tuple(exclude)
+
+
+def _checked_inductor_options(options: Any, mode: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise errors.InvalidOptionError(f"inductor is {options!r}: give a dict of Inductor options.")
+    names = compat.inductor_option_names() if options else frozenset()
+    for name in options:
+        if str(name).replace("-", "_") not in names:
+            raise errors.UnknownOptionError(
+                f"Inductor has no option {name!r}; torch._inductor.list_options() lists what it has."
+            )
+    if mode is not None:
+        try:
+            compat.inductor_mode_options(mode)
+        except (RuntimeError, TypeError) as error:
+            raise errors.InvalidOptionError(f"mode is {mode!r}, which torch.compile does not know: {error}") from None
+    return {str(name).replace("-", "_"): value for name, value in options.items()}

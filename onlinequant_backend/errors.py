@@ -1,0 +1,41 @@
+"""One exception class per user mistake; every message names what was wrong, what is allowed and what to do."""
+
+from __future__ import annotations
+
+from .compat import UnwrappedError
+
+
+class OnlineQuantError(UnwrappedError, ValueError):
+    """Base of every error that this package raises for a mistake its user can mend."""
+
+
+class UnknownOptionError(OnlineQuantError):
+    """An option name that does not exist."""
+
+
+class InvalidPercentageError(OnlineQuantError):
+    """A percentage that is not a number in [0, 100]."""
+
+
+class InvalidThresholdError(OnlineQuantError):
+    """A density threshold that is not a number in [0, inf)."""
+
+
+class UnknownPrecisionError(OnlineQuantError):
+    """A ``precision`` that is not one of the known ones."""
+
+
+class InvalidCalibrationStepsError(OnlineQuantError):
+    """A ``calibration_steps`` that is not an integer of at least 1."""
+
+
+class InvalidOptionError(OnlineQuantError):
+    """Any other option whose value is not allowed."""
+
+
+class PrecisionUnavailableError(OnlineQuantError):
+    """A precision asked for by name that this device has no kernels for."""
+
+
+class StatsFileError(OnlineQuantError):
+    """A statistics file that is missing or cannot be read."""

@@ -1,0 +1,131 @@
+"""Handling Dynamo's FX graphs: copy one, name its inputs, add inputs, make one concrete."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._dynamo.source import ConstantSource
+
+# Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
+_PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
+
+
+def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """A copy that may be changed: Dynamo still reads its own graph after the backend has returned."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    graph.output(graph.graph_copy(graph_module.graph, copies))
+    copy = fx.GraphModule(graph_module, graph)
+    copy.meta = dict(graph_module.meta)
+    for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
+        if hasattr(graph_module, attribute):
+            setattr(copy, attribute, getattr(graph_module, attribute))
+    for original, node in copies.items():
+        if hasattr(original, "_dynamo_source"):
+            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+    return copy
+
+
+def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The graph's inputs in call order."""
+    return [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+
+
+def is_parameter(node: Any) -> bool:
+    """Whether ``node`` is an input of the graph that holds a module's parameter."""
+    return (
+        isinstance(node, fx.Node)
+        and node.op == "placeholder"
+        and isinstance(node.meta.get("example_value"), torch.nn.Parameter)
+    )
+
+
+def qualified_name(node: fx.Node) -> str:
+    """The fully qualified name of a parameter input, as in ``model.named_parameters()``."""
+    parts: list[str] = []
+    source = getattr(node, "_dynamo_source", None)
+    while source is not None:
+        part = getattr(source, "member", None)
+        if part is None:
+            part = getattr(source, "index", None)
+        if isinstance(part, (str, int)) and part not in _PLUMBING:
+            parts.append(str(part))
+        source = getattr(source, "base", None)
+    return ".".join(reversed(parts)) or node.name
+
+
+def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torch.Tensor | None = None) -> fx.Node:
+    """Append an input. It looks like a parameter to AOTAutograd: unguarded, with a stable address."""
+    with graph_module.graph.inserting_after(placeholders(graph_module)[-1]):
+        node = graph_module.graph.placeholder(name)
+    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    if example_value is not None:
+        node.meta["example_value"] = example_value
+    return node
+
+
+def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
+    """Bake the numbers among a call's ``arguments`` into the graph, so that it has only concrete shapes.
+
+    These are symbolic sizes (Python ints at run time) and, under ``dynamic=True``, Python floats, which Dynamo
+    hands over as 0-d float64 tensors that are only read by ``.item()``.
+    """
+    for node, value in zip(placeholders(graph_module), arguments, strict=True):
+        if isinstance(value, (int, float)):
+            _replace_by_number(node, value)
+        elif is_wrapped_float(node):
+            for user in list(node.users):
+                _replace_by_number(user, float(value))
+                graph_module.graph.erase_node(user)
+
+
+def is_wrapped_float(node: fx.Node) -> bool:
+    """Whether an input is a Python float in the clothes of a 0-d float64 tensor."""
+    value = node.meta.get("example_value")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() == 0
+        and value.dtype is torch.float64
+        and "tensor_dict" not in node.meta
+        and bool(node.users)
+        and all(user.op == "call_method" and user.target == "item" for user in node.users)
+    )
+
+
+def _replace_by_number(node: fx.Node, number: float) -> None:
+    def replace(argument: fx.Node) -> Any:
+        return number if argument is node else argument
+
+    for user in list(node.users):
+        user.args = fx.map_arg(user.args, replace)
+        user.kwargs = fx.map_arg(user.kwargs, replace)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, wherever it was given."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def example(node: fx.Node) -> torch.Tensor:
+    """The (fake) tensor that Dynamo saw a node produce."""
+    value = node.meta["example_value"]
+    assert isinstance(value, torch.Tensor)
+    return value
+
+
+def replace_call(
+    graph_module: fx.GraphModule, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]
+) -> fx.Node:
+    """Replace ``node`` by a call of ``target`` and hand its metadata on; the old node is erased."""
+    with graph_module.graph.inserting_before(node):
+        new = graph_module.graph.call_function(target, args)
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    graph_module.graph.erase_node(node)
+    return new

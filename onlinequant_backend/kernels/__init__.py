@@ -1,0 +1,1 @@
+"""Kernels behind the ops of ``onlinequant_backend.ops``."""

@@ -1,0 +1,50 @@
+"""What every kernel must compute, in plain torch and float64: the oracle that the tests compare against.
+
+An activation is stored as unsigned integers q with x = (q - zero_point) * scale, a weight as signed
+integers w_q with w = w_q * weight_scale, one scale for each output channel (Jacob et al., "Quantization and
+Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2017, section 2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+
+def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
+    """Turn uint8 ``xq`` of any shape back into float64; ``qparams`` is as in ``ops.quantize``."""
+    _, zero_point, scale = qparams.double()
+    return (xq.double() - zero_point) * scale
+
+
+def linear(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``xq`` uint8 [..., K], ``weight`` int8 [N, K], ``weight_scale`` float32 [N]; returns ``dtype`` [..., N]."""
+    w = weight.double() * weight_scale.double()[:, None]
+    return F.linear(dequantize(xq, qparams), w, None if bias is None else bias.double()).to(dtype)
+
+
+def conv(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``xq`` uint8 [N, C, *spatial], ``weight`` int8 [O, C, *kernel] with two or three spatial dimensions."""
+    convolve = F.conv2d if weight.dim() == 4 else F.conv3d
+    w = weight.double() * weight_scale.double().view(-1, *[1] * (weight.dim() - 1))
+    b = None if bias is None else bias.double()
+    return convolve(dequantize(xq, qparams), w, b, list(stride), list(padding), list(dilation)).to(dtype)

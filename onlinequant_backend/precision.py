@@ -1,0 +1,59 @@
+"""Which 8-bit precision a device is fast at, and why."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from . import compat, errors
+
+
+@dataclasses.dataclass(frozen=True)
+class Precision:
+    """What layers on a device are computed in.
+
+    Attributes:
+        name: "int8" or "float".
+        reason: why this one; never empty.
+        activation_bits: bits of an 8-bit activation that are used. 7 on CPUs whose 8-bit multiply-add
+            saturates in 16 bits (no VNNI or AMX), 8 elsewhere.
+    """
+
+    name: str
+    reason: str
+    activation_bits: int = 8
+
+
+def resolve(requested: str, device: torch.device) -> Precision:
+    """The precision to use on ``device``; raises PrecisionUnavailableError for one asked for by name but not there."""
+    if requested == "float":
+        return Precision("float", 'precision="float" was asked for')
+    if requested == "auto":
+        return _automatic(device)
+    if requested == "int8" and device.type == "cpu" and _onednn_has_int8():
+        return Precision("int8", 'precision="int8" was asked for', _cpu_activation_bits())
+    raise errors.PrecisionUnavailableError(
+        f"precision={requested!r} has no kernels for {device.type}. "
+        'There are int8 kernels for x86 CPUs; use precision="auto" to run in float where there are none.'
+    )
+
+
+def _automatic(device: torch.device) -> Precision:
+    if device.type != "cpu":
+        return Precision("float", f"there are no 8-bit kernels for {device.type} yet")
+    if not _onednn_has_int8():
+        return Precision("float", "this torch has no oneDNN int8 kernels for this CPU")
+    fast = [flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if compat.cpu_flags()[flag]]
+    if not fast:
+        return Precision("float", 'this CPU has no VNNI or AMX 8-bit instructions (precision="int8" forces 8 bit)')
+    return Precision("int8", f"this CPU has {fast[0]}", _cpu_activation_bits())
+
+
+def _cpu_activation_bits() -> int:
+    flags = compat.cpu_flags()
+    return 8 if flags["avx512_vnni"] or flags["avx_vnni"] or flags["amx_int8"] else 7
+
+
+def _onednn_has_int8() -> bool:
+    return torch.backends.mkldnn.is_available() and "onednn" in torch.backends.quantized.supported_engines

@@ -1,0 +1,55 @@
+"""How much of the whole graph's output error each layer is to blame for."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from .calibration import Observation
+from .passes import LayerInfo
+from .progress import Progress
+from .weights import Layer, Sensitivity
+
+_log = logging.getLogger("onlinequant")
+
+
+def measure_end_to_end(
+    observed: fx.GraphModule,
+    args: Sequence[Any],
+    layers: Sequence[Layer],
+    infos: Sequence[LayerInfo],
+    result: Any,
+) -> int:
+    """Replace every layer's sensitivity by the graph's own error with that layer alone in 8 bit.
+
+    This is the predecessor's measure, one forward of the graph for each layer: ``mae`` and ``mse`` of the output
+    against ``result``, the float output for the same ``args``. A graph that writes into its inputs cannot be run
+    again; its layers keep their local sensitivities. Returns how many layers were measured.
+    """
+    versions = [arg._version for arg in args if isinstance(arg, torch.Tensor) and not arg.is_inference()]
+    expected = _flat(result)
+    measured = 0
+    with Progress("measuring sensitivity", len(layers)) as progress, torch.no_grad():
+        for index, (layer, info) in enumerate(zip(layers, infos, strict=True)):
+            progress.advance(info.name)
+            if not layer.is_finite():
+                continue
+            error = _flat(observed(*args, Observation(layers, probe=index))) - expected
+            if versions != [a._version for a in args if isinstance(a, torch.Tensor) and not a.is_inference()]:
+                _log.warning("the graph writes into its inputs: keeping the local sensitivities")
+                return 0
+            mae = float(error.abs().mean())
+            magnitude = max(float(expected.abs().mean()), torch.finfo(torch.float32).tiny)
+            layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
+            measured += 1
+    return measured
+
+
+def _flat(result: Any) -> torch.Tensor:
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])

@@ -1,0 +1,55 @@
+"""FX passes, one a file. Each is ``(graph_module, context) -> int``, the number of nodes it changed."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+
+import torch.fx as fx
+
+from .annotate_density import annotate_density
+from .drop_unused_inputs import drop_unused_inputs
+from .insert_observers import insert_observers
+from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes
+from .name_layers import name_layers
+from .quantize_inputs import quantize_inputs
+from .rewrite_conv import rewrite_conv
+from .rewrite_linear import rewrite_linear
+from .select_nodes import select_nodes
+
+__all__ = [
+    "ANALYZE",
+    "OBSERVE",
+    "REWRITE",
+    "SELECT",
+    "ConvGeometry",
+    "LayerInfo",
+    "PassContext",
+    "info_of",
+    "layer_nodes",
+    "run_passes",
+]
+
+Pass = Callable[[fx.GraphModule, PassContext], int]
+
+ANALYZE: tuple[Pass, ...] = (name_layers, annotate_density, select_nodes)
+OBSERVE: tuple[Pass, ...] = (insert_observers,)
+SELECT: tuple[Pass, ...] = (select_nodes,)
+REWRITE: tuple[Pass, ...] = (quantize_inputs, rewrite_linear, rewrite_conv, drop_unused_inputs)
+
+_log = logging.getLogger("onlinequant")
+
+
+def run_passes(graph_module: fx.GraphModule, passes: Sequence[Pass], context: PassContext) -> dict[str, int]:
+    """Run ``passes`` in order; returns how many nodes each changed. The graph is linted and recompiled once."""
+    changes: dict[str, int] = {}
+    for run in passes:
+        start = time.perf_counter()
+        changes[run.__name__] = run(graph_module, context)
+        _log.debug(
+            "%s changed %d nodes in %.1f ms", run.__name__, changes[run.__name__], 1e3 * (time.perf_counter() - start)
+        )
+    graph_module.graph.lint()
+    graph_module.recompile()
+    return changes

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import torch.fx as fx
+
+from .layer import CASTS, PassContext
+
+
+def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Erase inputs that nothing reads any more, the float weights of 8-bit layers, and the casts between them.
+
+    Before: ``placeholder[l_self_..._weight_]`` with no users. After: gone; the caller sees by name which of its
+    arguments the graph still takes. Leaves every other node alone: Dynamo's graphs may hold in-place calls whose
+    result nobody reads.
+    """
+    unused = [
+        node
+        for node in reversed(graph_module.graph.nodes)
+        if node.op == "placeholder" or (node.op == "call_method" and node.target in CASTS)
+    ]
+    erased = 0
+    for node in unused:
+        if not node.users:
+            graph_module.graph.erase_node(node)
+            erased += 1
+    return erased

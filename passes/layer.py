@@ -1,0 +1,131 @@
+"""What the passes know about a conv or linear node: one dataclass under ``node.meta["onlinequant"]``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph
+from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.precision import Precision
+from onlinequant_backend.weights import Sensitivity
+
+LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
+CONV_TARGETS = (
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.nn.functional.conv1d,
+    torch.nn.functional.conv2d,
+    torch.nn.functional.conv3d,
+)
+TRANSPOSED_TARGETS = (
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    torch.nn.functional.conv_transpose1d,
+    torch.nn.functional.conv_transpose2d,
+    torch.nn.functional.conv_transpose3d,
+)
+
+# Tensor methods that a weight may pass through on its way into a layer.
+CASTS = ("to", "float", "half", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGeometry:
+    """Stride, padding and dilation of a convolution, one integer for each spatial dimension."""
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+
+
+@dataclasses.dataclass
+class LayerInfo:
+    """A conv or linear node on its way through the passes.
+
+    Attributes:
+        name: fully qualified name of the layer.
+        kind: "conv" or "linear".
+        weight: name of the graph input that holds the weight; "" where the weight is not an input.
+        input_shape, weight_shape, output_shape: sizes at the shapes that Dynamo traced.
+        flops: floating-point operations of one call, a multiply-add counting as two.
+        bytes: input, weight and output, each moved once, in their own dtypes.
+        geometry: of a convolution that could be quantized, else None.
+        index: position among the candidates, the layers worth observing; None for all others.
+        sensitivity: error that 8 bit costs, once measured.
+        quantized: whether it runs in 8 bit.
+        reason: why, or why not.
+    """
+
+    name: str
+    kind: str
+    weight: str = ""
+    input_shape: tuple[int, ...] = ()
+    weight_shape: tuple[int, ...] = ()
+    output_shape: tuple[int, ...] = ()
+    flops: int = 0
+    bytes: int = 0
+    geometry: ConvGeometry | None = None
+    index: int | None = None
+    sensitivity: Sensitivity | None = None
+    quantized: bool = False
+    reason: str = "not decided yet"
+
+    @property
+    def density(self) -> float:
+        """Compute density in FLOPs per byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+
+@dataclasses.dataclass
+class PassContext:
+    """What the passes are told, and what they hand on to each other.
+
+    Attributes:
+        config, precision: the user's options and what the device resolves them to.
+        measured: whether the layers' sensitivities have been measured.
+        non_finite: names of layers whose observed inputs or weights were not finite.
+        selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
+        extra_inputs: inputs that rewriting appended, in order: (what, index of the layer).
+    """
+
+    config: QuantConfig
+    precision: Precision
+    measured: bool = False
+    non_finite: frozenset[str] = frozenset()
+    selection: Sequence[int] | None = None
+    extra_inputs: list[tuple[str, int]] = dataclasses.field(default_factory=list)
+
+
+def info_of(node: fx.Node) -> LayerInfo | None:
+    """The node's layer, or None for a node that is no conv or linear."""
+    info = node.meta.get("onlinequant")
+    return info if isinstance(info, LayerInfo) else None
+
+
+def layer_nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerInfo]]:
+    """Every named conv and linear node, in graph order; the graph may be changed while iterating."""
+    for node in list(graph_module.graph.nodes):
+        info = info_of(node)
+        if info is not None:
+            yield node, info
+
+
+def is_selected(info: LayerInfo, context: PassContext) -> bool:
+    """Whether to rewrite this layer."""
+    if info.index is None:
+        return False
+    return info.quantized if context.selection is None else info.index in context.selection
+
+
+def weight_parameter(node: fx.Node) -> fx.Node | None:
+    """The parameter input behind a layer's weight, looking through dtype casts; None if it is computed."""
+    weight = graph.argument(node, 1, "weight")
+    while isinstance(weight, fx.Node) and weight.op == "call_method" and weight.target in CASTS:
+        weight = weight.args[0]
+    return weight if graph.is_parameter(weight) else None

@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import torch.fx as fx
+
+from onlinequant_backend import graph
+
+from .layer import CONV_TARGETS, LINEAR_TARGETS, TRANSPOSED_TARGETS, LayerInfo, PassContext, info_of, weight_parameter
+
+_KINDS = {
+    **dict.fromkeys(LINEAR_TARGETS, "linear"),
+    **dict.fromkeys(CONV_TARGETS + TRANSPOSED_TARGETS, "conv"),
+}
+
+
+def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Mark every conv and linear node with a ``LayerInfo`` that holds its fully qualified name.
+
+    Before::
+
+        %conv2d = call_function[target=torch.conv2d](args = (%x, %l_self_..._conv1_parameters_weight_, ...))
+
+    After: the same, with ``meta["onlinequant"] = LayerInfo("down_blocks.0.resnets.0.conv1", "conv", ...)``.
+
+    A weight that is computed inside the graph has no name of its own; its layer takes the module's.
+    """
+    named = 0
+    for node in graph_module.graph.nodes:
+        if node.op != "call_function" or node.target not in _KINDS or info_of(node) is not None:
+            continue
+        parameter = weight_parameter(node)
+        if parameter is None:
+            info = LayerInfo(_module_name(node), _KINDS[node.target])
+        else:
+            name = graph.qualified_name(parameter).removesuffix(".weight")
+            info = LayerInfo(name, _KINDS[node.target], weight=parameter.name)
+        node.meta["onlinequant"] = info
+        named += 1
+    return named
+
+
+def _module_name(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return str(node.name)
+    path = list(stack.values())[-1][0]
+    for plumbing in ("L['self']", "L['fn']", "._modules", "._orig_mod"):
+        path = path.replace(plumbing, "")
+    name = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".")
+    return name or str(node.name)

@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import torch.fx as fx
+
+from onlinequant_backend import graph, ops
+
+from .layer import PassContext, is_selected, layer_nodes
+
+
+def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Give every tensor that 8-bit layers read one quantize node, shared by all its readers (q, k and v).
+
+    Before::
+
+        %q = call_function[target=torch._C._nn.linear](args = (%x, %wq))
+        %k = call_function[target=torch._C._nn.linear](args = (%x, %wk))
+
+    After::
+
+        %quantize = call_function[target=onlinequant.quantize](args = (%x, %onlinequant_qparams_0, 8, False))
+        %q = call_function[target=torch._C._nn.linear](args = (%quantize, %wq))
+        %k = call_function[target=torch._C._nn.linear](args = (%quantize, %wk))
+
+    The layers are then rewritten by ``rewrite_linear`` and ``rewrite_conv``; only together do they make sense.
+    Convolutions read channels last, linears rows, so the two never share. Leaves float layers alone.
+    """
+    shared: dict[tuple[fx.Node, bool], fx.Node] = {}
+    for node, info in layer_nodes(graph_module):
+        if not is_selected(info, context):
+            continue
+        x = graph.argument(node, 0, "input")
+        if _is_quantize(x):
+            continue
+        key = (x, info.kind == "conv")
+        if key not in shared:
+            context.extra_inputs.append(("qparams", info.index))
+            qparams = graph.add_placeholder(graph_module, f"onlinequant_qparams_{info.index}")
+            with graph_module.graph.inserting_before(node):
+                args = (x, qparams, context.precision.activation_bits, info.kind == "conv")
+                shared[key] = graph_module.graph.call_function(ops.quantize, args)
+        node.replace_input_with(x, shared[key])
+    return len(shared)
+
+
+def _is_quantize(node: object) -> bool:
+    return isinstance(node, fx.Node) and node.target is ops.quantize

@@ -1,0 +1,31 @@
+from __future__ import annotations
+
+import torch.fx as fx
+
+from onlinequant_backend import graph, ops
+
+from .layer import PassContext, layer_nodes
+from .quantized_operands import quantized_operands
+
+
+def rewrite_linear(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Replace linears whose input is quantized by the 8-bit op.
+
+    Before::
+
+        %y = call_function[target=torch._C._nn.linear](args = (%quantize, %w, %b))
+
+    After::
+
+        %y = call_function[target=onlinequant.linear](
+            args = (%quantize, %onlinequant_qparams_0, %onlinequant_weight_0, %onlinequant_scale_0, %b, torch.float16))
+
+    The output dtype is the node's, not the weight's: under autocast they differ. Leaves float linears alone.
+    """
+    rewritten = 0
+    for node, info in layer_nodes(graph_module):
+        operands = quantized_operands(graph_module, node, info, context) if info.kind == "linear" else None
+        if operands is not None:
+            graph.replace_call(graph_module, node, ops.linear, (*operands, graph.example(node).dtype))
+            rewritten += 1
+    return rewritten

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import fnmatch
+import math
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph
+from onlinequant_backend.config import QuantConfig
+
+from .layer import (
+    CONV_TARGETS,
+    TRANSPOSED_TARGETS,
+    ConvGeometry,
+    LayerInfo,
+    PassContext,
+    layer_nodes,
+    weight_parameter,
+)
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Decide for every layer whether it runs in 8 bit, and write down why.
+
+    Before: ``LayerInfo(quantized=False, reason="not decided yet")``. After: ``quantized`` and ``reason`` are set, in
+    this order: what cannot be quantized, density thresholds, percentages (least sensitive first), ``exclude``.
+
+    Runs twice: before observing, when percentages rule nothing out but 0 and the layers left are numbered
+    (``LayerInfo.index``), and again once the sensitivities are measured. Returns how many decisions changed.
+    """
+    before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
+    for node, info in layer_nodes(graph_module):
+        refusal = _impossible(node, info) or _refused_by_options(info, context)
+        info.quantized, info.reason = refusal is None, refusal or ("selected" if context.measured else "candidate, being observed")
+    if context.measured:
+        for kind in ("conv", "linear"):
+            _apply_percentage(graph_module, kind, context)
+    for _, info in layer_nodes(graph_module):
+        pattern = _excluding_pattern(info.name, context.config)
+        if info.quantized and pattern is not None:
+            info.quantized, info.reason = False, f"excluded by {pattern!r}"
+    if not context.measured:
+        for index, info in enumerate(info for _, info in layer_nodes(graph_module) if info.quantized):
+            info.index = index
+    after = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
+    return sum(before[name] != after[name] for name in before)
+
+
+def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
+    config = context.config
+    if context.precision.name == "float":
+        return f"float: {context.precision.reason}"
+    threshold = getattr(config, f"{info.kind}_compute_density_threshold")
+    if info.density < threshold:
+        return f"density {info.density:.0f} is below the threshold of {threshold:g} FLOPs per byte"
+    if getattr(config, f"quantized_{info.kind}_percentage") == 0:
+        return f"quantized_{info.kind}_percentage is 0"
+    if info.name in context.non_finite:
+        return "its inputs or weights were not finite while observing"
+    return None
+
+
+def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassContext) -> None:
+    """Keep the least sensitive share of the layers of one kind; equal sensitivities go by graph order."""
+    percentage = getattr(context.config, f"quantized_{kind}_percentage")
+    selected = [info for _, info in layer_nodes(graph_module) if info.kind == kind and info.quantized]
+    selected.sort(key=_sensitivity)
+    keep = round(len(selected) * percentage / 100)
+    for rank, info in enumerate(selected[keep:], start=keep + 1):
+        info.quantized = False
+        info.reason = (
+            f"sensitivity {_sensitivity(info):.3g} ranks {rank} of {len(selected)}; "
+            f"quantized_{kind}_percentage={percentage:g} keeps {keep}"
+        )
+
+
+def _sensitivity(info: LayerInfo) -> float:
+    return info.sensitivity.relative if info.sensitivity else math.inf
+
+
+def _excluding_pattern(name: str, config: QuantConfig) -> str | None:
+    return next((pattern for pattern in config.exclude if fnmatch.fnmatchcase(name, pattern)), None)
+
+
+def _impossible(node: fx.Node, info: LayerInfo) -> str | None:
+    """Why no 8-bit kernel could stand in for this node, or None; fills in a convolution's geometry."""
+    if node.target in TRANSPOSED_TARGETS:
+        return "transposed convolutions have no 8-bit kernel"
+    parameter = weight_parameter(node)
+    if parameter is None:
+        return "its weight is computed in the graph, not a parameter"
+    if type(graph.example(parameter)).__name__ == "QuantizedTensor":
+        return "its weight is quantized already"
+    if not info.flops:
+        return "its shapes are not known"
+    if not (info.output_shape and all(info.output_shape)):
+        return "it computes nothing"
+    if graph.example(node).dtype not in _FLOAT_DTYPES:
+        return f"its dtype {graph.example(node).dtype} has no 8-bit kernel"
+    return _impossible_conv(node, info) if info.kind == "conv" else None
+
+
+def _impossible_conv(node: fx.Node, info: LayerInfo) -> str | None:
+    dimensions = len(info.weight_shape) - 2
+    if node.target not in CONV_TARGETS or dimensions not in (2, 3):
+        return f"{dimensions}-d convolutions have no 8-bit kernel"
+    if len(info.input_shape) != dimensions + 2:
+        return "its input has no batch dimension"
+    groups = graph.argument(node, 6, "groups", 1)
+    if groups != 1:
+        return f"grouped convolutions (groups={groups}) have no 8-bit kernel"
+    geometry = _geometry(node, info, dimensions)
+    if isinstance(geometry, str):
+        return geometry
+    info.geometry = geometry
+    return None
+
+
+def _geometry(node: fx.Node, info: LayerInfo, dimensions: int) -> ConvGeometry | str:
+    def per_dimension(position: int, name: str, default: int) -> tuple[int, ...] | None:
+        value = graph.argument(node, position, name, default)
+        values = (value,) * dimensions if isinstance(value, int) else tuple(value)
+        values = values * dimensions if len(values) == 1 else values
+        return values if all(isinstance(number, int) for number in values) else None
+
+    stride, dilation = per_dimension(3, "stride", 1), per_dimension(5, "dilation", 1)
+    if stride is None or dilation is None:
+        return "its geometry is computed in the graph"
+    padding = graph.argument(node, 4, "padding", 0)
+    if padding == "same":
+        reach = [dil * (kernel - 1) for dil, kernel in zip(dilation, info.weight_shape[2:], strict=True)]
+        if any(size % 2 for size in reach):
+            return 'padding="same" is lopsided for an even kernel, which has no 8-bit kernel'
+        return ConvGeometry(stride, tuple(size // 2 for size in reach), dilation)
+    if padding == "valid":
+        return ConvGeometry(stride, (0,) * dimensions, dilation)
+    pads = per_dimension(4, "padding", 0)
+    return "its geometry is computed in the graph" if pads is None else ConvGeometry(stride, pads, dilation)

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Sets up .venv where that is needed, then
+#   bash run.sh demo [ARGUMENTS]   runs `onlinequant demo`
+#   bash run.sh test [ARGUMENTS]   checks style and types, then runs pytest
+#   bash run.sh lint               checks style and types only
+#   bash run.sh setup              does nothing more
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+set_up() {
+    # The folder counts too: a copied or moved checkout must be installed from its new place.
+    local wanted
+    wanted="$PWD $(cat pyproject.toml constraints.txt | cksum)"
+    if [[ -f .venv/made-from && "$(<.venv/made-from)" == "$wanted" ]]; then
+        return
+    fi
+    echo "Setting up .venv; the first time takes some minutes."
+    "${PYTHON:-python3}" -m venv .venv
+    .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+    echo "$wanted" >.venv/made-from
+}
+
+lint() {
+    .venv/bin/python -m ruff check
+    .venv/bin/python -m ruff format --check
+    .venv/bin/python -m mypy
+}
+
+# One command a line: `set_up && lint` would switch off `set -e` inside the functions.
+command=${1:-}
+shift || true
+case $command in
+demo)
+    set_up
+    .venv/bin/python -m onlinequant_backend.cli demo "$@"
+    ;;
+test)
+    set_up
+    lint
+    .venv/bin/python -m pytest "$@"
+    ;;
+lint)
+    set_up
+    lint
+    ;;
+setup)
+    set_up
+    ;;
+*)
+    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+    ;;
+esac

@@ -1,0 +1,162 @@
+"""A checkout, a wheel, an editable install and a clone in ComfyUI all give the same packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).parent.parent
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+ENTRY_POINTS = [
+    ["console_scripts", "onlinequant", "onlinequant_backend.cli:main"],
+    ["torch_dynamo_backends", "onlinequant", "onlinequant_backend.backend:onlinequant"],
+]
+
+# Where each package comes from, which of the short names (too general to share) can be seen, and which entry points of
+# the distribution in SITE lead to something that can be called.
+REPORT_IMPORTS = """
+import importlib, importlib.metadata, importlib.util, json, os
+names = ("onlinequant_backend", "onlinequant_backend.passes", "onlinequant_backend.comfy_integration")
+found = importlib.metadata.distributions(path=[os.environ["SITE"]])
+print(json.dumps({
+    "files": {name: importlib.import_module(name).__file__ for name in names},
+    "short": [name for name in ("passes", "comfy_integration") if importlib.util.find_spec(name)],
+    "entry_points": sorted([e.group, e.name, e.value] for d in found for e in d.entry_points if callable(e.load())),
+}))
+"""
+
+# What ComfyUI's nodes.py does with a folder in custom_nodes; the folder itself is not on sys.path.
+LOAD_AS_COMFYUI = """
+import importlib.util, json, os, sys
+folder = os.environ["CLONE"]
+name = folder.replace(".", "_x_")
+spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "__init__.py"))
+module = importlib.util.module_from_spec(spec)
+sys.modules[name] = module
+spec.loader.exec_module(module)
+print(json.dumps({"nodes": sorted(module.NODE_CLASS_MAPPINGS), "on_path": folder in sys.path}))
+"""
+
+
+def copy_checkout(to: Path) -> Path:
+    """A clone's files, without those that are made here (a build must not pick up an old one's)."""
+    made = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "shared")
+    return Path(shutil.copytree(ROOT, to, ignore=made))
+
+
+def run(*command: str | Path, cwd: Path, **environment: str) -> str:
+    """Run Python with these arguments and nothing but ``environment`` to say where our code is."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    done = subprocess.run(
+        [sys.executable, *command], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run_report(code: str, cwd: Path, **environment: str) -> dict[str, Any]:
+    """The JSON that ``code`` prints last, run in an empty folder."""
+    cwd.mkdir()
+    return dict(json.loads(run("-c", code, cwd=cwd, **environment).splitlines()[-1]))
+
+
+def package_files(package: Path, others: Path) -> dict[str, str]:
+    """Where each package should come from, if ``passes`` and ``comfy_integration`` lie in ``others``."""
+    return {
+        "onlinequant_backend": str(package / "__init__.py"),
+        "onlinequant_backend.passes": str(others / "passes" / "__init__.py"),
+        "onlinequant_backend.comfy_integration": str(others / "comfy_integration" / "__init__.py"),
+    }
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    checkout = copy_checkout(tmp_path_factory.mktemp("wheel") / "checkout")
+    run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", cwd=checkout)
+    (built,) = checkout.glob("dist/*.whl")
+    return built
+
+
+def test_listed_packages_are_the_folders() -> None:
+    setuptools = PYPROJECT["tool"]["setuptools"]
+    folders = {
+        init.parent.relative_to(ROOT).as_posix()
+        for top in ("onlinequant_backend", "passes", "comfy_integration")
+        for init in (ROOT / top).rglob("__init__.py")
+    }
+    mapped = {folder: name for name, folder in setuptools["package-dir"].items()}
+    expected = set()
+    for folder in folders:
+        top, _, below = folder.partition("/")
+        expected.add(".".join([mapped[top], *below.split("/")] if below else [mapped[top]]))
+    assert sorted(setuptools["packages"]) == sorted(expected)
+
+
+def test_wheel_holds_our_package_alone(wheel: Path) -> None:
+    files = [Path(name) for name in zipfile.ZipFile(wheel).namelist()]
+    version = PYPROJECT["project"]["version"]
+    assert {file.parts[0] for file in files} == {"onlinequant_backend", f"onlinequant-{version}.dist-info"}
+    assert Path("onlinequant_backend/py.typed") in files
+
+    wanted = {
+        Path("onlinequant_backend", file.relative_to(ROOT / parent))
+        for parent, top in (("onlinequant_backend", "."), (".", "passes"), (".", "comfy_integration"))
+        for file in (ROOT / parent / top).rglob("*.py")
+    }
+    assert {file for file in files if file.suffix == ".py"} == wanted
+
+
+def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(site), PYTHONPATH=str(site))
+    package = site / "onlinequant_backend"
+    assert report == {"files": package_files(package, package), "short": [], "entry_points": ENTRY_POINTS}
+
+
+def test_editable_install_imports(tmp_path: Path) -> None:
+    checkout, site = copy_checkout(tmp_path / "checkout"), tmp_path / "site"
+    install = ("pip", "install", "--no-deps", "--no-build-isolation", "--target", site, "--editable", ".")
+    run("-m", *install, cwd=checkout)
+    # Python runs the .pth file of an editable install only in folders that it knows as site-packages.
+    as_site_packages = f"import site, sys; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
+    report = run_report(as_site_packages + REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(site))
+    files = package_files(checkout / "onlinequant_backend", checkout)
+    assert report == {"files": files, "short": [], "entry_points": ENTRY_POINTS}
+
+
+def test_checkout_imports_under_another_name(tmp_path: Path) -> None:
+    checkout = copy_checkout(tmp_path / "ComfyUI-onlinequant-main")
+    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(checkout), PYTHONPATH=str(checkout))
+    assert report["files"] == package_files(checkout / "onlinequant_backend", checkout)
+
+
+def test_root_is_harmless_without_comfyui(tmp_path: Path) -> None:
+    clone = copy_checkout(tmp_path / "ComfyUI-onlinequant-main")
+    report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", CLONE=str(clone))
+    assert report == {"nodes": [], "on_path": False}
+
+
+def test_comfyui_finds_the_code_in_a_clone(tmp_path: Path) -> None:
+    clone = copy_checkout(tmp_path / "ComfyUI-onlinequant-1.0")
+    comfyui = tmp_path / "ComfyUI"
+    comfyui.mkdir()
+    (comfyui / "folder_paths.py").touch()
+    # -S: no site-packages, so that an installed onlinequant cannot step in; nothing here needs torch.
+    code = LOAD_AS_COMFYUI + "print(json.dumps([importlib.util.find_spec('onlinequant_backend').origin]))"
+    printed = run("-S", "-c", code, cwd=comfyui, PYTHONPATH=str(comfyui), CLONE=str(clone)).splitlines()
+    assert json.loads(printed[0]) == {"nodes": [], "on_path": True}
+    assert json.loads(printed[1]) == [str(clone / "onlinequant_backend" / "__init__.py")]
