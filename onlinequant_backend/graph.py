@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -103,6 +104,17 @@ def _replace_by_number(node: fx.Node, number: float) -> None:
     for user in list(node.users):
         user.args = fx.map_arg(user.args, replace)
         user.kwargs = fx.map_arg(user.kwargs, replace)
+
+
+def writes_in_place(graph_module: fx.GraphModule) -> bool:
+    """Whether any call in the graph may write into a tensor that it is given."""
+    in_place_functions = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
+            return True
+        if node.op == "call_function" and (node.target in in_place_functions or "out" in node.kwargs):
+            return True
+    return False
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

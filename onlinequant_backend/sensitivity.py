@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
 
+from . import graph
 from .calibration import Observation
 from .passes import LayerInfo
 from .progress import Progress
@@ -28,10 +29,12 @@ def measure_end_to_end(
     """Replace every layer's sensitivity by the graph's own error with that layer alone in 8 bit.
 
     This is the predecessor's measure, one forward of the graph for each layer: ``mae`` and ``mse`` of the output
-    against ``result``, the float output for the same ``args``. A graph that writes into its inputs cannot be run
-    again; its layers keep their local sensitivities. Returns how many layers were measured.
+    against ``result``, the float output for the same ``args``. A graph that writes in place, perhaps into its inputs,
+    cannot safely be run again; its layers keep their local sensitivities. Returns how many layers were measured.
     """
-    versions = [arg._version for arg in args if isinstance(arg, torch.Tensor) and not arg.is_inference()]
+    if graph.writes_in_place(observed):
+        _log.warning("the graph writes in place, so it cannot be run again: keeping the local sensitivities")
+        return 0
     expected = _flat(result)
     measured = 0
     with Progress("measuring sensitivity", len(layers)) as progress, torch.no_grad():
@@ -40,9 +43,6 @@ def measure_end_to_end(
             if not layer.is_finite():
                 continue
             error = _flat(observed(*args, Observation(layers, probe=index))) - expected
-            if versions != [a._version for a in args if isinstance(a, torch.Tensor) and not a.is_inference()]:
-                _log.warning("the graph writes into its inputs: keeping the local sensitivities")
-                return 0
             mae = float(error.abs().mean())
             magnitude = max(float(expected.abs().mean()), torch.finfo(torch.float32).tiny)
             layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))

@@ -65,7 +65,7 @@ class Layer:
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
         self._source: Callable[[], torch.Tensor | None] = lambda: None
-        self._stamp: tuple[object, ...] = ()
+        self._stamp: _Stamp | None = None
         self._qparams: torch.Tensor | None = None
 
     @property
@@ -78,8 +78,9 @@ class Layer:
 
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
-        if self.weight is not None and self._source() is weight and self._stamp == _stamp(weight):
-            return False
+        if self.weight is not None and self._stamp is not None and self._source() is weight:
+            if self._stamp.matches(_Stamp.of(weight)):
+                return False
         self.requantize(weight)
         return True
 
@@ -97,7 +98,7 @@ class Layer:
             else:
                 cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
         self._source = weakref.ref(weight)
-        self._stamp = _stamp(weight)
+        self._stamp = _Stamp.of(weight)
         registry.generation += 1
 
     def is_finite(self) -> bool:
@@ -112,7 +113,7 @@ class Layer:
 
     def forget(self) -> None:
         """Drop the 8-bit copy's claim to be up to date."""
-        self._stamp = ()
+        self._stamp = None
 
     def quantized_output(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
         """The layer's 8-bit output for float input ``x``, in the dtype of its float output ``y``."""
@@ -160,12 +161,24 @@ def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
     return formats.get(tensor.dim(), torch.contiguous_format)
 
 
-def _stamp(weight: torch.Tensor) -> tuple[object, ...]:
-    """What tells one state of a weight from another; a finer fingerprint than a set's, for use off the fast path."""
-    flat = weight.detach().flatten()
-    step = max(1, flat.numel() // 4096) | 1
-    version = None if weight.is_inference() else weight._version
-    return weight.data_ptr(), version, float(flat[::step].double().sum()), float(flat[step // 2 :: step].abs().sum())
+@dataclasses.dataclass
+class _Stamp:
+    """What tells one state of a weight from another: finer than a set's snapshot, for use off the fast path."""
+
+    pointer: int
+    version: int | None
+    values: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> _Stamp:
+        flat = weight.detach().flatten()
+        step = max(1, flat.numel() // 4096) | 1
+        version = None if weight.is_inference() else weight._version
+        return cls(weight.data_ptr(), version, flat[::step].clone())
+
+    def matches(self, other: _Stamp) -> bool:
+        same_memory = (self.pointer, self.version) == (other.pointer, other.version)
+        return same_memory and torch.equal(self.values, other.values)
 
 
 class WeightSet:

@@ -11,6 +11,7 @@ import torch.fx as fx
 from .annotate_density import annotate_density
 from .drop_unused_inputs import drop_unused_inputs
 from .insert_observers import insert_observers
+from .keep_output_layout import keep_output_layout
 from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes
 from .name_layers import name_layers
 from .quantize_inputs import quantize_inputs
@@ -36,7 +37,7 @@ Pass = Callable[[fx.GraphModule, PassContext], int]
 ANALYZE: tuple[Pass, ...] = (name_layers, annotate_density, select_nodes)
 OBSERVE: tuple[Pass, ...] = (insert_observers,)
 SELECT: tuple[Pass, ...] = (select_nodes,)
-REWRITE: tuple[Pass, ...] = (quantize_inputs, rewrite_linear, rewrite_conv, drop_unused_inputs)
+REWRITE: tuple[Pass, ...] = (quantize_inputs, rewrite_linear, rewrite_conv, keep_output_layout, drop_unused_inputs)
 
 _log = logging.getLogger("onlinequant")
 

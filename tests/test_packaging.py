@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ else:
     import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
+DEPENDENCIES = [Path(folder) for folder in sys.path if folder.endswith("-packages")]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENTRY_POINTS = [
     ["console_scripts", "onlinequant", "onlinequant_backend.cli:main"],
@@ -47,7 +49,12 @@ spec = importlib.util.spec_from_file_location(name, os.path.join(folder, "__init
 module = importlib.util.module_from_spec(spec)
 sys.modules[name] = module
 spec.loader.exec_module(module)
-print(json.dumps({"nodes": sorted(module.NODE_CLASS_MAPPINGS), "on_path": folder in sys.path}))
+package = importlib.util.find_spec("onlinequant_backend")
+print(json.dumps({
+    "nodes": sorted(module.NODE_CLASS_MAPPINGS),
+    "on_path": folder in sys.path,
+    "found": package and package.origin,
+}))
 """
 
 
@@ -58,19 +65,20 @@ def copy_checkout(to: Path) -> Path:
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run Python with these arguments and nothing but ``environment`` to say where our code is."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    """Run Python with these arguments and return what it prints."""
     done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
+        [sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def run_report(code: str, cwd: Path, **environment: str) -> dict[str, Any]:
-    """The JSON that ``code`` prints last, run in an empty folder."""
+def run_report(code: str, cwd: Path, path: Iterable[Path], **environment: str) -> dict[str, Any]:
+    """The JSON that ``code`` prints, run in a new folder, where Python looks for modules on ``path`` alone."""
     cwd.mkdir()
-    return dict(json.loads(run("-c", code, cwd=cwd, **environment).splitlines()[-1]))
+    # -S: the .pth file of a development install would bring this checkout in.
+    python_path = os.pathsep.join(map(str, path))
+    return dict(json.loads(run("-S", "-c", code, cwd=cwd, PYTHONPATH=python_path, **environment).splitlines()[-1]))
 
 
 def package_files(package: Path, others: Path) -> dict[str, str]:
@@ -111,18 +119,16 @@ def test_wheel_holds_our_package_alone(wheel: Path) -> None:
     assert {file.parts[0] for file in files} == {"onlinequant_backend", f"onlinequant-{version}.dist-info"}
     assert Path("onlinequant_backend/py.typed") in files
 
-    wanted = {
-        Path("onlinequant_backend", file.relative_to(ROOT / parent))
-        for parent, top in (("onlinequant_backend", "."), (".", "passes"), (".", "comfy_integration"))
-        for file in (ROOT / parent / top).rglob("*.py")
-    }
+    wanted = {file.relative_to(ROOT) for file in (ROOT / "onlinequant_backend").rglob("*.py")}
+    for beside in ("passes", "comfy_integration"):
+        wanted |= {"onlinequant_backend" / file.relative_to(ROOT) for file in (ROOT / beside).rglob("*.py")}
     assert {file for file in files if file.suffix == ".py"} == wanted
 
 
 def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
     site = tmp_path / "site"
     zipfile.ZipFile(wheel).extractall(site)
-    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(site), PYTHONPATH=str(site))
+    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", [site, *DEPENDENCIES], SITE=str(site))
     package = site / "onlinequant_backend"
     assert report == {"files": package_files(package, package), "short": [], "entry_points": ENTRY_POINTS}
 
@@ -131,23 +137,23 @@ def test_editable_install_imports(tmp_path: Path) -> None:
     checkout, site = copy_checkout(tmp_path / "checkout"), tmp_path / "site"
     install = ("pip", "install", "--no-deps", "--no-build-isolation", "--target", site, "--editable", ".")
     run("-m", *install, cwd=checkout)
-    # Python runs the .pth file of an editable install only in folders that it knows as site-packages.
-    as_site_packages = f"import site, sys; sys.path.insert(0, {str(site)!r}); site.addsitedir({str(site)!r})\n"
-    report = run_report(as_site_packages + REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(site))
+    # What an editable install consists of is a .pth file, which is heeded only in a known site-packages folder.
+    code = "import os, site; site.addsitedir(os.environ['SITE'])" + REPORT_IMPORTS
+    report = run_report(code, tmp_path / "elsewhere", [site, *DEPENDENCIES], SITE=str(site))
     files = package_files(checkout / "onlinequant_backend", checkout)
     assert report == {"files": files, "short": [], "entry_points": ENTRY_POINTS}
 
 
 def test_checkout_imports_under_another_name(tmp_path: Path) -> None:
     checkout = copy_checkout(tmp_path / "ComfyUI-onlinequant-main")
-    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", SITE=str(checkout), PYTHONPATH=str(checkout))
+    report = run_report(REPORT_IMPORTS, tmp_path / "elsewhere", [checkout, *DEPENDENCIES], SITE=str(checkout))
     assert report["files"] == package_files(checkout / "onlinequant_backend", checkout)
 
 
 def test_root_is_harmless_without_comfyui(tmp_path: Path) -> None:
     clone = copy_checkout(tmp_path / "ComfyUI-onlinequant-main")
-    report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", CLONE=str(clone))
-    assert report == {"nodes": [], "on_path": False}
+    report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", [], CLONE=str(clone))
+    assert report == {"nodes": [], "on_path": False, "found": None}
 
 
 def test_comfyui_finds_the_code_in_a_clone(tmp_path: Path) -> None:
@@ -155,8 +161,6 @@ def test_comfyui_finds_the_code_in_a_clone(tmp_path: Path) -> None:
     comfyui = tmp_path / "ComfyUI"
     comfyui.mkdir()
     (comfyui / "folder_paths.py").touch()
-    # -S: no site-packages, so that an installed onlinequant cannot step in; nothing here needs torch.
-    code = LOAD_AS_COMFYUI + "print(json.dumps([importlib.util.find_spec('onlinequant_backend').origin]))"
-    printed = run("-S", "-c", code, cwd=comfyui, PYTHONPATH=str(comfyui), CLONE=str(clone)).splitlines()
-    assert json.loads(printed[0]) == {"nodes": [], "on_path": True}
-    assert json.loads(printed[1]) == [str(clone / "onlinequant_backend" / "__init__.py")]
+    report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", [comfyui], CLONE=str(clone))
+    found = str(clone / "onlinequant_backend" / "__init__.py")
+    assert report == {"nodes": [], "on_path": True, "found": found}

@@ -1,0 +1,85 @@
+"""Real denoisers with random weights: the published configurations and one step's real arguments. Nothing is
+downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+SDXL = {
+    "act_fn": "silu",
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "sample_size": 128,
+    "transformer_layers_per_block": [1, 2, 10],
+    "use_linear_projection": True,
+}
+SD15 = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+SVD = {
+    "sample_size": 96,
+    "in_channels": 8,
+    "out_channels": 4,
+    "num_frames": 25,
+    "down_block_types": ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"],
+    "up_block_types": ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 768,
+    "layers_per_block": 2,
+    "cross_attention_dim": 1024,
+    "transformer_layers_per_block": 1,
+    "num_attention_heads": [5, 10, 20, 20],
+}
+MODELS = ("sd15", "sdxl", "svd")
+
+
+def build(
+    name: str, device: str, dtype: torch.dtype, batch: int, seed: int = 0
+) -> tuple[torch.nn.Module, dict[str, Any]]:
+    """A denoiser of ``MODELS`` and the keyword arguments of one step at its native size.
+
+    "meta" is an allowed device: shapes without values.
+    """
+    from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
+
+    torch.manual_seed(seed)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device, dtype=dtype)
+
+    timestep = torch.full((1,), 500.0, device=device)
+    with torch.device(device):
+        model: torch.nn.Module
+        if name == "sd15":
+            model = UNet2DConditionModel(**SD15)
+            inputs: dict[str, Any] = {"sample": noise(batch, 4, 64, 64), "timestep": timestep}
+            inputs["encoder_hidden_states"] = noise(batch, 77, 768)
+        elif name == "sdxl":
+            model = UNet2DConditionModel(**SDXL)
+            inputs = {"sample": noise(batch, 4, 128, 128), "timestep": timestep}
+            inputs["encoder_hidden_states"] = noise(batch, 77, 2048)
+            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": noise(batch, 6)}
+        elif name == "svd":
+            model = UNetSpatioTemporalConditionModel(**SVD)
+            inputs = {"sample": noise(batch, 25, 8, 72, 128), "timestep": timestep}
+            inputs["encoder_hidden_states"] = noise(batch, 1, 1024)
+            inputs["added_time_ids"] = noise(batch, 3)
+        else:
+            raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    if name != "svd":
+        model = model.to(memory_format=torch.channels_last)
+    return model, {**inputs, "return_dict": False}
+
+
+def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
+    """``||result - expected|| / ||expected||``."""
+    result, expected = result.double(), expected.double()
+    return float((result - expected).norm() / expected.norm())

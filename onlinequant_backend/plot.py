@@ -1,0 +1,102 @@
+"""A report as a picture: where every layer lies between worth quantizing and safe to quantize."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+if TYPE_CHECKING:
+    from .report import NodeDecision, Report
+
+# Blue and orange differ in lightness too, so the picture survives a grey print and colour blindness.
+_COLOURS = {True: "#1f6fb4", False: "#e07b28"}
+_OUTCOMES = {True: "8 bit", False: "float"}
+_MARKERS = {"conv": "o", "linear": "^"}
+_THRESHOLD_STYLES = {"conv": (0, (6, 3)), "linear": (0, (2, 2))}
+
+
+def plot_layers(report: Report, path: str | os.PathLike[str]) -> None:
+    """Draw compute density (x) against sensitivity (y), one mark a layer, into the PNG ``path``.
+
+    Layers without a measured sensitivity lie on a rug below the axes. Nothing global is touched: no pyplot, no backend.
+    Raises OSError where ``path`` cannot be written.
+    """
+    figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    scatter, rug = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
+    measured = [decision for decision in report.decisions if decision.sensitivity and decision.density > 0]
+    others = [decision for decision in report.decisions if not decision.sensitivity and decision.density > 0]
+    _draw_marks(scatter, measured, [decision.sensitivity or 0.0 for decision in measured])
+    _draw_marks(rug, others, [{"conv": 1.0, "linear": 0.0}[decision.kind] for decision in others])
+    _draw_thresholds((scatter, rug), report)
+    _label(figure, scatter, rug, report)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def _draw_marks(axes: Axes, decisions: Sequence[NodeDecision], heights: Sequence[float]) -> None:
+    for quantized in (False, True):
+        for kind, marker in _MARKERS.items():
+            chosen = [i for i, d in enumerate(decisions) if d.quantized is quantized and d.kind == kind]
+            axes.scatter(
+                [decisions[i].density for i in chosen],
+                [heights[i] for i in chosen],
+                s=42,
+                marker=marker,
+                color=_COLOURS[quantized],
+                alpha=0.75,
+                edgecolors="white",
+                linewidths=0.6,
+                zorder=3,
+            )
+
+
+def _thresholds(report: Report) -> dict[str, float]:
+    """The density threshold of each kind, where the options hold one that a logarithmic axis can show."""
+    values = {kind: report.config.get(f"{kind}_compute_density_threshold") for kind in _MARKERS}
+    return {kind: float(value) for kind, value in values.items() if value}
+
+
+def _draw_thresholds(all_axes: Sequence[Axes], report: Report) -> None:
+    for kind, threshold in _thresholds(report).items():
+        for axes in all_axes:
+            axes.axvline(threshold, color="#555555", linewidth=1.1, linestyle=_THRESHOLD_STYLES[kind], zorder=1)
+
+
+def _label(figure: Figure, scatter: Axes, rug: Axes, report: Report) -> None:
+    counts = report.counts()
+    layers = ", ".join(f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']} {kind}" for kind in _MARKERS)
+    figure.suptitle(f"{report.model}: {layers} layers in 8 bit", fontsize=13, fontweight="bold")
+    scatter.set(xscale="log", yscale="log", ylabel="sensitivity: relative error of the output in 8 bit")
+    rug.set(xlabel="compute density (FLOPs per byte)", ylim=(-0.7, 1.7))
+    rug.set_yticks([1, 0], ["conv", "linear"])
+    rug.set_ylabel("not\nmeasured", rotation=0, ha="right", va="center", labelpad=12)
+    rug.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scatter.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    scatter.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (scatter, rug):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(which="major", color="#e4e4e4", linewidth=0.8, zorder=0)
+        axes.set_axisbelow(True)
+    scatter.legend(handles=_legend(report), loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=10)
+
+
+def _legend(report: Report) -> list[Line2D]:
+    marks = [
+        Line2D([], [], linestyle="", marker=marker, markersize=7, color=_COLOURS[quantized], label=f"{kind}, {outcome}")
+        for quantized, outcome in _OUTCOMES.items()
+        for kind, marker in _MARKERS.items()
+    ]
+    lines = [
+        Line2D([], [], color="#555555", linestyle=_THRESHOLD_STYLES[kind], label=f"{kind} threshold, {threshold:g}")
+        for kind, threshold in _thresholds(report).items()
+    ]
+    return [*marks, *lines]

@@ -1,0 +1,250 @@
+"""What was decided for every layer and why: kept in memory, printed as a table, saved as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import math
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from . import cache, errors
+from .table import render_table
+
+SCHEMA_VERSION = 1
+STATS_FILE = "quantization_stats.json"
+KINDS = ("conv", "linear")
+PHASES = ("calibrating", "compiling", "quantized", "float")
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeDecision:
+    """One layer of one graph, and what became of it; raises ValueError for an unknown kind or an empty reason.
+
+    Attributes:
+        name: fully qualified name of the layer in its model.
+        kind: "conv" or "linear".
+        shape: shape of the layer's input.
+        weight_shape: shape of its weight.
+        flops: floating-point operations of one call.
+        bytes: input, weight and output, each moved once.
+        density: ``flops / bytes``.
+        sensitivity: mean absolute error in 8 bit over the mean magnitude of the float output; None if not measured.
+        mae: mean absolute error in 8 bit, in the output's units; None if not measured.
+        mse: mean squared error in 8 bit; None if not measured.
+        quantized: whether the layer runs in 8 bit.
+        reason: why; never empty.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    flops: int
+    bytes: int
+    density: float
+    sensitivity: float | None
+    mae: float | None
+    mse: float | None
+    quantized: bool
+    reason: str
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"{self.name} is of kind {self.kind!r}, which is none of {KINDS}")
+        if not self.reason:
+            raise ValueError(f"the decision about {self.name} has no reason")
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready data. ``density`` is called ``compute_density``, as in the predecessor's file."""
+        values = {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
+        return {_JSON_NAMES.get(name, name): list(v) if isinstance(v, tuple) else v for name, v in values.items()}
+
+    @classmethod
+    def from_dict(cls, data: Any, where: str) -> NodeDecision:
+        """The reverse of ``to_dict``; raises ValueError naming ``where`` and what is wrong."""
+        values = _checked(data, _DECISION_TYPES, where)
+        values["density"] = values.pop("compute_density")
+        for name in ("shape", "weight_shape"):
+            if not all(type(size) is int for size in values[name]):
+                raise ValueError(f"{name} of {where} holds something that is not an integer")
+            values[name] = tuple(values[name])
+        return cls(**values)
+
+
+@dataclasses.dataclass
+class Report:
+    """One compiled graph; the runtime keeps it up to date.
+
+    Attributes:
+        model: class name of the model that the graph was traced from.
+        phase: "calibrating", "compiling", "quantized" or "float".
+        phase_reason: why it is in that phase.
+        precision: "int8", "fp8" or "float".
+        precision_reason: why that precision.
+        calls_observed: calls observed so far.
+        calibration_steps: calls to observe in all.
+        cache_hit: whether the decisions came from the cache.
+        decisions: one for each convolution and linear layer, in the graph's order.
+        compile_seconds: seconds spent in Inductor after observing.
+        sensitivity_kind: the option ``sensitivity``.
+        stats_path: where the report was last saved or loaded from; None if nowhere.
+        config: every option, as ``QuantConfig.to_dict()`` gives them.
+        key: key of the cache entry, a hex digest.
+        created: ISO 8601 time in UTC.
+    """
+
+    model: str
+    phase: str = "calibrating"
+    phase_reason: str = ""
+    precision: str = "float"
+    precision_reason: str = ""
+    calls_observed: int = 0
+    calibration_steps: int = 0
+    cache_hit: bool = False
+    decisions: list[NodeDecision] = dataclasses.field(default_factory=list)
+    compile_seconds: float = 0.0
+    sensitivity_kind: str = "local"
+    stats_path: str | None = None
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    key: str = ""
+    created: str = dataclasses.field(default_factory=lambda: _now())
+
+    def counts(self) -> dict[str, int]:
+        """Layers in 8 bit (``quantized_conv``) out of those there are (``candidates_conv``); the same for linear."""
+        counts = {}
+        for kind in KINDS:
+            decisions = [decision for decision in self.decisions if decision.kind == kind]
+            counts[f"quantized_{kind}"] = sum(decision.quantized for decision in decisions)
+            counts[f"candidates_{kind}"] = len(decisions)
+        return counts
+
+    def table(self) -> str:
+        """Plain text, 120 columns: a summary, one row a layer, and how often each reason for float occurs."""
+        return render_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``save`` writes: every field but ``stats_path``, and ``schema_version`` and ``counts`` with them."""
+        fields = {name: getattr(self, name) for name in _REPORT_TYPES if name not in ("schema_version", "decisions")}
+        decisions = [decision.to_dict() for decision in self.decisions]
+        return {"schema_version": SCHEMA_VERSION, **fields, "counts": self.counts(), "decisions": decisions}
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done."""
+        cache.write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
+        self.stats_path = str(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Report:
+        """Read what ``save`` wrote; raises StatsFileError naming what is wrong with the file and what to do."""
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            version = data.get("schema_version") if isinstance(data, dict) else None
+            if version != SCHEMA_VERSION:
+                raise ValueError(f"its schema_version is {version!r}, and this onlinequant reads {SCHEMA_VERSION}")
+            values = _checked(data, _REPORT_TYPES, "the report")
+            del values["schema_version"]
+            decisions = [
+                NodeDecision.from_dict(decision, f"decision {index}")
+                for index, decision in enumerate(values.pop("decisions"))
+            ]
+        except OSError as error:
+            raise errors.StatsFileError(
+                f"Cannot read the statistics {os.fspath(path)!r}: {error.strerror or error}. A run of a model that was "
+                "compiled with backend='onlinequant' writes them; reports()[-1].stats_path says where."
+            ) from error
+        except ValueError as error:
+            raise errors.StatsFileError(
+                f"{os.fspath(path)!r} is not a statistics file of this version: {error}. "
+                "Delete it and run the model again to have a new one written."
+            ) from error
+        return cls(**values, decisions=decisions, stats_path=str(path))
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw density against sensitivity, one mark a layer, into the PNG ``path``; needs matplotlib."""
+        from .plot import plot_layers
+
+        plot_layers(self, path)
+
+
+_reports: list[Report] = []
+_reports_lock = threading.Lock()
+
+
+def register(report: Report) -> None:
+    """Add ``report`` to this process's list."""
+    with _reports_lock:
+        _reports.append(report)
+
+
+def reports() -> list[Report]:
+    """One report for each graph compiled in this process, newest last."""
+    with _reports_lock:
+        return list(_reports)
+
+
+def clear() -> None:
+    """Empty this process's list."""
+    with _reports_lock:
+        _reports.clear()
+
+
+# JSON types of a saved report and of a saved decision; the names that differ in JSON come first.
+_JSON_NAMES = {"density": "compute_density"}
+_NUMBER, _OPTIONAL_NUMBER = (int, float), (int, float, type(None))
+_REPORT_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "schema_version": int,
+    "key": str,
+    "created": str,
+    "model": str,
+    "phase": str,
+    "phase_reason": str,
+    "precision": str,
+    "precision_reason": str,
+    "calls_observed": int,
+    "calibration_steps": int,
+    "cache_hit": bool,
+    "compile_seconds": _NUMBER,
+    "sensitivity_kind": str,
+    "config": dict,
+    "decisions": list,
+}
+_DECISION_TYPES: Mapping[str, type | tuple[type, ...]] = {
+    "name": str,
+    "kind": str,
+    "shape": list,
+    "weight_shape": list,
+    "flops": int,
+    "bytes": int,
+    "compute_density": _NUMBER,
+    "sensitivity": _OPTIONAL_NUMBER,
+    "mae": _OPTIONAL_NUMBER,
+    "mse": _OPTIONAL_NUMBER,
+    "quantized": bool,
+    "reason": str,
+}
+
+
+def _checked(data: Any, types: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} is not a JSON object")
+    for name, expected in types.items():
+        if name not in data:
+            raise ValueError(f"{where} has no {name!r}")
+        # In Python a bool is an int; in a statistics file it is not.
+        if not isinstance(data[name], expected) or (isinstance(data[name], bool) and expected is not bool):
+            raise ValueError(f"{name!r} of {where} is {data[name]!r}")
+    return {name: data[name] for name in types}
+
+
+def _finite(value: Any) -> Any:
+    """``value``, or None for a float that JSON has no number for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onlinequant_backend import graph, ops
+from onlinequant_backend.passes import REWRITE
+from onlinequant_backend.passes.quantize_inputs import quantize_inputs
+from onlinequant_backend.precision import Precision
+from tests.graph_probe import GraphProbe, WithWeight, host_precision
+from tests.tiny import net, noise, relative_error
+
+LINEAR = torch._C._nn.linear
+
+
+class Readers(nn.Module):
+    """A convolution and two linears that all read the graph's input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 1)
+        self.first = nn.Linear(8, 8)
+        self.second = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.first(x) + self.conv(x) + self.second(x)
+
+
+def test_q_k_and_v_share_one_quantize_node() -> None:
+    probe = GraphProbe(net(), noise(1, 4, 8, 8)).analyze()
+    # conv_in, the block's conv, one for q, k and v, to_out, conv_out.
+    assert probe.run(quantize_inputs) == {"quantize_inputs": 5}
+    assert probe.after.counts - probe.before.counts == {ops.quantize: 5, "placeholder": 5}
+    q, k, v, to_out = probe.nodes(LINEAR)
+    assert q.args[0] is k.args[0] is v.args[0] is not to_out.args[0]
+
+    indices = {info.name: info.index for info in probe.infos}
+    first_readers = ["conv_in", "blocks.0.conv", "blocks.0.to_q", "blocks.0.to_out", "conv_out"]
+    assert probe.context.extra_inputs == [("qparams", indices[name]) for name in first_readers]
+    assert [node.name for node in graph.placeholders(probe.graph_module)[-5:]] == [
+        f"onlinequant_qparams_{indices[name]}" for name in first_readers
+    ]
+    probe.assert_settled(quantize_inputs)
+
+
+def test_convolution_and_linear_that_read_one_tensor_do_not_share() -> None:
+    probe = GraphProbe(Readers(), noise(1, 4, 8, 8), precision=Precision("int8", "no VNNI", 7)).analyze()
+    assert probe.run(quantize_inputs) == {"quantize_inputs": 2}
+    x = graph.placeholders(probe.graph_module)[0]
+    rows, image = probe.nodes(ops.quantize)
+    assert (rows.args[0], *rows.args[2:]) == (x, 7, False)
+    assert (image.args[0], *image.args[2:]) == (x, 7, True)
+    assert [node.args[0] for node in probe.nodes(LINEAR)] == [rows, rows]
+    assert probe.nodes(torch.conv2d)[0].args[0] is image
+
+
+def test_arguments_given_by_keyword_are_found() -> None:
+    module = WithWeight(lambda x, w: F.linear(bias=None, weight=w, input=x), 8, 8)
+    probe = GraphProbe(module, noise(2, 8)).analyze()
+    assert probe.run(quantize_inputs) == {"quantize_inputs": 1}
+    assert probe.nodes(LINEAR)[0].kwargs["input"] is probe.nodes(ops.quantize)[0]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "selection", "quantized"),
+    [(("conv",), None, ["first", "second"]), ((), [1], ["conv"]), ((), [0, 2], ["first", "second"]), (("*",), None, [])],
+)
+def test_only_selected_layers_read_8_bit(
+    exclude: tuple[str, ...], selection: list[int] | None, quantized: list[str]
+) -> None:
+    probe = GraphProbe(Readers(), noise(1, 4, 8, 8), exclude=exclude).analyze()
+    probe.context.selection = selection
+    assert probe.run(quantize_inputs) == {"quantize_inputs": 1 if quantized else 0}
+    readers = {user for node in probe.nodes(ops.quantize) for user in node.users}
+    assert [node.meta["onlinequant"].name for node in probe.graph_module.graph.nodes if node in readers] == quantized
+    if not quantized:
+        assert probe.after == probe.before
+        assert {info.reason for info in probe.infos} == {"excluded by '*'"}
+
+
+def add_in_place(x: torch.Tensor) -> torch.Tensor:
+    x.add_(100)
+    return x
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(add_in_place, marks=pytest.mark.xfail(reason="bug: the second layer reads the old value")),
+        lambda x: x.add_(100),
+        lambda x: x + 100,
+    ],
+)
+def test_value_that_changes_between_two_readers_is_not_shared(change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x * 1
+            return self.first(x) + self.second(change(x))
+
+    torch.manual_seed(0)
+    module, x = Changing(), noise(64, 32)
+    probe = GraphProbe(module, x, precision=host_precision()).analyze()
+    layers = probe.observe()
+    probe.run(*REWRITE)
+    (result,) = probe.call_quantized(layers)
+    assert relative_error(result, module(x)) < 0.05

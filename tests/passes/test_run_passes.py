@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch import nn
+
+from onlinequant_backend import graph, ops
+from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, SELECT, PassContext
+from tests.graph_probe import GraphProbe, host_precision
+from tests.tiny import net, noise, relative_error
+
+X = noise(1, 4, 8, 8)
+
+
+def rename_output(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """A pass that replaces the result by its negative."""
+    output = next(node for node in graph_module.graph.nodes if node.op == "output")
+    (result,) = output.args[0]
+    with graph_module.graph.inserting_before(output):
+        output.args = ((graph_module.graph.call_function(torch.neg, (result,)),),)
+    return 1
+
+
+def use_before_definition(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """A pass that breaks the graph."""
+    first, *_, last = (node for node in graph_module.graph.nodes if node.op == "call_function")
+    first.args = (last, *first.args[1:])
+    return 1
+
+
+def test_order_of_the_passes() -> None:
+    assert [[run.__name__ for run in passes] for passes in (ANALYZE, OBSERVE, SELECT, REWRITE)] == [
+        ["name_layers", "annotate_density", "select_nodes"],
+        ["insert_observers"],
+        ["select_nodes"],
+        ["quantize_inputs", "rewrite_linear", "rewrite_conv", "drop_unused_inputs"],
+    ]
+
+
+def test_graph_is_recompiled_and_passes_are_logged(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.Linear(4, 4)
+    probe = GraphProbe(module, noise(2, 4))
+    with caplog.at_level(logging.DEBUG, logger="onlinequant"):
+        assert probe.run(rename_output) == {"rename_output": 1}
+    assert "rename_output changed 1 nodes in " in caplog.text
+    (result,) = probe.call()
+    assert torch.equal(result, -module(noise(2, 4)))
+
+
+def test_broken_graph_is_an_error() -> None:
+    probe = GraphProbe(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), noise(2, 4))
+    with pytest.raises(RuntimeError, match="before it has been defined"):
+        probe.run(use_before_definition)
+
+
+@pytest.mark.parametrize(
+    ("options", "linears", "convs"),
+    [
+        ({}, 4, 3),
+        ({"quantized_conv_percentage": 0}, 4, 0),
+        ({"quantized_linear_percentage": 0}, 0, 3),
+        ({"exclude": ("conv_*", "*.to_k")}, 3, 1),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_net_in_8_bit_is_close_to_float(
+    options: dict[str, Any], linears: int, convs: int, dtype: torch.dtype
+) -> None:
+    model = net(dtype=dtype)
+    probe = GraphProbe(model, X.to(dtype), precision=host_precision(), **options).analyze()
+    layers = probe.observe()
+    changes = probe.run(*REWRITE)
+    assert (changes["rewrite_linear"], changes["rewrite_conv"]) == (linears, convs)
+    assert (probe.added(ops.linear), probe.added(ops.conv)) == (linears, convs)
+    assert (probe.added(torch._C._nn.linear), probe.added(torch.conv2d)) == (-linears, -convs)
+    assert changes["drop_unused_inputs"] == linears + convs
+    # The caller hands over what is left of its arguments, then the extra inputs, in this order.
+    names = [node.name for node in graph.placeholders(probe.graph_module)]
+    assert all(name in probe.inputs for name in names[: -len(probe.context.extra_inputs)])
+
+    (result,) = probe.call_quantized(layers)
+    assert result.dtype is dtype
+    assert 0 < relative_error(result, model(X.to(dtype))) < 0.05
+    probe.assert_settled(*REWRITE)
+
+
+def test_nothing_selected_changes_nothing() -> None:
+    probe = GraphProbe(net(), X, exclude=("*",)).analyze()
+    probe.assert_settled(*REWRITE)
+    assert {info.reason for info in probe.infos} == {"excluded by '*'"}

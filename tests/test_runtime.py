@@ -1,0 +1,436 @@
+"""The two-phase callable. Inductor is replaced by running the rewritten graph as it is, which is quick and counts."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import compat, ops
+from tests.tiny import OPTIONS, Net, net, noise, relative_error
+
+X = noise(1, 4, 8, 8)
+CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
+
+
+class EagerInductor:
+    """Stands in for Inductor: keeps the graphs that it is given and runs them eagerly."""
+
+    def __init__(self) -> None:
+        self.graphs: list[torch.fx.GraphModule] = []
+        self.error: Exception | None = None
+
+    def __call__(
+        self, graph_module: torch.fx.GraphModule, inputs: Sequence[Any], options: Any, *, outside_dynamo: bool
+    ) -> Callable[..., Any]:
+        if self.error is not None:
+            raise self.error
+        self.graphs.append(graph_module)
+        return graph_module
+
+    def quantized_ops(self) -> int:
+        targets = [node.target for node in self.graphs[-1].graph.nodes]
+        return sum(target in (ops.linear, ops.conv) for target in targets)
+
+
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
+    stand_in = EagerInductor()
+    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    return stand_in
+
+
+def compiled(model: nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
+    return torch.compile(model, backend=oq.onlinequant, options={**OPTIONS, **options})
+
+
+def dynamo_graphs() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+@pytest.fixture(autouse=True)
+def _count_from_zero() -> None:
+    torch._dynamo.utils.counters.clear()
+
+
+@torch.no_grad()
+def test_observed_calls_are_exact_then_one_compile_then_8_bit(inductor: EagerInductor) -> None:
+    model = net()
+    step, expected = compiled(model), model(X)
+    for call in (1, 2):
+        assert torch.equal(step(X), expected)
+        assert oq.reports()[-1].phase == "calibrating"
+        assert oq.reports()[-1].calls_observed == call
+        assert not inductor.graphs
+    for _ in range(3):
+        assert 0 < relative_error(step(X), expected) < CLOSE
+    report = oq.reports()[-1]
+    assert (report.phase, len(inductor.graphs), dynamo_graphs()) == ("quantized", 1, 1)
+    assert all(decision.quantized and decision.reason for decision in report.decisions)
+    assert {decision.name for decision in report.decisions} == {
+        name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1
+    }
+    assert all(decision.sensitivity is not None and decision.sensitivity > 0 for decision in report.decisions)
+    assert inductor.quantized_ops() == len(report.decisions) == 7
+
+
+@torch.no_grad()
+def test_fifty_steps_neither_recompile_nor_break(inductor: EagerInductor) -> None:
+    step = compiled(net())
+    for seed in range(50):
+        step(noise(1, 4, 8, 8, seed=seed))
+    assert (len(inductor.graphs), dynamo_graphs()) == (1, 1)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@torch.no_grad()
+def test_float_weights_are_no_inputs_of_the_8_bit_graph(inductor: EagerInductor) -> None:
+    step = compiled(net())
+    for _ in range(3):
+        step(X)
+    inputs = [node.name for node in inductor.graphs[-1].graph.find_nodes(op="placeholder")]
+    assert not [name for name in inputs if "to_q" in name or ("conv" in name and "weight" in name and "l_self" in name)]
+    # q, k and v share one set of parameters for the tensor that they read.
+    assert sum("qparams" in name for name in inputs) == 7 - 2
+
+
+@torch.no_grad()
+def test_each_shape_compiles_once_and_calibrates_never_again(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    inputs = [noise(*shape) for shape in ((1, 4, 8, 8), (2, 4, 8, 8), (1, 4, 12, 8), (3, 4, 16, 12))]
+    for x in inputs + inputs + inputs:
+        assert relative_error(step(x), model(x)) < CLOSE
+    assert len(inductor.graphs) == len(inputs)
+    assert max(report.calls_observed for report in oq.reports()) <= 2
+
+
+@torch.no_grad()
+def test_dynamic_shapes(inductor: EagerInductor) -> None:
+    model = net()
+    step = torch.compile(model, backend=oq.onlinequant, options=OPTIONS, dynamic=True)
+    for size in (8, 8, 8, 12, 16, 8):
+        x = noise(2, 4, size, size)
+        assert relative_error(step(x), model(x)) < CLOSE
+    assert dynamo_graphs() == 1
+    assert len(inductor.graphs) == 3
+    for graph_module in inductor.graphs:
+        assert not [n for n in graph_module.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+
+
+def test_no_grad_and_inference_mode_share_one_calibration(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    with torch.no_grad():
+        expected = model(X)
+        for _ in range(3):
+            step(X)
+    with torch.inference_mode():
+        assert 0 < relative_error(step(X.clone()), expected) < CLOSE
+    assert [report.phase for report in oq.reports()] == ["quantized", "quantized"]
+    assert oq.reports()[1].calls_observed == 0
+
+
+@torch.no_grad()
+def test_several_graphs(inductor: EagerInductor) -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = net(), net(seed=1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            return self.second(x)
+
+    model = Broken()
+    step = compiled(model)
+    for _ in range(4):
+        assert relative_error(step(X), model(X)) < CLOSE
+    assert [report.phase for report in oq.reports()] == ["quantized", "quantized"]
+
+
+@torch.no_grad()
+def test_one_graph_serves_many_blocks(inductor: EagerInductor) -> None:
+    """Regional compilation: Dynamo makes one graph, and every block brings weights of its own."""
+    torch.manual_seed(0)
+    blocks = [copy.deepcopy(net()) for _ in range(3)]
+    for block in blocks:
+        for parameter in block.parameters():
+            parameter.mul_(1 + torch.rand(()))
+        block.compile(backend=oq.onlinequant, options=dict(OPTIONS))
+    for _ in range(4):
+        for block in blocks:
+            assert relative_error(block(X), block.forward(X)) < CLOSE
+    assert dynamo_graphs() == 1
+    assert len(inductor.graphs) == 1
+
+
+def add_in_place(weight: nn.Parameter, delta: torch.Tensor) -> None:
+    weight.add_(delta)
+
+
+def copy_in_place(weight: nn.Parameter, delta: torch.Tensor) -> None:
+    weight.copy_(weight + delta)
+
+
+def new_data(weight: nn.Parameter, delta: torch.Tensor) -> None:
+    weight.data = weight.data + delta
+
+
+def add_to_data(weight: nn.Parameter, delta: torch.Tensor) -> None:
+    weight.data += delta
+
+
+def copy_into_data(weight: nn.Parameter, delta: torch.Tensor) -> None:
+    weight.data.copy_(weight.data + delta)
+
+
+CHANGES = (add_in_place, copy_in_place, new_data, add_to_data, copy_into_data)
+
+
+def deltas(model: Net) -> list[tuple[nn.Module, torch.Tensor]]:
+    """Changes of some weights that turn the picture into another one, of the same range: channels in other order."""
+    block = model.blocks[0]
+    return [(layer, layer.weight.flip(0) - layer.weight) for layer in (block.conv, block.to_v, model.conv_in)]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("inference", [False, True])
+def test_changed_weights_are_followed(change: Callable[..., None], inference: bool, inductor: EagerInductor) -> None:
+    with torch.inference_mode(inference), torch.no_grad():
+        model = net()
+        step = compiled(model)
+        for _ in range(3):
+            step(X)
+        before = model(X)
+        for layer, delta in deltas(model):
+            change(layer.weight, delta)
+        expected = model(X)
+        assert relative_error(expected, before) > 3 * CLOSE
+        for _ in range(2):
+            assert relative_error(step(X), expected) < CLOSE
+        assert (len(inductor.graphs), dynamo_graphs()) == (1, 1)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_replaced_parameters_are_followed_there_and_back(inference: bool, inductor: EagerInductor) -> None:
+    """A ComfyUI LoRA: new Parameter objects, later the old ones again."""
+    with torch.inference_mode(inference), torch.no_grad():
+        model = net()
+        step = compiled(model)
+        for _ in range(3):
+            step(X)
+        plain = model(X)
+        originals = {}
+        for layer, delta in deltas(model):
+            originals[layer] = layer.weight
+            layer.weight = nn.Parameter(layer.weight + delta, requires_grad=False)
+        assert relative_error(step(X), model(X)) < CLOSE
+        assert relative_error(model(X), plain) > 3 * CLOSE
+        for layer, weight in originals.items():
+            layer.weight = weight
+        assert relative_error(step(X), plain) < CLOSE
+        assert (len(inductor.graphs), dynamo_graphs()) == (1, 1)
+        assert oq.reports()[-1].calls_observed == 2
+
+
+@torch.no_grad()
+def test_two_graphs_that_share_weights_never_serve_each_others(inductor: EagerInductor) -> None:
+    """Two shapes are two graphs over one 8-bit copy; the copy follows whichever weights are in the model now."""
+    model = net()
+    step = compiled(model)
+    wide = noise(2, 4, 8, 8)
+    original = model.blocks[0].conv.weight
+    changed = nn.Parameter(original * -1.5, requires_grad=False)
+    for _ in range(3):
+        step(X), step(wide)
+    for weight in (changed, original, changed, original):
+        model.blocks[0].conv.weight = weight
+        for x in (wide, X):
+            assert relative_error(step(x), model(x)) < CLOSE
+
+
+@torch.no_grad()
+def test_replaced_weights_in_another_layout(inductor: EagerInductor) -> None:
+    """A float weight that comes back in another memory format is another graph, not a wrong stride."""
+    model = net()
+    step = compiled(model, exclude=("conv_in",))
+    for _ in range(3):
+        step(X)
+    weight = model.conv_in.weight.to(memory_format=torch.channels_last).clone(memory_format=torch.preserve_format)
+    model.conv_in.weight = nn.Parameter(weight, requires_grad=False)
+    assert relative_error(step(X), model(X)) < CLOSE
+    assert len(inductor.graphs) == 2
+
+
+@torch.no_grad()
+def test_another_models_weights_are_calibrated_anew(inductor: EagerInductor) -> None:
+    """``load_state_dict(assign=True)`` with another checkpoint replaces every parameter."""
+    model, other = net(), net(seed=5)
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    model.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(step(X), other(X))
+    step(X)
+    assert 0 < relative_error(step(X), other(X)) < CLOSE
+    assert (len(inductor.graphs), dynamo_graphs()) == (1, 1)
+
+
+@torch.no_grad()
+def test_invalidate_follows_a_change_that_leaves_no_trace(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    model.conv_out.weight.data[0, 0] += 5  # one value, unseen by the samples
+    expected = model(X)
+    oq.invalidate(model)
+    assert relative_error(step(X), expected) < CLOSE
+
+
+@torch.no_grad()
+def test_a_dropped_model_is_freed(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    guard = weakref.ref(model.conv_in.weight)
+    del model, step
+    gc.collect()
+    assert guard() is None
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("conv", "linear", "expected"), [(0, 100, 4), (100, 0, 3), (50, 25, 3), (0, 0, 0)])
+def test_percentages(conv: float, linear: float, expected: int, inductor: EagerInductor) -> None:
+    step = compiled(net(), quantized_conv_percentage=conv, quantized_linear_percentage=linear)
+    for _ in range(3):
+        step(X)
+    decisions = oq.reports()[-1].decisions
+    assert sum(decision.quantized for decision in decisions) == expected
+    for kind in ("conv", "linear"):
+        kept = [d.sensitivity for d in decisions if d.kind == kind and d.quantized and d.sensitivity is not None]
+        refused = [d.sensitivity for d in decisions if d.kind == kind and not d.quantized and d.sensitivity is not None]
+        assert not kept or not refused or max(kept) <= min(refused)
+    assert oq.reports()[-1].phase == ("quantized" if expected else "float")
+
+
+@torch.no_grad()
+def test_end_to_end_sensitivity_is_the_models_error_with_one_layer_in_8_bit(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, sensitivity="end_to_end")
+    for _ in range(3):
+        step(X)
+    by_name = {decision.name: decision for decision in oq.reports()[-1].decisions}
+    target = by_name["blocks.0.conv"]
+    torch._dynamo.reset()
+    alone = compiled(model, exclude=tuple(name for name in by_name if name != target.name))
+    for _ in range(3):
+        result = alone(X)
+    mae = float((result - model(X)).abs().mean())
+    assert target.mae == pytest.approx(mae, rel=1e-3)
+    assert target.sensitivity == pytest.approx(mae / float(model(X).abs().mean()), rel=1e-3)
+
+
+@torch.no_grad()
+def test_a_graph_that_writes_its_input_keeps_local_sensitivities(inductor: EagerInductor) -> None:
+    class Counting(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.steps.add_(1)
+            return super().forward(x) + self.steps
+
+    model = Counting().requires_grad_(False)
+    model.register_buffer("steps", torch.zeros(()))
+    step = compiled(model, sensitivity="end_to_end")
+    for call in range(1, 5):
+        step(X)
+        assert model.steps == call
+    assert oq.reports()[-1].phase == "quantized"
+
+
+@torch.no_grad()
+def test_layers_with_non_finite_inputs_stay_float(inductor: EagerInductor) -> None:
+    class Exploding(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nan_to_num(self.conv_out(self.conv_in(x) / 0.0)) + super().forward(x)
+
+    step = compiled(Exploding().requires_grad_(False))
+    for _ in range(3):
+        step(X)
+    refused = [decision for decision in oq.reports()[-1].decisions if not decision.quantized]
+    assert [decision.name for decision in refused] == ["conv_out", "conv_out"]  # one weight, read twice
+    assert all("finite" in decision.reason for decision in refused)
+
+
+@torch.no_grad()
+def test_a_failing_compile_leaves_the_float_model(inductor: EagerInductor, caplog: pytest.LogCaptureFixture) -> None:
+    inductor.error = RuntimeError("no compiler")
+    model = net()
+    step = compiled(model)
+    for _ in range(4):
+        assert torch.equal(step(X), model(X))
+    report = oq.reports()[-1]
+    assert report.phase == "float"
+    assert "no compiler" in report.phase_reason
+    assert sum("could not compile" in record.message for record in caplog.records) == 1
+
+
+def test_training_stays_float_with_right_gradients() -> None:
+    model = net().requires_grad_(True)
+    reference = copy.deepcopy(model)
+    step = torch.compile(model, backend=oq.onlinequant, options=dict(OPTIONS))
+    for _ in range(4):
+        step(X).square().sum().backward()
+        reference(X).square().sum().backward()
+    for mine, its in zip(model.parameters(), reference.parameters(), strict=True):
+        assert mine.grad is not None and its.grad is not None
+        assert relative_error(mine.grad, its.grad) < 1e-4
+    assert oq.reports()[-1].phase == "float"
+    assert "no_grad" in oq.reports()[-1].phase_reason
+
+
+def test_parameters_that_need_gradients_later_get_them(inductor: EagerInductor) -> None:
+    """Dynamo does not guard ``requires_grad`` of a parameter."""
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    model.requires_grad_(True)
+    step(X).sum().backward()
+    mine = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    model.zero_grad()
+    model(X).sum().backward()
+    assert len(mine) == len(list(model.parameters()))
+    for gradient, parameter in zip(mine, model.parameters(), strict=True):
+        assert parameter.grad is not None
+        assert torch.allclose(gradient, parameter.grad)
+    with torch.no_grad():
+        for _ in range(2):
+            assert relative_error(step(X), model(X)) < CLOSE
+
+
+@torch.no_grad()
+def test_a_new_compile_reuses_the_calibration(inductor: EagerInductor) -> None:
+    model = net()
+    for expected_calls in (2, 0):
+        torch._dynamo.reset()
+        step = compiled(model)
+        for _ in range(3):
+            step(X)
+        assert oq.reports()[-1].phase == "quantized"
+        assert oq.reports()[-1].calls_observed == expected_calls
+    oq.reset()
+    assert oq.reports() == []
+    torch._dynamo.reset()
+    step = compiled(model)
+    assert torch.equal(step(X), model(X))
+    assert oq.reports()[-1].calls_observed == 1
