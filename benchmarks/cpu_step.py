@@ -140,9 +140,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.column:
-        row = run_column(
-            options.column, options.dtype[0], options.steps, options.calibration_steps, options.folder
-        )
+        row = run_column(options.column, options.dtype[0], options.steps, options.calibration_steps, options.folder)
         print(json.dumps(row))
         return
     with tempfile.TemporaryDirectory() as name:

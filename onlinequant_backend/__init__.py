@@ -6,11 +6,11 @@ from pathlib import Path as _Path
 if not (_Path(__file__).parent / "passes").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from .backend import onlinequant  # noqa: E402
-from .config import QuantConfig  # noqa: E402
-from .errors import OnlineQuantError  # noqa: E402
-from .report import NodeDecision, Report, reports  # noqa: E402
-from .runtime import invalidate, reset  # noqa: E402
+from .backend import onlinequant
+from .config import QuantConfig
+from .errors import OnlineQuantError
+from .report import NodeDecision, Report, reports
+from .runtime import invalidate, reset
 
 __all__ = [
     "NodeDecision",

@@ -52,7 +52,7 @@ def _sample(x: torch.Tensor) -> torch.Tensor:
 
 
 def _memory_order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.dim()), key=lambda dimension: -x.stride(dimension))
+    return sorted(range(x.dim()), key=x.stride, reverse=True)
 
 
 def freeze(observed: ActivationRange, bits: int, method: str) -> torch.Tensor:

@@ -61,5 +61,6 @@ def compile_fx(
     """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    extra = {"ignore_shape_env": True} if outside_dynamo else {}
-    return inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
+    extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}
+    compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
+    return compiled

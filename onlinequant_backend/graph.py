@@ -26,7 +26,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
             setattr(copy, attribute, getattr(graph_module, attribute))
     for original, node in copies.items():
         if hasattr(original, "_dynamo_source"):
-            node._dynamo_source = original._dynamo_source  # type: ignore[attr-defined]
+            node._dynamo_source = original._dynamo_source
     return copy
 
 
@@ -62,7 +62,7 @@ def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torc
     """Append an input. It looks like a parameter to AOTAutograd: unguarded, with a stable address."""
     with graph_module.graph.inserting_after(placeholders(graph_module)[-1]):
         node = graph_module.graph.placeholder(name)
-    node._dynamo_source = ConstantSource(name)  # type: ignore[attr-defined]
+    node._dynamo_source = ConstantSource(name)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
     if example_value is not None:
         node.meta["example_value"] = example_value

@@ -66,9 +66,7 @@ def _conv_fake(
 ) -> torch.Tensor:
     spatial = [
         (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, dil in zip(
-            xq.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
-        )
+        for size, kernel, step, pad, dil in zip(xq.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
     layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
     shape = (xq.shape[0], weight.shape[0], *spatial)

@@ -78,9 +78,9 @@ class Layer:
 
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
-        if self.weight is not None and self._stamp is not None and self._source() is weight:
-            if self._stamp.matches(_Stamp.of(weight)):
-                return False
+        known = self.weight is not None and self._source() is weight
+        if known and self._stamp is not None and self._stamp.matches(_Stamp.of(weight)):
+            return False
         self.requantize(weight)
         return True
 
@@ -253,9 +253,7 @@ class WeightSet:
     def _take_snapshot(self, parameters: Sequence[torch.Tensor]) -> None:
         watched = [parameters[position] for position in self._watched]
         # Inference tensors count no versions.
-        self._versioned = [
-            position for position in self._watched if not parameters[position].is_inference()
-        ]
+        self._versioned = [position for position in self._watched if not parameters[position].is_inference()]
         self._versions = [parameters[position]._version for position in self._versioned]
         self._pointers = [weight.data_ptr() for weight in watched]
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}

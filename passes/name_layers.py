@@ -6,7 +6,7 @@ from onlinequant_backend import graph
 
 from .layer import CONV_TARGETS, LINEAR_TARGETS, TRANSPOSED_TARGETS, LayerInfo, PassContext, info_of, weight_parameter
 
-_KINDS = {
+_KINDS: dict[object, str] = {
     **dict.fromkeys(LINEAR_TARGETS, "linear"),
     **dict.fromkeys(CONV_TARGETS + TRANSPOSED_TARGETS, "conv"),
 }

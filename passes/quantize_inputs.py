@@ -26,7 +26,7 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
     """
     shared: dict[tuple[fx.Node, bool], fx.Node] = {}
     for node, info in layer_nodes(graph_module):
-        if not is_selected(info, context):
+        if info.index is None or not is_selected(info, context):
             continue
         x = graph.argument(node, 0, "input")
         if _is_quantize(x):

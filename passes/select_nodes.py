@@ -34,7 +34,10 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
     for node, info in layer_nodes(graph_module):
         refusal = _impossible(node, info) or _refused_by_options(info, context)
-        info.quantized, info.reason = refusal is None, refusal or ("selected" if context.measured else "candidate, being observed")
+        info.quantized, info.reason = (
+            refusal is None,
+            refusal or ("selected" if context.measured else "candidate, being observed"),
+        )
     if context.measured:
         for kind in ("conv", "linear"):
             _apply_percentage(graph_module, kind, context)
@@ -78,7 +81,8 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
 
 
 def _sensitivity(info: LayerInfo) -> float:
-    return info.sensitivity.relative if info.sensitivity else math.inf
+    relative = info.sensitivity.relative if info.sensitivity else math.inf
+    return math.inf if math.isnan(relative) else relative
 
 
 def _excluding_pattern(name: str, config: QuantConfig) -> str | None:

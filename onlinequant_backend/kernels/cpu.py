@@ -69,7 +69,7 @@ def linear(
             rows, scale, int(zero_point), packed, weight_scale, zeros, b, 1.0, 0, _fused_dtype(dtype), "none", [], ""
         )
     else:
-        # A 1x1 convolution over a column of pixels: oneDNN has a blocked AVX2 kernel for it, and only a loop for linear.
+        # A 1x1 convolution over a column of pixels: for that oneDNN has an AVX2 kernel, for linear only a loop.
         pixels = rows.view(1, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
         y = _qconv(pixels, scale, zero_point, packed, weight_scale, b, (1, 1), (0, 0), (1, 1), dtype)
         y = y.permute(0, 2, 3, 1)

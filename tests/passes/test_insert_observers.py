@@ -32,7 +32,9 @@ def test_every_candidate_is_observed_and_the_result_is_exact() -> None:
 def test_tensor_that_several_layers_read_has_one_range() -> None:
     probe = GraphProbe(net(), X).analyze()
     layers = probe.observe()
-    observed = {info.name.rpartition(".")[2]: layers[info.index].observed for info in probe.infos if info.index is not None}
+    observed = {
+        info.name.rpartition(".")[2]: layers[info.index].observed for info in probe.infos if info.index is not None
+    }
     assert observed["to_q"] is observed["to_k"] is observed["to_v"]
     assert len({id(value) for value in observed.values()}) == 5
 
@@ -49,7 +51,8 @@ def test_users_read_the_observer_even_the_output() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "observers"), [({"exclude": ("*.to_?",)}, 4), ({"quantized_conv_percentage": 0}, 4), ({"exclude": ("*",)}, 0)]
+    ("options", "observers"),
+    [({"exclude": ("*.to_?",)}, 4), ({"quantized_conv_percentage": 0}, 4), ({"exclude": ("*",)}, 0)],
 )
 def test_refused_layers_are_not_observed(options: dict[str, object], observers: int) -> None:
     probe = GraphProbe(net(), X, **options).analyze()

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +23,7 @@ def cast(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return F.linear(x.half(), w.half())
 
 
+@torch.no_grad()
 @pytest.mark.parametrize(
     ("module", "shape", "dtype"),
     [
@@ -35,7 +34,7 @@ def cast(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         pytest.param(WithWeight(autocast, 24, 48), (16, 48), torch.bfloat16, id="autocast"),
         pytest.param(WithWeight(cast, 24, 48), (16, 48), torch.float16, id="cast weight"),
         pytest.param(
-            WithWeight(lambda x, w: F.linear(weight=w, bias=w[:, 0], input=x), 24, 48),
+            WithWeight(lambda x, w: F.linear(weight=w, bias=w.sum(1), input=x), 24, 48),
             (16, 48),
             torch.float32,
             id="keywords",
@@ -62,14 +61,17 @@ def test_linear_becomes_the_8_bit_op(module: nn.Module, shape: tuple[int, ...], 
 
 
 @pytest.mark.parametrize(
-    ("function", "reason"),
+    ("module", "reason"),
     [
-        (lambda x, w: F.linear(x, w - 1), "its weight is computed in the graph, not a parameter"),
-        (lambda x, w: F.linear(x.double(), w.double()), "its dtype torch.float64 has no 8-bit kernel"),
+        (WithWeight(lambda x, w: F.linear(x, w - 1), 8, 8), "its weight is computed in the graph, not a parameter"),
+        (
+            WithWeight(lambda x, w: F.linear(x.to(w.dtype), w), 8, 8, dtype=torch.float64),
+            "its dtype torch.float64 has no 8-bit kernel",
+        ),
     ],
 )
-def test_linear_that_stays_float_is_left_alone(function: Callable[..., torch.Tensor], reason: str) -> None:
-    probe = GraphProbe(WithWeight(function, 8, 8), noise(2, 8)).analyze()
+def test_linear_that_stays_float_is_left_alone(module: nn.Module, reason: str) -> None:
+    probe = GraphProbe(module, noise(2, 8)).analyze()
     assert probe.run(quantize_inputs, rewrite_linear) == {"quantize_inputs": 0, "rewrite_linear": 0}
     assert (probe.after, probe.info.reason) == (probe.before, reason)
 

@@ -211,7 +211,9 @@ def test_reason_tells_the_rank() -> None:
     assert reasons["linears.3"] == "sensitivity 0.03 ranks 3 of 4; quantized_linear_percentage=50 keeps 2"
 
 
-@pytest.mark.parametrize("unmeasured", [None, pytest.param(float("nan"), marks=pytest.mark.xfail(reason="bug: NaN sorts anywhere"))])
+@pytest.mark.parametrize(
+    "unmeasured", [None, pytest.param(float("nan"), marks=pytest.mark.xfail(reason="bug: NaN sorts anywhere"))]
+)
 def test_layer_that_could_not_be_measured_counts_as_the_most_sensitive(unmeasured: float | None) -> None:
     probe = GraphProbe(Mixed(), IMAGE, quantized_linear_percentage=75).analyze()
     probe.set_sensitivities(**SENSITIVITIES)
