@@ -1,12 +1,13 @@
 """Observed activations -> frozen scales.
 
-While a graph is observed, every candidate layer keeps the exact range of its inputs and a small sample of their values.
+While a graph is observed, every candidate layer keeps the exact range of its inputs and a histogram of each call.
 Freezing turns these into the scale and zero point of an affine 8-bit format.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -15,27 +16,33 @@ import torch
 if TYPE_CHECKING:
     from .weights import Layer
 
-# Values kept of each observed input: enough to see where clipping pays, little enough to cost nothing.
-SAMPLES_PER_CALL = 2048
-SAMPLES_SEARCHED = 16384
+# Values of an input that its histogram looks at. Far fewer miss the tails, and then clipping does harm.
+SAMPLES = 65536
+BINS = 1024
 # Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
 
 @dataclasses.dataclass
 class ActivationRange:
-    """What has been seen of one tensor: ``minimum`` and ``maximum`` (0-d float32), and samples (1-d float32)."""
+    """What has been seen of one tensor.
+
+    Attributes:
+        minimum, maximum: 0-d float32, exact over all calls; None before the first.
+        histograms: for each call the share of values in each bin (float32 [BINS]) and the bins' centres (the same).
+    """
 
     minimum: torch.Tensor | None = None
     maximum: torch.Tensor | None = None
-    samples: list[torch.Tensor] = dataclasses.field(default_factory=list)
+    histograms: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
 
     def update(self, x: torch.Tensor) -> None:
-        """Widen the range by ``x`` (any float dtype and shape) and remember a few of its values."""
+        """Widen the range by ``x`` (any float dtype and shape) and keep its histogram."""
         low, high = (bound.float() for bound in torch.aminmax(x))
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
-        self.samples.append(_sample(x))
+        if bool(torch.isfinite(low) & torch.isfinite(high) & (low < high)):
+            self.histograms.append(_histogram(x, float(low), float(high)))
 
     def is_finite(self) -> bool:
         """Whether anything has been seen, and nothing but finite numbers."""
@@ -44,46 +51,46 @@ class ActivationRange:
         return bool(torch.isfinite(self.minimum) & torch.isfinite(self.maximum))
 
 
-def _sample(x: torch.Tensor) -> torch.Tensor:
-    flat = x.reshape(-1) if x.is_contiguous() else x.permute(*_memory_order(x)).reshape(-1)
-    # An odd stride visits every channel, whatever the layout.
-    step = max(1, flat.numel() // SAMPLES_PER_CALL) | 1
-    return flat[::step].float()
-
-
-def _memory_order(x: torch.Tensor) -> list[int]:
-    return sorted(range(x.dim()), key=x.stride, reverse=True)
+def _histogram(x: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+    # Flatten in memory order, which copies nothing.
+    flat = x.permute(*sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
+    step = max(1, flat.numel() // SAMPLES)
+    while math.gcd(step, flat.numel()) > 1:  # else it would visit only some of the channels
+        step += 1
+    flat = flat[::step].float()
+    edges = torch.linspace(low, high, BINS + 1)
+    return torch.histc(flat, BINS, low, high) / flat.numel(), (edges[1:] + edges[:-1]) / 2
 
 
 def freeze(observed: ActivationRange, bits: int, method: str) -> torch.Tensor:
     """The float32 [3] ``qparams`` of ``ops.quantize``: 1 / scale, zero point and scale.
 
-    Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range, "mse" clips
-    each end where the quantization error on the samples is least (Banner et al., "Post training 4-bit quantization
-    of convolutional networks for rapid-deployment", 2019, find that point analytically; here it is searched).
+    Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "mse" clips
+    each end where rounding and clipping together cost the least squared error (Banner et al., "Post training 4-bit
+    quantization of convolutional networks for rapid-deployment", 2019, equation 3, over the observed distribution).
     """
     assert observed.minimum is not None and observed.maximum is not None
-    low, high = observed.minimum.clamp(max=0), observed.maximum.clamp(min=0)
-    if method == "mse" and observed.samples:
-        samples = torch.cat(observed.samples)
-        samples = samples[:: 1 + samples.numel() // SAMPLES_SEARCHED]
-        high = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(samples, low, high * ratio, bits)) * high
-        low = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(samples, low * ratio, high, bits)) * low
+    low, high = min(float(observed.minimum), 0.0), max(float(observed.maximum), 0.0)
+    if method == "mse" and observed.histograms:
+        shares, centres = (torch.cat(parts) for parts in zip(*observed.histograms, strict=True))
+        high = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low, high * ratio, bits)) * high
+        low = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high, bits)) * low
     return _qparams(low, high, bits)
 
 
-def _qparams(low: torch.Tensor, high: torch.Tensor, bits: int) -> torch.Tensor:
+def _qparams(low: float, high: float, bits: int) -> torch.Tensor:
     levels = 2**bits - 1
     # A layer that only ever saw zeros still needs a scale that is positive.
-    scale = ((high - low) / levels).clamp(min=torch.finfo(torch.float32).tiny * 2**20)
-    zero_point = torch.round(-low / scale).clamp(0, levels)
-    return torch.stack([1 / scale, zero_point, scale])
+    scale = max((high - low) / levels, 1e-30)
+    zero_point = min(max(round(-low / scale), 0), levels)
+    return torch.tensor([1 / scale, zero_point, scale])
 
 
-def _squared_error(samples: torch.Tensor, low: torch.Tensor, high: torch.Tensor, bits: int) -> float:
-    inverse, zero_point, scale = _qparams(low, high, bits)
-    q = torch.clamp(torch.round(samples * inverse + zero_point), 0, 2**bits - 1)
-    return float(((q - zero_point) * scale - samples).square().mean())
+def _squared_error(shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, bits: int) -> float:
+    """Rounding spreads evenly over a step, so it costs step**2 / 12 within the range; clipping costs its distance."""
+    step = (high - low) / (2**bits - 1)
+    beyond = centres - centres.clamp(low, high)
+    return float((shares * torch.where(beyond == 0, step**2 / 12, beyond.square())).sum())
 
 
 @dataclasses.dataclass
@@ -99,21 +106,29 @@ class Observation:
     layers: Sequence[Layer]
     measure: bool = False
     probe: int | None = None
-    _last: tuple[torch.Tensor, ActivationRange] | None = None
+    _last: tuple[torch.Tensor | None, int | None, ActivationRange] = (None, None, ActivationRange())
 
     def see(self, index: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing."""
         layer = self.layers[index]
         if self.probe is not None:
             return layer.quantized_output(x, bias, y) if index == self.probe else y
-        if self._last is not None and self._last[0] is x and layer.observed.minimum is None:
-            layer.observed = self._last[1]  # q, k and v read one tensor: from now on they share one range
-        if not (self._last is not None and self._last[0] is x and layer.observed is self._last[1]):
-            layer.observed.update(x)
-            self._last = (x, layer.observed)
+        self._look(layer, x)
         if self.measure and layer.observed.is_finite():
             layer.measure_sensitivity(x, bias, y)
         return y
+
+    def _look(self, layer: Layer, x: torch.Tensor) -> None:
+        """Update the layer's range; q, k and v, which read one tensor, share one range."""
+        # Inference tensors count no versions, so one of them may have been written into since.
+        version = None if x.is_inference() else x._version
+        last, last_version, shared = self._last
+        same = last is x and version is not None and last_version == version
+        if same and (layer.observed is shared or layer.observed.minimum is None):
+            layer.observed = shared
+            return
+        layer.observed.update(x)
+        self._last = (x, version, layer.observed)
 
 
 def observe(

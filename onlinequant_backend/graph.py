@@ -13,6 +13,10 @@ from torch._dynamo.source import ConstantSource
 # Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
 
+_IN_PLACE_OPERATORS = frozenset(
+    [operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand]
+)
+
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     """A copy that may be changed: Dynamo still reads its own graph after the backend has returned."""
@@ -106,15 +110,13 @@ def _replace_by_number(node: fx.Node, number: float) -> None:
         user.kwargs = fx.map_arg(user.kwargs, replace)
 
 
-def writes_in_place(graph_module: fx.GraphModule) -> bool:
-    """Whether any call in the graph may write into a tensor that it is given."""
-    in_place_functions = {operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv}
-    for node in graph_module.graph.nodes:
-        if node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__"):
-            return True
-        if node.op == "call_function" and (node.target in in_place_functions or "out" in node.kwargs):
-            return True
-    return False
+def writes_in_place(node: fx.Node) -> bool:
+    """Whether a call may write into a tensor that it is given."""
+    if node.op == "call_method":
+        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    name = getattr(node.target, "__name__", "")
+    in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    return node.op == "call_function" and (in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")))
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from .report import NodeDecision, Report
@@ -26,16 +26,21 @@ _THRESHOLD_STYLES = {"conv": (0, (6, 3)), "linear": (0, (2, 2))}
 def plot_layers(report: Report, path: str | os.PathLike[str]) -> None:
     """Draw compute density (x) against sensitivity (y), one mark a layer, into the PNG ``path``.
 
-    Layers without a measured sensitivity lie on a rug below the axes. Nothing global is touched: no pyplot, no backend.
-    Raises OSError where ``path`` cannot be written.
+    Layers without a measured sensitivity, or with one of 0, lie on a rug below the axes. Neither pyplot nor
+    matplotlib's global backend is touched. Raises OSError where ``path`` cannot be written.
     """
     figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     scatter, rug = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
+    scatter.set(xscale="log", yscale="log")  # before any mark: axes without one could not change their scale
     measured = [decision for decision in report.decisions if decision.sensitivity and decision.density > 0]
     others = [decision for decision in report.decisions if not decision.sensitivity and decision.density > 0]
     _draw_marks(scatter, measured, [decision.sensitivity or 0.0 for decision in measured])
     _draw_marks(rug, others, [{"conv": 1.0, "linear": 0.0}[decision.kind] for decision in others])
+    if not measured:
+        scatter.set_ylim(0.001, 0.1)
+    if not measured and not others:
+        scatter.set_xlim(1, 1000)
     _draw_thresholds((scatter, rug), report)
     _label(figure, scatter, rug, report)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
@@ -75,11 +80,13 @@ def _label(figure: Figure, scatter: Axes, rug: Axes, report: Report) -> None:
     counts = report.counts()
     layers = ", ".join(f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']} {kind}" for kind in _MARKERS)
     figure.suptitle(f"{report.model}: {layers} layers in 8 bit", fontsize=13, fontweight="bold")
-    scatter.set(xscale="log", yscale="log", ylabel="sensitivity: relative error of the output in 8 bit")
+    scatter.set_ylabel("sensitivity: relative error of the output in 8 bit")
     rug.set(xlabel="compute density (FLOPs per byte)", ylim=(-0.7, 1.7))
     rug.set_yticks([1, 0], ["conv", "linear"])
     rug.set_ylabel("not\nmeasured", rotation=0, ha="right", va="center", labelpad=12)
     rug.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    # Sensitivities span about a decade: powers of ten alone would leave the axis without numbers.
+    scatter.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     scatter.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     scatter.yaxis.set_minor_formatter(NullFormatter())
     for axes in (scatter, rug):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-import time
+from time import monotonic
 from types import TracebackType
 
 from rich.console import Console
@@ -33,7 +33,7 @@ class Progress:
         self._total = total
         self._done = 0
         self._text = ""
-        self._started = time.monotonic()
+        self._started = monotonic()
         self._logged: tuple[float, int] | None = None  # seconds and items of the last log line
         self._console = _terminal()
         self._drawn = False
@@ -77,7 +77,7 @@ class Progress:
                 self._show()
 
     def _elapsed(self) -> float:
-        return time.monotonic() - self._started
+        return monotonic() - self._started
 
     def _show(self) -> None:
         elapsed = self._elapsed()
@@ -115,7 +115,7 @@ def _terminal() -> Console | None:
     """Standard error, if it is a terminal that can redraw a line."""
     if sys.stderr is None or not sys.stderr.isatty():
         return None
-    console = Console(stderr=True, highlight=False)
+    console = Console(file=sys.stderr, highlight=False)
     return None if console.is_dumb_terminal else console
 
 

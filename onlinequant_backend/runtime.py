@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import operator
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from .precision import Precision
 from .progress import Progress
 from .report import Report, clear
 from .sensitivity import measure_end_to_end
-from .weights import WeightSet, registry
+from .weights import WeightSet, getter, registry
 
 _log = logging.getLogger("onlinequant")
 
@@ -36,7 +35,7 @@ class CompiledGraph:
         self, function: Callable[..., Any], taken: Sequence[int], extra_inputs: Sequence[tuple[str, int]]
     ) -> None:
         self.function = function
-        self._take = _getter(taken)
+        self._take = getter(taken)
         self._extra_inputs = extra_inputs
 
     def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
@@ -73,7 +72,7 @@ class QuantizedGraph:
         inputs = graph.placeholders(graph_module)
         self._positions = {node.name: position for position, node in enumerate(inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
-        self._parameters = _getter(parameters)
+        self._parameters = getter(parameters)
         self._candidates = [parameters.index(self._positions[info.weight]) for info in self._infos]
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
@@ -245,12 +244,6 @@ def _compilation() -> Iterator[None]:
         tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))),
     ):
         yield
-
-
-def _getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    return lambda args: tuple(args[position] for position in positions)
 
 
 def _requires_grad(value: Any) -> bool:

@@ -32,7 +32,7 @@ def measure_end_to_end(
     against ``result``, the float output for the same ``args``. A graph that writes in place, perhaps into its inputs,
     cannot safely be run again; its layers keep their local sensitivities. Returns how many layers were measured.
     """
-    if graph.writes_in_place(observed):
+    if any(graph.writes_in_place(node) for node in observed.graph.nodes):
         _log.warning("the graph writes in place, so it cannot be run again: keeping the local sensitivities")
         return 0
     expected = _flat(result)

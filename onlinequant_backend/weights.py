@@ -22,9 +22,10 @@ The last one can only be seen in the values: a few of each weight are compared a
 from __future__ import annotations
 
 import dataclasses
+import operator
 import weakref
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
@@ -38,7 +39,15 @@ if TYPE_CHECKING:
 
 # Values compared of each weight at every call. Merging a LoRA moves nearly every value of many weights at once.
 _SAMPLES = 2
+_pointer_of = torch.Tensor.data_ptr
 _version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
+
+
+def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """``operator.itemgetter``, the quickest there is, that gives a tuple for any number of positions."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda sequence: tuple(sequence[position] for position in positions)
 
 
 @dataclasses.dataclass
@@ -148,10 +157,13 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _sample_view(weight: torch.Tensor) -> torch.Tensor:
-    """A view of a few values in the middle of each part of a weight's memory."""
+    """A view of a few of a weight's values, from the middle of its parts; never a copy."""
     flat = weight.detach()
-    dense = flat.is_contiguous() or flat.is_contiguous(memory_format=_channels_last(flat))
-    flat = flat.as_strided((flat.numel(),), (1,)) if dense else flat.flatten()
+    if flat.is_contiguous() or flat.is_contiguous(memory_format=_channels_last(flat)):
+        flat = flat.as_strided((flat.numel(),), (1,))
+    else:
+        for size in flat.shape[1:]:
+            flat = flat.select(1, size // 2)
     step = max(1, flat.numel() // _SAMPLES)
     return flat[step // 2 :: step][:_SAMPLES]
 
@@ -239,7 +251,6 @@ class WeightSet:
             self.layers[index].in_use = True
         for layer in self.layers:
             layer.drop_copy()
-        self._watched = [self._candidates[index] for index in indices]
         self.selection = tuple(indices)
         self._take_snapshot(parameters)
 
@@ -251,11 +262,14 @@ class WeightSet:
         return changed
 
     def _take_snapshot(self, parameters: Sequence[torch.Tensor]) -> None:
-        watched = [parameters[position] for position in self._watched]
+        assert self.selection is not None
+        positions = [self._candidates[index] for index in self.selection]
+        self._watched = getter(positions)
         # Inference tensors count no versions.
-        self._versioned = [position for position in self._watched if not parameters[position].is_inference()]
-        self._versions = [parameters[position]._version for position in self._versioned]
-        self._pointers = [weight.data_ptr() for weight in watched]
+        self._versioned = getter([i for i in positions if not parameters[i].is_inference()])
+        watched = self._watched(parameters)
+        self._versions = list(map(_version_of, self._versioned(parameters)))
+        self._pointers = list(map(_pointer_of, watched))
         by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
         for weight in watched:
             by_dtype.setdefault(weight.dtype, []).append(_sample_view(weight))
@@ -271,9 +285,9 @@ class WeightSet:
         """
         if self._generation != registry.generation:
             return False
-        if [_version_of(parameters[position]) for position in self._versioned] != self._versions:
+        if list(map(_version_of, self._versioned(parameters))) != self._versions:
             return False
-        if [parameters[position].data_ptr() for position in self._watched] != self._pointers:
+        if list(map(_pointer_of, self._watched(parameters))) != self._pointers:
             return False
         return all(torch.equal(torch.cat(views), values) for views, values in self._samples)
 

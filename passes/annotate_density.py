@@ -21,7 +21,7 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
     """
     changed = 0
     for node, info in layer_nodes(graph_module):
-        if info.flops:
+        if info.output_shape:
             continue
         x, weight = (_example(graph.argument(node, i, name)) for i, name in ((0, "input"), (1, "weight")))
         y = _example(node)

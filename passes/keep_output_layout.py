@@ -35,7 +35,7 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
             continue
         with graph_module.graph.inserting_before(output):
             restored = graph_module.graph.call_function(_contiguous, (node,), {"memory_format": memory_format})
-        restored.meta = dict(node.meta)
+        restored.meta["example_value"] = node.meta["example_value"]
         output.replace_input_with(node, restored)
         changed += 1
     return changed

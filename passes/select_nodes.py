@@ -98,10 +98,12 @@ def _impossible(node: fx.Node, info: LayerInfo) -> str | None:
         return "its weight is computed in the graph, not a parameter"
     if type(graph.example(parameter)).__name__ == "QuantizedTensor":
         return "its weight is quantized already"
-    if not info.flops:
+    if not info.output_shape:
         return "its shapes are not known"
-    if not (info.output_shape and all(info.output_shape)):
+    if not info.flops:
         return "it computes nothing"
+    if info.kind == "linear" and len(info.weight_shape) != 2:
+        return "its weight is not a matrix"
     if graph.example(node).dtype not in _FLOAT_DTYPES:
         return f"its dtype {graph.example(node).dtype} has no 8-bit kernel"
     return _impossible_conv(node, info) if info.kind == "conv" else None
@@ -126,6 +128,8 @@ def _impossible_conv(node: fx.Node, info: LayerInfo) -> str | None:
 def _geometry(node: fx.Node, info: LayerInfo, dimensions: int) -> ConvGeometry | str:
     def per_dimension(position: int, name: str, default: int) -> tuple[int, ...] | None:
         value = graph.argument(node, position, name, default)
+        if isinstance(value, fx.Node):
+            return None
         values = (value,) * dimensions if isinstance(value, int) else tuple(value)
         values = values * dimensions if len(values) == 1 else values
         return values if all(isinstance(number, int) for number in values) else None

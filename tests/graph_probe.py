@@ -19,7 +19,7 @@ from onlinequant_backend.precision import Precision
 from onlinequant_backend.weights import Layer, Sensitivity
 
 EIGHT_BITS = Precision("int8", "the test says so", 8)
-EVERY_LAYER = {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}
+EVERY_LAYER: dict[str, Any] = {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}
 
 
 def host_precision() -> Precision:

@@ -62,7 +62,7 @@ def linear(
         packed = _pack_linear(weight)
     _, zero_point, scale = qparams.tolist()
     rows = xq.reshape(-1, xq.shape[-1])
-    b = None if bias is None else bias.float()
+    b = None if bias is None else bias.float().contiguous()
     zeros = _zero_points(weight_scale.shape[0])
     if has_vnni():
         y = torch.ops.onednn.qlinear_pointwise(
@@ -93,7 +93,7 @@ def conv(
         packed = _pack_conv(weight, stride, padding, dilation)
     _, zero_point, scale = qparams.tolist()
     layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
-    b = None if bias is None else bias.float()
+    b = None if bias is None else bias.float().contiguous()
     x = xq.contiguous(memory_format=layout)
     y = _qconv(x, scale, zero_point, packed, weight_scale, b, stride, padding, dilation, dtype)
     return y.to(dtype).contiguous(memory_format=layout)

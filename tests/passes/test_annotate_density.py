@@ -102,6 +102,13 @@ def test_densities_of_sdxl(
     assert round(probe.info.density, 2) == density
 
 
+def test_layer_without_rows_is_measured_once() -> None:
+    probe = GraphProbe(nn.Linear(8, 4), noise(0, 8))
+    assert probe.run(name_layers, annotate_density)["annotate_density"] == 1
+    assert (probe.info.flops, probe.info.output_shape) == (0, (0, 4))
+    probe.assert_settled(annotate_density)
+
+
 def test_unknown_shape_is_refused() -> None:
     probe = GraphProbe(nn.Linear(8, 4), noise(3, 8))
     (node,) = probe.nodes(torch._C._nn.linear)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -46,15 +48,14 @@ def test_users_read_the_observer_even_the_output() -> None:
     first_observer, second_observer = probe.nodes(observe)
     assert list(first.users) == [first_observer]
     assert (second.args[0], second_observer.args[2]) == (first_observer, first_observer)
-    (result,) = next(node for node in probe.graph_module.graph.nodes if node.op == "output").args[0]  # type: ignore[misc, union-attr]
-    assert result is second_observer
+    assert probe.graph_module.graph.output_node().args == ((second_observer,),)
 
 
 @pytest.mark.parametrize(
     ("options", "observers"),
     [({"exclude": ("*.to_?",)}, 4), ({"quantized_conv_percentage": 0}, 4), ({"exclude": ("*",)}, 0)],
 )
-def test_refused_layers_are_not_observed(options: dict[str, object], observers: int) -> None:
+def test_refused_layers_are_not_observed(options: dict[str, Any], observers: int) -> None:
     probe = GraphProbe(net(), X, **options).analyze()
     assert probe.run(insert_observers) == {"insert_observers": observers}
     assert (probe.added(observe), probe.added("placeholder")) == (observers, 1 if observers else 0)

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from onlinequant_backend import ops
+from onlinequant_backend.calibration import ActivationRange, Observation, freeze
+from onlinequant_backend.kernels import reference
+from onlinequant_backend.weights import Layer
+from tests.tiny import noise, relative_error
+
+METHODS = ["minmax", "mse"]
+
+
+def observed(*calls: torch.Tensor) -> ActivationRange:
+    seen = ActivationRange()
+    for x in calls:
+        seen.update(x)
+    return seen
+
+
+def squared_error(x: torch.Tensor, bits: int, method: str) -> float:
+    qparams = freeze(observed(*x.split(2048)), bits, method)
+    return float((reference.dequantize(ops.quantize(x, qparams, bits, False), qparams) - x).square().mean())
+
+
+def heavy_tailed(count: int) -> torch.Tensor:
+    """The quantiles of Student's t distribution with two degrees of freedom."""
+    p = (torch.arange(count) + 0.5) / count
+    return (2 * p - 1) / (2 * p * (1 - p)).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_range_is_exact_over_all_calls(dtype: torch.dtype) -> None:
+    calls = [noise(3, 500, 11, seed=seed, dtype=dtype) for seed in range(3)]
+    # One value among thousands, which no sample need hit.
+    calls[1][2, 77, 5] = 123
+    seen = observed(*calls)
+    assert seen.minimum is not None and seen.maximum is not None
+    assert (seen.minimum.dtype, seen.maximum.dtype) == (torch.float32, torch.float32)
+    assert float(seen.minimum) == min(float(x.min()) for x in calls)
+    assert float(seen.maximum) == 123
+    assert seen.is_finite()
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize(
+    ("low", "high", "zero_point"), [(-1.0, 3.0, 0.25), (0.5, 3.0, 0.0), (-3.0, -0.5, 1.0), (-2.0, 2.0, 0.5)]
+)
+def test_minmax_covers_the_range_and_zero(low: float, high: float, zero_point: float, bits: int) -> None:
+    levels = 2**bits - 1
+    qparams = freeze(observed(torch.tensor([low, high])), bits, "minmax")
+    inverse, zero, scale = qparams.tolist()
+    assert (qparams.dtype, qparams.shape) == (torch.float32, (3,))
+    assert scale == pytest.approx((max(high, 0) - min(low, 0)) / levels, rel=1e-6)
+    assert inverse * scale == pytest.approx(1, rel=1e-6)
+    assert zero == int(zero)
+    assert abs(zero - zero_point * levels) <= 0.5001
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("x", [noise(1000), noise(1000) + 20, noise(1000) - 20, noise(1000).abs(), heavy_tailed(1000)])
+def test_zero_is_representable(x: torch.Tensor, bits: int, method: str) -> None:
+    qparams = freeze(observed(x), bits, method)
+    assert 0 <= qparams[1] <= 2**bits - 1
+    assert reference.dequantize(ops.quantize(torch.zeros(1), qparams, bits, False), qparams).item() == 0
+
+
+@pytest.mark.parametrize("bits", [4, 7, 8])
+def test_mse_clips_outliers(bits: int) -> None:
+    x = heavy_tailed(16384)
+    minmax, mse = (freeze(observed(*x.split(2048)), bits, method) for method in METHODS)
+    assert mse[2] < 0.98 * minmax[2]
+    assert squared_error(x, bits, "mse") < 0.98 * squared_error(x, bits, "minmax")
+
+
+@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize(
+    "make", [lambda x: x, lambda x: x + 0.5, lambda x: -x, lambda x: x * 1e-6], ids=["mixed", "positive", "-", "tiny"]
+)
+def test_mse_is_no_worse_where_nothing_is_an_outlier(make: Callable[[torch.Tensor], torch.Tensor], bits: int) -> None:
+    torch.manual_seed(0)
+    x = make(torch.rand(8192) - 0.5)
+    assert squared_error(x, bits, "mse") <= squared_error(x, bits, "minmax") * 1.01
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_input_that_is_always_zero(method: str) -> None:
+    x = torch.zeros(2, 16)
+    qparams = freeze(observed(x, x), 8, method)
+    assert torch.isfinite(qparams).all()
+    assert qparams[2] > 0
+    assert ops.quantize(x, qparams, 8, False).eq(qparams[1]).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("value", [3.0, -3.0, 1e-30, 6e4])
+def test_input_that_is_always_the_same(method: str, value: float) -> None:
+    x = torch.full((2, 16), value)
+    assert squared_error(x, 8, method) ** 0.5 <= abs(value) / 255
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("call", [0, 1, 2])
+def test_one_number_that_is_not_finite_is_found(value: float, call: int) -> None:
+    calls = [noise(64, 1000, seed=seed) for seed in range(3)]
+    calls[call][33, 501] = value
+    assert not observed(*calls).is_finite()
+
+
+def test_nothing_observed_is_not_finite() -> None:
+    assert not ActivationRange().is_finite()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (2, 320, 64, 64),
+        (1, 9, 64, 64),
+        (1, 8, 4, 32, 32),
+        (1, 320, 32, 32),
+        (1, 1280, 16, 16),
+    ],
+)
+def test_no_channel_is_overlooked_where_channels_come_last(shape: tuple[int, ...]) -> None:
+    x = noise(*shape)
+    x[:, 1::5] *= 6  # wide enough to keep the scale from being clipped to what the other channels need
+    layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    rows_of_pixels, channels_last = (freeze(observed(y), 8, "mse")[2] for y in (x, x.contiguous(memory_format=layout)))
+    assert channels_last == pytest.approx(float(rows_of_pixels), rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [100, 1000000])
+def test_what_is_kept_of_an_activation_is_small_and_a_copy(size: int, dtype: torch.dtype) -> None:
+    x = noise(size, dtype=dtype)
+    seen = observed(x)
+    before = freeze(seen, 8, "mse")
+    x.zero_()
+    assert torch.equal(freeze(seen, 8, "mse"), before)
+    held = sum(part.untyped_storage().nbytes() for parts in seen.histograms for part in parts)
+    assert held <= 16384
+
+
+class TestObservation:
+    @pytest.fixture
+    def layers(self) -> list[Layer]:
+        return [Layer(None, 7, "minmax") for _ in range(3)]
+
+    def test_hands_the_output_on(self, layers: list[Layer]) -> None:
+        y = noise(2, 4)
+        assert Observation(layers).see(0, noise(2, 8), y, None) is y
+
+    def test_readers_of_one_tensor_share_their_range(self, layers: list[Layer]) -> None:
+        observation, x, y = Observation(layers), noise(2, 8), noise(2, 4)
+        for index in (0, 1):
+            observation.see(index, x, y, None)
+        observation.see(2, x.clone(), y, None)
+        first, second, third = (layer.observed for layer in layers)
+        assert first is second is not third
+        assert len(first.histograms) == len(third.histograms) == 1
+
+    def test_readers_that_part_keep_ranges_of_their_own(self, layers: list[Layer]) -> None:
+        observation, y = Observation(layers), noise(2, 4)
+        for index in (0, 1):
+            observation.see(index, noise(2, 8, seed=index), y, None)
+        shared = noise(2, 8) * 9
+        for index in (0, 1):
+            observation.see(index, shared, y, None)
+        assert layers[0].observed is not layers[1].observed
+        assert layers[0].observed.maximum == layers[1].observed.maximum == shared.max()
+
+    def test_tensor_that_is_written_into_is_another(self, layers: list[Layer]) -> None:
+        observation, x, y = Observation(layers), noise(2, 8), noise(2, 4)
+        observation.see(0, x, y, None)
+        x.mul_(100)
+        observation.see(1, x, y, None)
+        assert layers[1].observed.maximum == x.max()
+
+    def test_probing_hands_on_the_8_bit_output_of_one_layer(self, layers: list[Layer]) -> None:
+        x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
+        y = x @ weight.t() + bias
+        layers[1].observed.update(x)
+        layers[1].refresh(weight)
+        observation = Observation(layers, probe=1)
+        assert observation.see(0, x, y, bias) is y
+        assert 0 < relative_error(observation.see(1, x, y, bias), y) < 0.05
+        assert layers[0].observed.minimum is None
+
+    def test_measuring_compares_outputs_of_finite_layers(self, layers: list[Layer]) -> None:
+        x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
+        y = x @ weight.t() + bias
+        for layer in layers:
+            layer.refresh(weight)
+        observation = Observation(layers, measure=True)
+        observation.see(0, x, y, bias)
+        observation.see(1, x.clone().fill_(torch.nan), y, bias)
+        measured, not_measured = layers[0].sensitivity, layers[1].sensitivity
+        assert measured is not None and not_measured is None
+        error = layers[0].quantized_output(x, bias, y) - y
+        assert measured.mae == pytest.approx(float(error.abs().mean()))
+        assert measured.mse == pytest.approx(float(error.square().mean()))
+        assert measured.relative == pytest.approx(measured.mae / float(y.abs().mean()))
+        assert 0 < measured.relative < 0.05

@@ -1,0 +1,186 @@
+from __future__ import annotations
+
+import importlib.util
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch._inductor import config as inductor_config
+
+from onlinequant_backend import cli, demo, doctor, precision
+from onlinequant_backend.report import STATS_FILE, NodeDecision, Report
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_before() -> Iterator[None]:
+    log = logging.getLogger("onlinequant")
+    before = (log.handlers[:], log.level, log.propagate)
+    yield
+    log.handlers[:], log.level, log.propagate = before
+
+
+def saved(path: Path, model: str) -> Path:
+    layer = NodeDecision("conv_in", "conv", (1, 4, 8, 8), (8, 4, 3, 3), 9, 3, 3.0, None, None, None, False, "too small")
+    Report(model, key="00", decisions=[layer]).save(path)
+    return path
+
+
+def fail(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("the kernel is broken\nsecond line")
+
+
+def test_doctor_finds_that_8_bit_can_work_here(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ONLINEQUANT_CACHE_DIR", str(tmp_path))
+    (tmp_path / "file").write_bytes(bytes(3 << 20))
+    assert cli.main(["doctor"]) == 0
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    for what in ("onlinequant", "torch", "triton", "CPU flags", 'precision="auto" on cpu', "C++ compiler"):
+        assert any(line.startswith(f"{what} ") for line in lines), what
+    for kernel in ("quantize", "linear", "conv2d", "conv3d"):
+        assert any(line.split() == ["kernel", kernel, "ok"] for line in lines), kernel
+    assert "3.0 MiB, can be written" in " ".join(out.split())
+    assert lines[-1] == "8-bit quantization can work here."
+
+
+def test_doctor_without_int8_says_why_and_exits_with_1(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    assert cli.main(["doctor"]) == 1
+    out = capsys.readouterr().out
+    assert "problem: precision='int8' has no kernels for cpu" in out
+    assert out.splitlines()[-1] == "8-bit quantization cannot work here."
+
+
+@pytest.mark.parametrize(
+    ("check", "message"),
+    [(fail, "RuntimeError: the kernel is broken"), (lambda bits: 0.5, "relative error 0.5 against the reference")],
+)
+def test_doctor_reports_a_kernel_that_fails_or_is_wrong(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, check: Any, message: str
+) -> None:
+    monkeypatch.setattr(doctor, "_KERNELS", {"linear": check})
+    assert cli.main(["doctor"]) == 1
+    assert f"problem: The kernel linear fails: {message}." in capsys.readouterr().out
+
+
+def test_doctor_tells_a_wrong_kernel_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = doctor.ops.linear
+    assert doctor._outcome(doctor._check_linear, 7) == "ok"
+    monkeypatch.setattr(doctor.ops, "linear", lambda *operands: right(*operands) * 1.01)
+    assert doctor._outcome(doctor._check_linear, 7).startswith("relative error 0.01")
+
+
+def test_doctor_misses_the_compiler(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor._cpp_compiler() is not None
+    with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        assert cli.main(["doctor"]) == 1
+    assert "install g++ or clang++" in capsys.readouterr().out
+
+
+def test_doctor_sees_a_cache_that_cannot_be_written(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ONLINEQUANT_CACHE_DIR", str(tmp_path / "file" / "below"))
+    assert cli.main(["doctor"]) == 0  # quantizing works without a cache
+    assert "cannot be written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_stats_prints_every_report_below_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved(tmp_path / "b" / STATS_FILE, "Second")
+    saved(tmp_path / "a" / "deep" / STATS_FILE, "First")
+    assert cli.main(["stats", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert out.index("First") < out.index("Second")
+    assert out.count("too small") == 4  # a row and a summary each
+
+
+def test_stats_takes_a_file_of_any_name(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert cli.main(["stats", str(saved(tmp_path / "renamed.json", "UNet"))]) == 0
+    assert "UNet" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [".", "absent"])
+def test_stats_without_a_file_says_what_to_do(capsys: pytest.CaptureFixture[str], tmp_path: Path, name: str) -> None:
+    assert cli.main(["stats", str(tmp_path / name)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert f"There is no {STATS_FILE} below" in captured.err and "backend='onlinequant'" in captured.err
+
+
+def test_stats_prints_the_others_beside_a_broken_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved(tmp_path / "b" / STATS_FILE, "Readable")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / STATS_FILE).write_text("{")
+    assert cli.main(["stats", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert "Readable" in captured.out and "Delete it" in captured.err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stdout:
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+        def fileno(self) -> int:
+            return (tmp_path / "stand-in").open("w").fileno()
+
+    saved(tmp_path / STATS_FILE, "UNet")
+    monkeypatch.setattr(cli.sys, "stdout", Stdout())
+    assert cli.main(["stats", str(tmp_path)]) == 0
+
+
+@pytest.mark.parametrize(("phase", "status"), [("quantized", 0), ("float", 1)])
+def test_demo_passes_its_options_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, phase: str, status: int) -> None:
+    calls = []
+
+    def run(output: Path, *, steps: int) -> Report:
+        calls.append((output, steps))
+        return Report("UNet", phase=phase)
+
+    monkeypatch.setattr(demo, "run", run)
+    assert cli.main(["demo", "--output", str(tmp_path), "--steps", "3"]) == status
+    assert calls == [(tmp_path, 3)]
+
+
+def test_demo_without_diffusers_names_the_extra(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    assert "pip install 'onlinequant[demo]'" in capsys.readouterr().err
+
+
+def test_demo_without_int8_says_so_before_it_measures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    assert cli.main(["demo", "--output", str(tmp_path)]) == 1
+    assert "has no kernels for cpu" in capsys.readouterr().err
+
+
+def test_demo_refuses_a_folder_that_it_cannot_make(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert cli.main(["demo", "--output", str(tmp_path / "file")]) == 2
+    assert "Choose another --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["unknown"], ["stats"], ["demo", "--steps", "0"], ["demo", "--steps", "x"]])
+def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(arguments)
+    assert ended.value.code == 2
+    assert "usage: onlinequant" in capsys.readouterr().err
+
+
+def test_the_log_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show_log()
+    cli._show_log()
+    logging.getLogger("onlinequant").info("observing 1 of 4")
+    assert capsys.readouterr().err == "observing 1 of 4\n"

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import errors
+from onlinequant_backend.config import QuantConfig
+
+DEFAULTS = {
+    "quantized_conv_percentage": 100,
+    "quantized_linear_percentage": 100,
+    "conv_compute_density_threshold": 100,
+    "linear_compute_density_threshold": 300,
+    "precision": "auto",
+    "calibration_steps": 20,
+    "calibration_method": "mse",
+    "exclude": [],
+    "sensitivity": "local",
+    "cache_dir": None,
+    "cuda_graphs": "auto",
+    "inductor": {},
+    "mode": None,
+}
+OTHER_VALUES = {
+    "quantized_conv_percentage": 99.5,
+    "quantized_linear_percentage": 0,
+    "conv_compute_density_threshold": 0,
+    "linear_compute_density_threshold": 301,
+    "precision": "float",
+    "calibration_steps": 1,
+    "calibration_method": "minmax",
+    "exclude": ("conv_in",),
+    "sensitivity": "end_to_end",
+    "cache_dir": "/somewhere/else",
+    "cuda_graphs": False,
+    "inductor": {"max_autotune": True},
+    "mode": "max-autotune",
+}
+PERCENTAGES = [f"quantized_{kind}_percentage" for kind in ("conv", "linear")]
+THRESHOLDS = [f"{kind}_compute_density_threshold" for kind in ("conv", "linear")]
+NAN, INF = float("nan"), float("inf")
+
+
+def test_defaults() -> None:
+    assert QuantConfig().to_dict() == DEFAULTS
+    assert QuantConfig.from_options(None) == QuantConfig.from_options({}) == QuantConfig()
+
+
+@pytest.mark.parametrize(
+    ("option", "values", "error", "allowed"),
+    [
+        *(
+            (name, [-1, 100.5, NAN, "50", True, None], errors.InvalidPercentageError, "[0, 100]")
+            for name in PERCENTAGES
+        ),
+        *(
+            (name, [-0.1, INF, NAN, "high", True, None], errors.InvalidThresholdError, "[0, inf)")
+            for name in THRESHOLDS
+        ),
+        ("precision", ["int4", "INT8", 8, None], errors.UnknownPrecisionError, "'auto', 'int8', 'fp8', 'float'"),
+        ("calibration_steps", [0, -3, 2.0, True, "20"], errors.InvalidCalibrationStepsError, "at least 1"),
+        ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'minmax'"),
+        ("sensitivity", ["global", None], errors.InvalidOptionError, "'local', 'end_to_end'"),
+        ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
+        ("exclude", ["conv_in", None, {"a"}], errors.InvalidOptionError, "tuple of glob patterns"),
+        ("exclude", [("a", 1), (None,)], errors.InvalidOptionError, "must be a string"),
+        ("cache_dir", ["", 5], errors.InvalidOptionError, "a directory's path, or None"),
+        ("inductor", [None, "max_autotune", [("max_autotune", True)]], errors.InvalidOptionError, "a dict"),
+        ("inductor", [{"max_autotoon": True}, {1: 2}], errors.UnknownOptionError, "torch._inductor.list_options()"),
+        ("mode", ["fast", 3, ["default"]], errors.InvalidOptionError, "torch.compile does not know"),
+    ],
+)
+def test_wrong_value_names_the_option_and_what_is_allowed(
+    option: str, values: list[Any], error: type[Exception], allowed: str
+) -> None:
+    for value in values:
+        with pytest.raises(errors.OnlineQuantError, match=re.escape(allowed)) as raised:
+            QuantConfig.from_options({option: value})
+        assert type(raised.value) is error
+        assert option in str(raised.value).lower()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *((name, value) for name in PERCENTAGES for value in (0, 33.3, 100)),
+        *((name, value) for name in THRESHOLDS for value in (0, 0.5, 1e9)),
+        *(("precision", value) for value in ("auto", "int8", "fp8", "float")),
+        *(("cuda_graphs", value) for value in ("auto", True, False)),
+        *(("mode", value) for value in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")),
+        ("calibration_steps", 1),
+        ("exclude", ["a", "b.*"]),
+        ("cache_dir", "relative/path"),
+    ],
+)
+def test_allowed_values(option: str, value: Any) -> None:
+    assert QuantConfig.from_options({option: value}).to_dict()[option] == value
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"),
+    [("quantized_conv_percent", "quantized_conv_percentage"), ("steps_of_calibration", None), ("max_autotune", None)],
+)
+def test_unknown_option_lists_the_known_ones(wrong: str, meant: str | None) -> None:
+    with pytest.raises(errors.UnknownOptionError) as raised:
+        QuantConfig.from_options({wrong: 1})
+    message = str(raised.value)
+    assert message.startswith(f"Unknown option {wrong!r}.")
+    assert all(name in message for name in DEFAULTS)
+    assert "options={'inductor': {...}}" in message
+    assert (f"Did you mean {meant!r}?" in message) is (meant is not None)
+
+
+def test_mistake_reaches_the_user_of_torch_compile_as_it_is() -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend=oq.onlinequant, options={"precison": "int8"})
+    with pytest.raises(errors.UnknownOptionError, match="Did you mean 'precision'"):
+        compiled(torch.ones(1, 2))
+
+
+def test_mode_is_that_of_torch_compile_unless_given_as_an_option() -> None:
+    assert QuantConfig.from_options({}, "max-autotune").mode == "max-autotune"
+    assert QuantConfig.from_options({"mode": "default"}, "max-autotune").mode == "default"
+
+
+def test_inductor_options_come_after_those_of_the_mode() -> None:
+    config = QuantConfig(mode="max-autotune-no-cudagraphs", inductor={"max-autotune": False, "freezing": True})
+    assert config.inductor == {"max_autotune": False, "freezing": True}
+    options = config.inductor_options()
+    assert (options["max_autotune"], options["freezing"], options["coordinate_descent_tuning"]) == (False, True, True)
+    assert QuantConfig().inductor_options() == {}
+
+
+def test_cache_key_changes_with_every_option_but_the_place() -> None:
+    assert OTHER_VALUES.keys() == DEFAULTS.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
+    keys = {name: QuantConfig.from_options({name: value}).cache_key() for name, value in OTHER_VALUES.items()}
+    default = QuantConfig().cache_key()
+    assert keys.pop("cache_dir") == default
+    assert len({default, *keys.values()}) == len(DEFAULTS)
+
+
+def test_cache_key_depends_on_values_alone() -> None:
+    one = QuantConfig(inductor={"max_autotune": True, "freezing": False}, exclude=("a", "b"))
+    other = QuantConfig.from_options({"exclude": ["a", "b"], "inductor": {"freezing": False, "max-autotune": True}})
+    assert one.cache_key() == other.cache_key() == one.cache_key()
+    assert re.fullmatch("[0-9a-f]{64}", one.cache_key())
+
+
+def test_config_cannot_be_changed() -> None:
+    given = {"max_autotune": True}
+    config = QuantConfig(inductor=given)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.precision = "float"  # type: ignore[misc]
+    given["max_autotune"] = False
+    assert config.inductor == {"max_autotune": True}

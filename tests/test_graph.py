@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+from torch import nn
+
+from onlinequant_backend import graph
+from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, PassContext, layer_nodes, run_passes
+from tests.graph_probe import EIGHT_BITS, EVERY_LAYER, GraphProbe, Snapshot, WithWeight, capture
+from tests.tiny import net, noise
+
+X = noise(1, 4, 8, 8)
+LINEAR = torch._C._nn.linear
+
+
+def scaled(x: torch.Tensor, count: int, factor: float) -> torch.Tensor:
+    """Shapes and values that depend on numbers; ``factor`` is read twice."""
+    return x.repeat(count, 1) * factor + torch.full((count * x.shape[0], 1), factor)
+
+
+def test_copy_leaves_dynamo_s_graph_alone() -> None:
+    model = net()
+    original, args = capture(model, X)
+    before = Snapshot.of(original)
+    metas = {node.name: set(node.meta) for node in original.graph.nodes}
+    copy = graph.copy_graph(original)
+    assert Snapshot.of(copy) == before
+    run_passes(copy, (*ANALYZE, *OBSERVE, *REWRITE), PassContext(QuantConfig(**EVERY_LAYER), EIGHT_BITS))
+    assert Snapshot.of(copy) != before
+
+    assert Snapshot.of(original) == before
+    assert {node.name: set(node.meta) for node in original.graph.nodes} == metas
+    assert list(layer_nodes(original)) == []
+    with torch.no_grad():
+        assert torch.equal(original(*args)[0], model(X))
+
+
+def test_copy_keeps_what_dynamo_knows() -> None:
+    original, args = capture(net(), X)
+    original.meta["note"] = "kept"
+    copy = graph.copy_graph(graph.copy_graph(original))
+    assert copy.meta["note"] == "kept"
+    names = [
+        [graph.qualified_name(node) for node in graph.placeholders(module) if graph.is_parameter(node)]
+        for module in (original, copy)
+    ]
+    assert names[0] == names[1]
+    assert sorted(names[1]) == sorted(name for name, _ in net().named_parameters())
+    with torch.no_grad():
+        assert torch.equal(copy(*args)[0], original(*args)[0])
+
+
+def test_name_of_an_input_that_is_no_parameter_is_its_own() -> None:
+    probe = GraphProbe(WithWeight(F.linear, 4, 4), noise(2, 4))
+    (x,) = [node for node in graph.placeholders(probe.graph_module) if not graph.is_parameter(node)]
+    assert graph.qualified_name(x) == x.name
+    assert not graph.is_parameter(probe.nodes(LINEAR)[0])
+    assert not graph.is_parameter(None)
+
+
+@pytest.mark.parametrize(("count", "factor"), [(3, 0.5), (2, -1.0)])
+def test_specialize_bakes_numbers_in(count: int, factor: float) -> None:
+    x = noise(5, 7)
+    original, args = capture(scaled, x, count, factor, dynamic=True)
+    symbolic = graph.copy_graph(original)
+    inputs = graph.placeholders(symbolic)
+    assert any(isinstance(arg, int) for arg in args)
+    assert sum(map(graph.is_wrapped_float, inputs)) == 1
+
+    graph.specialize(symbolic, args)
+    symbolic.graph.lint()
+    symbolic.recompile()
+    # Only the tensor is read any more.
+    assert [arg is x for node, arg in zip(inputs, args, strict=True) if node.users] == [True]
+    assert "item" not in Snapshot.of(symbolic).counts
+    assert torch.equal(symbolic(*(arg if arg is x else None for arg in args))[0], scaled(x, count, factor))
+    assert "item" in Snapshot.of(original).counts
+
+
+def test_scalar_tensor_is_no_wrapped_float() -> None:
+    original, args = capture(lambda x, t: x * t, noise(3), torch.tensor(2.0, dtype=torch.float64), dynamic=True)
+    copy = graph.copy_graph(original)
+    assert not any(map(graph.is_wrapped_float, graph.placeholders(copy)))
+    graph.specialize(copy, args)
+    assert Snapshot.of(copy) == Snapshot.of(original)
+
+
+def test_added_placeholders_come_last() -> None:
+    probe = GraphProbe(nn.Linear(4, 4), noise(2, 4))
+    names = [node.name for node in graph.placeholders(probe.graph_module)]
+    example = torch.ones(3)
+    first = graph.add_placeholder(probe.graph_module, "onlinequant_first", example)
+    second = graph.add_placeholder(probe.graph_module, "onlinequant_second")
+    probe.run()
+    assert graph.placeholders(probe.graph_module)[len(names) :] == [first, second]
+    assert graph.example(first) is example
+    assert not graph.is_parameter(first)
+    assert torch.equal(probe.call(example, example)[0], probe.call(None, None)[0])
+
+
+def call(args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+    return fx.Graph().call_function(F.linear, args, kwargs)
+
+
+@pytest.mark.parametrize(
+    ("node", "value"),
+    [
+        (call((1, 2, 3)), 3),
+        (call((1, 2), bias=3), 3),
+        (call((), input=1, weight=2, bias=None), None),
+        (call((1, 2)), "default"),
+    ],
+)
+def test_argument_is_found_wherever_it_was_given(node: fx.Node, value: object) -> None:
+    assert graph.argument(node, 2, "bias", "default") == value
+
+
+def test_replaced_call_hands_its_metadata_on() -> None:
+    probe = GraphProbe(WithWeight(lambda x, w: x @ w + 1, 4, 4), noise(2, 4))
+    (node,) = probe.nodes(operator.matmul)
+    meta = dict(node.meta)
+    new = graph.replace_call(probe.graph_module, node, operator.add, node.args)
+    probe.run()
+    assert (probe.after.counts[operator.matmul], probe.after.counts[operator.add]) == (0, 2)
+    assert new.meta == meta
+    assert next(iter(new.users)).args == (new, 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "writes"),
+    [
+        (lambda x: torch.clone(x) + 1, False),
+        (lambda x: x.__add__(1), False),
+        (lambda x: F.leaky_relu(x, 0.2, False), False),
+        (lambda x: F.silu(x, inplace=False), False),
+        (lambda x: x.clone().add_(1), True),
+        (lambda x: torch.relu_(x.clone()), True),
+        (lambda x: torch.sin(x, out=torch.empty_like(x)), True),
+        (lambda x: F.silu(x.clone(), inplace=True), True),
+        pytest.param(
+            *(lambda x: F.leaky_relu(x.clone(), 0.2, True), True),
+            marks=pytest.mark.xfail(reason="bug: inplace=True is missed where it is given by position"),
+        ),
+        *((lambda x, op=op: op(x * 1, 2), True) for op in (operator.iadd, operator.imul, operator.isub)),
+    ],
+)
+def test_writes_in_place(function: Any, writes: bool) -> None:
+    probe = GraphProbe(function, noise(3))
+    assert any(map(graph.writes_in_place, probe.graph_module.graph.nodes)) is writes

@@ -1,0 +1,375 @@
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend.passes import ConvGeometry
+from onlinequant_backend.weights import Layer, WeightSet, quantize_weight, registry
+from tests.graph_probe import host_precision
+from tests.tiny import noise, relative_error
+
+BITS = host_precision().activation_bits
+PADDED = ConvGeometry((1, 1), (1, 1), (1, 1))
+
+
+def linears(count: int = 3, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(nn.Linear(24, 24) for _ in range(count))).requires_grad_(False).to(dtype)
+
+
+def selected(weights: Sequence[torch.Tensor], selection: Sequence[int] | None = None) -> WeightSet:
+    """A set whose layers have seen an input and run in 8 bit."""
+    layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
+    for layer in layers:
+        layer.observed.update(noise(16, 24))
+    made = WeightSet(weights, range(len(weights)), layers, layout=0)
+    made.select(weights, range(len(weights)) if selection is None else selection)
+    return made
+
+
+def weights_of(module: nn.Module) -> list[nn.Parameter]:
+    return [value for value in module.parameters() if value.dim() > 1]
+
+
+# --- quantize_weight ---
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(8, 33), (4, 3, 3, 3), (4, 3, 3, 1, 1), (1, 1)])
+def test_weight_is_within_half_a_step(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # Channels of very different sizes, for which one scale would not do.
+    weight = noise(*shape) * 10.0 ** torch.arange(-2, shape[0] - 2).clamp(max=2).view(-1, *[1] * (len(shape) - 1))
+    weight = weight.to(dtype)
+    q, scale = quantize_weight(weight)
+    assert (q.dtype, q.shape, scale.dtype, scale.shape) == (torch.int8, shape, torch.float32, shape[:1])
+    rows, q_rows = weight.float().flatten(1), q.flatten(1)
+    assert torch.allclose(scale, rows.abs().amax(1) / 127)
+    assert (q_rows.abs().amax(1) == 127).all()
+    assert ((q_rows * scale[:, None] - rows).abs() <= scale[:, None] * 0.5001).all()
+
+
+def test_channel_of_zeros() -> None:
+    weight = noise(3, 8)
+    weight[1] = 0
+    q, scale = quantize_weight(weight)
+    assert q[1].eq(0).all()
+    assert torch.isfinite(scale).all()
+    assert (scale > 0).all()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_channel_that_is_not_finite_has_such_a_scale(value: float) -> None:
+    weight = noise(3, 8)
+    expected = quantize_weight(weight)
+    weight[1, 5] = value
+    q, scale = quantize_weight(weight)
+    assert torch.isfinite(scale).tolist() == [True, False, True]
+    assert torch.equal(q[::2], expected[0][::2])
+    assert torch.equal(scale[::2], expected[1][::2])
+    layer = Layer(None, BITS, "minmax")
+    layer.observed.update(noise(8))
+    assert layer.is_finite()
+    layer.refresh(weight)
+    assert not layer.is_finite()
+
+
+# --- Layer ---
+
+
+@pytest.mark.parametrize("geometry", [None, PADDED])
+def test_output_of_a_layer_is_close_to_float(geometry: ConvGeometry | None) -> None:
+    x, weight = (noise(16, 24), noise(8, 24)) if geometry is None else (noise(2, 24, 5, 5), noise(8, 24, 3, 3))
+    y = x @ weight.t() if geometry is None else torch.conv2d(x, weight, padding=1)
+    layer = Layer(geometry, BITS, "minmax")
+    assert layer.quantized_output(x, None, y) is y  # nothing to compute it from yet
+    layer.observed.update(x)
+    layer.refresh(weight)
+    result = layer.quantized_output(x, None, y.bfloat16())
+    assert result.dtype is torch.bfloat16
+    assert 0 < relative_error(result, y) < 0.05
+
+
+def test_qparams_are_frozen_at_their_first_use() -> None:
+    layer = Layer(None, BITS, "minmax")
+    layer.observed.update(noise(16))
+    first = layer.qparams
+    layer.observed.update(noise(16) * 100)
+    assert layer.qparams is first
+
+
+def test_refresh_quantizes_only_what_changed() -> None:
+    layer, weight = Layer(None, BITS, "minmax"), noise(8, 24)
+    assert layer.refresh(weight)
+    assert not layer.refresh(weight)
+    weight[0, 0] += 1
+    assert layer.refresh(weight)
+    assert not layer.refresh(weight)
+    assert layer.refresh(weight.clone())
+    layer.forget()
+    assert layer.refresh(weight)
+
+
+@pytest.mark.parametrize("geometry", [None, PADDED])
+def test_quantizing_again_goes_into_the_same_tensors(geometry: ConvGeometry | None) -> None:
+    """Compiled graphs hold them as inputs."""
+    shape = (8, 24) if geometry is None else (8, 24, 3, 3)
+    x = noise(16, 24) if geometry is None else noise(1, 24, 5, 5)
+    layer = Layer(geometry, BITS, "minmax")
+    layer.observed.update(x)
+    outputs = []
+    tensors = []
+    for seed in range(2):
+        weight = noise(*shape, seed=seed) * (1 + 9 * seed)
+        y = x @ weight.t() if geometry is None else torch.conv2d(x, weight, padding=1)
+        layer.requantize(weight)
+        tensors.append((layer.weight, layer.weight_scale, layer.qparams))
+        outputs.append(relative_error(layer.quantized_output(x, None, y), y))
+    assert [id(tensor) for tensor in tensors[0]] == [id(tensor) for tensor in tensors[1]]
+    assert max(outputs) < 0.05
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_copy_is_freed_unless_a_graph_runs_on_it(in_use: bool) -> None:
+    layer = Layer(None, BITS, "minmax")
+    layer.refresh(noise(8, 24))
+    layer.in_use = in_use
+    layer.drop_copy()
+    assert (layer.weight is not None, layer.weight_scale is not None) == (in_use, in_use)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_8_bit_copies_are_ordinary_tensors(mode: Callable[[], torch.no_grad]) -> None:
+    layer = Layer(None, BITS, "mse")
+    with mode():
+        weight = noise(8, 24)
+        layer.observed.update(noise(16, 24))
+        layer.refresh(weight)
+        made = (layer.weight, layer.weight_scale, layer.qparams)
+    layer.requantize(weight)
+    assert not any(tensor is None or tensor.is_inference() or tensor.requires_grad for tensor in made)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_of_any_float_dtype(dtype: torch.dtype) -> None:
+    """ComfyUI keeps float8 weights and casts them in the graph."""
+    weight = nn.Parameter(noise(24, 24).to(dtype), requires_grad=False)
+    made = selected([weight])
+    assert made.is_current([weight])
+    weight.data = noise(24, 24, seed=5).to(dtype)
+    assert not made.is_current([weight])
+    assert made.follow([weight]) == 1
+    assert made.is_current([weight])
+
+
+# --- WeightSet: the table of weight changes ---
+
+
+def add_in_place(weight: nn.Parameter) -> None:
+    weight.add_(0.25)
+
+
+def copy_in_place(weight: nn.Parameter) -> None:
+    weight.copy_(weight.flip(0))
+
+
+def load_state_dict(weight: nn.Parameter) -> None:
+    holder = nn.ParameterList([weight])
+    assert holder[0] is weight
+    holder.load_state_dict({"0": weight.detach() * 2})
+
+
+def replace_data(weight: nn.Parameter) -> None:
+    weight.data = weight.data * 2
+
+
+def add_to_data(weight: nn.Parameter) -> None:
+    weight.data += 0.25
+
+
+def copy_into_data(weight: nn.Parameter) -> None:
+    weight.data.copy_(weight.data * 2)
+
+
+VERSIONED = [add_in_place, copy_in_place, load_state_dict]
+UNVERSIONED = [replace_data, add_to_data, copy_into_data]
+
+
+def assert_followed(made: WeightSet, weights: Sequence[nn.Parameter], change: Callable[[nn.Parameter], None]) -> None:
+    changed = weights[1]
+    handles = [(layer.weight, layer.weight_scale) for layer in made.layers]
+    before = changed.detach().clone()
+    assert made.is_current(weights)
+    change(changed)
+    assert not torch.equal(changed, before)
+    assert not made.is_current(weights)
+    assert made.follow(weights) == 1
+    assert made.is_current(weights)
+    assert made.follow(weights) == 0
+    assert all(
+        layer.weight is q and layer.weight_scale is s for layer, (q, s) in zip(made.layers, handles, strict=True)
+    )
+    x = noise(16, 24)
+    y = x @ changed.detach().float().t()
+    assert relative_error(made.layers[1].quantized_output(x, None, y), y) < 0.05
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change", VERSIONED + UNVERSIONED)
+def test_change_of_a_weight_is_noticed(change: Callable[[nn.Parameter], None], dtype: torch.dtype) -> None:
+    weights = weights_of(linears(dtype=dtype))
+    assert_followed(selected(weights), weights, change)
+
+
+@pytest.mark.parametrize("change", [*VERSIONED, add_to_data, copy_into_data])
+def test_change_of_an_inference_tensor_is_noticed(change: Callable[[nn.Parameter], None]) -> None:
+    """It counts no versions, so only its values tell."""
+    with torch.inference_mode():
+        weights = weights_of(linears())
+        assert all(weight.is_inference() for weight in weights)
+        made = selected(weights)
+        assert_followed(made, weights, change)
+    assert made.is_current(weights)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", VERSIONED + UNVERSIONED)
+@pytest.mark.parametrize("layout", ["transposed", "slice"])
+def test_change_of_a_strided_weight_is_noticed(change: Callable[[nn.Parameter], None], layout: str) -> None:
+    values = [noise(24, 48, seed=seed) for seed in range(3)]
+    strided = [value[:, :24] if layout == "slice" else value[:, :24].t() for value in values]
+    weights = [nn.Parameter(value, requires_grad=False) for value in strided]
+    assert not any(weight.is_contiguous() for weight in weights)
+    assert_followed(selected(weights), weights, change)
+
+
+@torch.no_grad()
+def test_new_parameter_takes_over_the_layer_of_the_old() -> None:
+    """ComfyUI's LoRA: another object in the same place, and back again."""
+    weights = weights_of(linears())
+    made = selected(weights)
+    patched = [weights[0], nn.Parameter(weights[1] * 2, requires_grad=False), weights[2]]
+    assert made.ids != [id(weight) for weight in patched]
+    assert (made.overlap(weights), made.overlap(patched)) == (3, 2)
+
+    old = made.layers[1]
+    assert registry.layer(patched[1], None, BITS, "minmax", old=old) is old
+    following = WeightSet(patched, range(3), made.layers, layout=0)
+    handle = old.weight
+    following.select(patched, range(3))
+    assert (following.is_current(patched), old.weight is handle) == (True, True)
+    assert not made.is_current(weights)
+    assert made.follow(weights) == 1
+    assert made.is_current(weights)
+
+
+@torch.no_grad()
+def test_weights_of_float_layers_are_not_watched() -> None:
+    weights = weights_of(linears())
+    made = selected(weights, [0, 2])
+    weights[1].add_(1)
+    assert made.is_current(weights)
+    assert (made.layers[1].weight, made.selection) == (None, (0, 2))
+
+
+@torch.no_grad()
+def test_same_values_elsewhere_are_not_quantized_again_in_vain() -> None:
+    """Offloading moves weights to and fro: that must be seen, since nothing tells it from a change."""
+    weights = weights_of(linears())
+    made = selected(weights)
+    weights[1].data = weights[1].data.clone()
+    assert not made.is_current(weights)
+    assert made.follow(weights) == 1
+    assert made.is_current(weights)
+
+
+def test_calls_are_those_of_the_layer_that_saw_least() -> None:
+    weights = weights_of(linears())
+    layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
+    first, second = WeightSet(weights[:2], [0, 1], layers[:2], 0), WeightSet(weights[1:], [0, 1], layers[1:], 0)
+    first.count_call()
+    first.count_call()
+    second.count_call()
+    assert [layer.calls for layer in layers] == [2, 3, 1]
+    assert (first.calls(), second.calls()) == (2, 1)
+
+
+def test_layer_that_is_called_twice_counts_once() -> None:
+    (weight,) = weights_of(linears(1))
+    layer = registry.layer(weight, None, BITS, "minmax")
+    made = WeightSet([weight], [0, 0], [layer, layer], 0)
+    made.count_call()
+    assert made.calls() == 1
+
+
+# --- Registry ---
+
+
+@torch.no_grad()
+def test_sets_that_share_a_weight_share_its_layer() -> None:
+    weights = weights_of(linears(4))
+    first, second = selected(weights[:3]), selected(weights[1:])
+    assert first.layers[1:] == second.layers[:2]
+    # What the first set quantizes again, the second need not, but must have noticed.
+    weights[1].add_(1)
+    assert not second.is_current(weights[1:])
+    assert first.follow(weights[:3]) == 1
+    assert not second.is_current(weights[1:])
+    assert second.follow(weights[1:]) == 0
+    assert second.is_current(weights[1:])
+    assert first.is_current(weights[:3])
+
+
+def test_layer_depends_on_what_its_state_depends_on() -> None:
+    weight, other = nn.Parameter(noise(8, 8)), nn.Parameter(noise(8, 8))
+    layer = registry.layer(weight, None, 7, "mse")
+    assert registry.layer(weight, None, 7, "mse") is layer
+    assert registry.layer(other, None, 7, "mse") is not layer  # equal values, another tensor
+    assert registry.layer(weight, PADDED, 7, "mse") is not layer
+    assert registry.layer(weight, None, 8, "mse") is not layer
+    assert registry.layer(weight, None, 7, "minmax") is not layer
+    # An old layer is for weights that have none.
+    assert registry.layer(weight, None, 7, "mse", old=Layer(None, 7, "mse")) is layer
+    registry.clear()
+    assert registry.layer(weight, None, 7, "mse") is not layer
+
+
+def test_dropped_model_takes_its_layers_along() -> None:
+    module = linears()
+    made = selected(weights_of(module))
+    layers = [weakref.ref(layer) for layer in made.layers]
+    handles = [weakref.ref(layer.weight) for layer in made.layers if layer.weight is not None]
+    assert made.alive
+    assert not made.is_dead()
+    del module[1]
+    gc.collect()
+    assert (made.alive, made.is_dead()) == (False, False)
+    del module
+    gc.collect()
+    assert made.is_dead()
+    assert len(handles) == 3
+    del made
+    gc.collect()
+    assert [layer() for layer in layers] == [handle() for handle in handles] == [None] * 3
+
+
+@torch.no_grad()
+def test_invalidate_is_for_changes_that_leave_no_trace() -> None:
+    module = linears()
+    weights = weights_of(module)
+    made = selected(weights)
+    weights[2].data[0, 0] += 1
+    assert made.is_current(weights)
+    assert oq.invalidate(module[2]) == 1
+    assert not made.is_current(weights)
+    assert made.follow(weights) == 1
+    assert made.is_current(weights)
+    assert oq.invalidate(module) == 3
+    assert made.follow(weights) == 3
+    assert oq.invalidate(linears()) == 0
