@@ -29,7 +29,7 @@ class ActivationRange:
 
     Attributes:
         minimum, maximum: 0-d float32, exact over all calls; None before the first.
-        histograms: for each call the share of values in each bin (float32 [BINS]) and the bins' centres (the same).
+        histograms: for each call the share of values in each bin and the bins' centres, float32 [BINS] both.
     """
 
     minimum: torch.Tensor | None = None
@@ -41,7 +41,7 @@ class ActivationRange:
         low, high = (bound.float() for bound in torch.aminmax(x))
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
-        if bool(torch.isfinite(low) & torch.isfinite(high) & (low < high)):
+        if bool(torch.isfinite(low) & torch.isfinite(high)):
             self.histograms.append(_histogram(x, float(low), float(high)))
 
     def is_finite(self) -> bool:
@@ -58,7 +58,9 @@ def _histogram(x: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, 
     while math.gcd(step, flat.numel()) > 1:  # else it would visit only some of the channels
         step += 1
     flat = flat[::step].float()
-    edges = torch.linspace(low, high, BINS + 1)
+    if low == high:  # histc would take its own range
+        return torch.ones(1), torch.tensor([low])
+    edges = torch.linspace(low, high, BINS + 1, device=x.device)
     return torch.histc(flat, BINS, low, high) / flat.numel(), (edges[1:] + edges[:-1]) / 2
 
 
@@ -106,33 +108,27 @@ class Observation:
     layers: Sequence[Layer]
     measure: bool = False
     probe: int | None = None
-    _last: tuple[torch.Tensor | None, int | None, ActivationRange] = (None, None, ActivationRange())
 
-    def see(self, index: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing."""
+    def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing.
+
+        ``first``: index of the first layer that reads the same ``x``. Its range then is this layer's as well.
+        """
         layer = self.layers[index]
         if self.probe is not None:
             return layer.quantized_output(x, bias, y) if index == self.probe else y
-        self._look(layer, x)
-        if self.measure and layer.observed.is_finite():
+        shared = self.layers[first].observed
+        if index != first and (layer.observed is shared or layer.observed.minimum is None):
+            layer.observed = shared
+        else:
+            layer.observed.update(x)
+        if self.measure and layer.refusal() is None:
             layer.measure_sensitivity(x, bias, y)
         return y
 
-    def _look(self, layer: Layer, x: torch.Tensor) -> None:
-        """Update the layer's range; q, k and v, which read one tensor, share one range."""
-        # Inference tensors count no versions, so one of them may have been written into since.
-        version = None if x.is_inference() else x._version
-        last, last_version, shared = self._last
-        same = last is x and version is not None and last_version == version
-        if same and (layer.observed is shared or layer.observed.minimum is None):
-            layer.observed = shared
-            return
-        layer.observed.update(x)
-        self._last = (x, version, layer.observed)
-
 
 def observe(
-    observation: Observation, index: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    observation: Observation, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """The node that ``passes.insert_observers`` puts behind a layer; see ``Observation.see``."""
-    return observation.see(index, x, y, bias)
+    return observation.see(index, first, x, y, bias)

@@ -7,6 +7,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,8 +55,12 @@ class QuantConfig:
 
     def __post_init__(self) -> None:
         for kind in ("conv", "linear"):
-            _check_percentage(f"quantized_{kind}_percentage", getattr(self, f"quantized_{kind}_percentage"))
-            _check_threshold(f"{kind}_compute_density_threshold", getattr(self, f"{kind}_compute_density_threshold"))
+            for name, check in (
+                (f"quantized_{kind}_percentage", _check_percentage),
+                (f"{kind}_compute_density_threshold", _check_threshold),
+            ):
+                check(name, getattr(self, name))
+                object.__setattr__(self, name, float(getattr(self, name)))
         if not _is_choice(self.precision, PRECISIONS):
             raise errors.UnknownPrecisionError(_choose_from("precision", self.precision, PRECISIONS))
         steps = self.calibration_steps
@@ -67,6 +72,8 @@ class QuantConfig:
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         object.__setattr__(self, "exclude", _checked_patterns(self.exclude))
+        if isinstance(self.cache_dir, os.PathLike):
+            object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
         if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir):
             raise errors.InvalidOptionError(f"cache_dir is {self.cache_dir!r}: give a directory's path, or None.")
         object.__setattr__(self, "inductor", _checked_inductor_options(self.inductor, self.mode))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,9 +115,19 @@ def writes_in_place(node: fx.Node) -> bool:
     """Whether a call may write into a tensor that it is given."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
+    if node.op != "call_function":
+        return False
     name = getattr(node.target, "__name__", "")
     in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
-    return node.op == "call_function" and (in_place or "out" in node.kwargs or bool(node.kwargs.get("inplace")))
+    return in_place or "out" in node.kwargs or _asked_to_write_in_place(node)
+
+
+def _asked_to_write_in_place(node: fx.Node) -> bool:
+    """Whether an activation of ``torch.nn.functional`` is called with ``inplace=True``, by name or by position."""
+    if not getattr(node.target, "__module__", "").startswith("torch.nn.functional"):
+        return False
+    names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
+    return "inplace" in names and bool(argument(node, names.index("inplace"), "inplace", False))
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -172,16 +172,15 @@ class QuantizedGraph:
         """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are."""
         if not self._decided:
             self._decide(weights)
-        finite = [layer.is_finite() for layer in weights.layers]
-        weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and finite[i]])
+        refusals = [layer.refusal() for layer in weights.layers]
+        weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
 
     def _decide(self, weights: WeightSet) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
-        non_finite = [
-            info.name for info, layer in zip(self._infos, weights.layers, strict=True) if not layer.is_finite()
-        ]
-        context = PassContext(self._config, self._precision, measured=True, non_finite=frozenset(non_finite))
+        refusals = {info.name: layer.refusal() for info, layer in zip(self._infos, weights.layers, strict=True)}
+        unusable = {name: refusal for name, refusal in refusals.items() if refusal is not None}
+        context = PassContext(self._config, self._precision, measured=True, unusable=unusable)
         run_passes(self._graph, SELECT, context)
         self._decided = True
         self._on_decided(self._report, [info for _, info in layer_nodes(self._graph)])

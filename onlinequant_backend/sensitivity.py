@@ -40,7 +40,7 @@ def measure_end_to_end(
     with Progress("measuring sensitivity", len(layers)) as progress, torch.no_grad():
         for index, (layer, info) in enumerate(zip(layers, infos, strict=True)):
             progress.advance(info.name)
-            if not layer.is_finite():
+            if layer.refusal() is not None:
                 continue
             error = _flat(observed(*args, Observation(layers, probe=index))) - expected
             mae = float(error.abs().mean())

@@ -110,10 +110,15 @@ class Layer:
         self._stamp = _Stamp.of(weight)
         registry.generation += 1
 
-    def is_finite(self) -> bool:
-        """Whether both the observed inputs and the weight are finite."""
-        weight_is_finite = self.weight_scale is None or bool(torch.isfinite(self.weight_scale).all())
-        return weight_is_finite and self.observed.is_finite()
+    def refusal(self) -> str | None:
+        """What was observed that rules 8 bit out, or None."""
+        if not self.observed.is_finite():
+            return "its input was not finite while observing"
+        if self.weight_scale is not None and not bool(torch.isfinite(self.weight_scale).all()):
+            return "its weight is not finite"
+        if self.observed.minimum == 0 and self.observed.maximum == 0:
+            return "its input was always zero while observing, so its range is not known"
+        return None
 
     def drop_copy(self) -> None:
         """Free the 8-bit copy, unless a graph runs on it."""
@@ -250,6 +255,10 @@ class WeightSet:
         for index in indices:
             self.layers[index].in_use = True
         for layer in self.layers:
+            if layer.refusal() is None:
+                _ = layer.qparams  # frozen now, so that the histograms can go
+        for layer in self.layers:
+            layer.observed.histograms.clear()
             layer.drop_copy()
         self.selection = tuple(indices)
         self._take_snapshot(parameters)
@@ -270,11 +279,11 @@ class WeightSet:
         watched = self._watched(parameters)
         self._versions = list(map(_version_of, self._versioned(parameters)))
         self._pointers = list(map(_pointer_of, watched))
-        by_dtype: dict[torch.dtype, list[torch.Tensor]] = {}
+        alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for weight in watched:
-            by_dtype.setdefault(weight.dtype, []).append(_sample_view(weight))
+            alike.setdefault((weight.dtype, weight.device), []).append(_sample_view(weight))
         with torch.inference_mode(False):
-            self._samples = [(views, torch.cat(views)) for views in by_dtype.values()]
+            self._samples = [(views, torch.cat(views)) for views in alike.values()]
         self._generation = registry.generation
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -319,7 +328,7 @@ class Registry:
         self.generation += 1
         for layer in found:
             layer.forget()
-        return len(found)
+        return sum(layer.weight is not None for layer in found)
 
     def clear(self) -> None:
         """Forget every layer."""

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch.fx as fx
 
 from onlinequant_backend import graph
 from onlinequant_backend.calibration import observe
 
-from .layer import PassContext, layer_nodes
+from .layer import PassContext, layer_reads
 
 
 def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -18,24 +20,27 @@ def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
     After, with one new graph input, the observation::
 
         %linear = call_function[target=torch._C._nn.linear](args = (%x, %w, %b))
-        %observe = call_function[target=observe](args = (%onlinequant_observation, 0, %x, %linear, %b))
+        %observe = call_function[target=observe](args = (%onlinequant_observation, 0, 0, %x, %linear, %b))
 
-    ``observe`` returns its fourth argument as it is, so the graph's result stays exact. Leaves layers alone that
+    ``observe`` returns ``%linear`` as it is, so the graph's result stays exact. Its numbers are the layer's index and
+    that of the first layer that reads the same values, which share what is observed. Leaves layers alone that
     were ruled out, and layers that are observed already.
     """
     layers = [
-        (node, info.index)
-        for node, info in layer_nodes(graph_module)
+        (node, info.index, read)
+        for node, info, read in layer_reads(graph_module)
         if info.index is not None and not any(user.target is observe for user in node.users)
     ]
     if not layers:
         return 0
     observation = graph.add_placeholder(graph_module, "onlinequant_observation")
-    for node, index in layers:
+    first_readers: dict[tuple[Any, int], int] = {}
+    for node, index, read in layers:
+        first = first_readers.setdefault(read, index)
         users = list(node.users)
         x, bias = graph.argument(node, 0, "input"), graph.argument(node, 2, "bias")
         with graph_module.graph.inserting_after(node):
-            observed = graph_module.graph.call_function(observe, (observation, index, x, node, bias))
+            observed = graph_module.graph.call_function(observe, (observation, index, first, x, node, bias))
         for user in users:
             user.replace_input_with(node, observed)
     return len(layers)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.fx as fx
@@ -89,7 +90,7 @@ class PassContext:
     Attributes:
         config, precision: the user's options and what the device resolves them to.
         measured: whether the layers' sensitivities have been measured.
-        non_finite: names of layers whose observed inputs or weights were not finite.
+        unusable: by layer name, what observing found that rules a layer out.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer).
     """
@@ -97,7 +98,7 @@ class PassContext:
     config: QuantConfig
     precision: Precision
     measured: bool = False
-    non_finite: frozenset[str] = frozenset()
+    unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
     selection: Sequence[int] | None = None
     extra_inputs: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
@@ -114,6 +115,19 @@ def layer_nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerIn
         info = info_of(node)
         if info is not None:
             yield node, info
+
+
+def layer_reads(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerInfo, tuple[Any, int]]]:
+    """Every layer with what it reads: layers of equal reads see the same values, so they can share a quantized copy.
+
+    A read is the input's node and the number of in-place writes before it, any of which may have changed the input.
+    """
+    writes = 0
+    for node in list(graph_module.graph.nodes):
+        writes += graph.writes_in_place(node)
+        info = info_of(node)
+        if info is not None:
+            yield node, info, (graph.argument(node, 0, "input"), writes)
 
 
 def is_selected(info: LayerInfo, context: PassContext) -> bool:

@@ -4,7 +4,7 @@ import torch.fx as fx
 
 from onlinequant_backend import graph, ops
 
-from .layer import PassContext, info_of, is_selected
+from .layer import PassContext, is_selected, layer_reads
 
 
 def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -25,17 +25,11 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
     Convolutions read channels last, linears rows, so the two never share; nor do readers on different sides of a call
     that writes in place, perhaps into what they read. Leaves float layers alone.
     """
-    shared: dict[tuple[fx.Node, bool, int], fx.Node] = {}
-    writes = 0
-    for node in list(graph_module.graph.nodes):
-        writes += graph.writes_in_place(node)
-        info = info_of(node)
-        if info is None or info.index is None or not is_selected(info, context):
+    shared: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+    for node, info, (x, writes) in layer_reads(graph_module):
+        if info.index is None or not is_selected(info, context) or _is_quantize(x):
             continue
-        x = graph.argument(node, 0, "input")
-        if _is_quantize(x):
-            continue
-        key = (x, info.kind == "conv", writes)
+        key = (x, writes, info.kind == "conv")
         if key not in shared:
             context.extra_inputs.append(("qparams", info.index))
             qparams = graph.add_placeholder(graph_module, f"onlinequant_qparams_{info.index}")

@@ -61,9 +61,7 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
         return f"density {info.density:.0f} is below the threshold of {threshold:g} FLOPs per byte"
     if getattr(config, f"quantized_{info.kind}_percentage") == 0:
         return f"quantized_{info.kind}_percentage is 0"
-    if info.name in context.non_finite:
-        return "its inputs or weights were not finite while observing"
-    return None
+    return context.unusable.get(info.name)
 
 
 def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassContext) -> None:

@@ -143,10 +143,7 @@ def test_replaced_call_hands_its_metadata_on() -> None:
         (lambda x: torch.relu_(x.clone()), True),
         (lambda x: torch.sin(x, out=torch.empty_like(x)), True),
         (lambda x: F.silu(x.clone(), inplace=True), True),
-        pytest.param(
-            *(lambda x: F.leaky_relu(x.clone(), 0.2, True), True),
-            marks=pytest.mark.xfail(reason="bug: inplace=True is missed where it is given by position"),
-        ),
+        (lambda x: F.leaky_relu(x.clone(), 0.2, True), True),
         *((lambda x, op=op: op(x * 1, 2), True) for op in (operator.iadd, operator.imul, operator.isub)),
     ],
 )

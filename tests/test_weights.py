@@ -74,9 +74,17 @@ def test_channel_that_is_not_finite_has_such_a_scale(value: float) -> None:
     assert torch.equal(scale[::2], expected[1][::2])
     layer = Layer(None, BITS, "minmax")
     layer.observed.update(noise(8))
-    assert layer.is_finite()
+    assert layer.refusal() is None
     layer.refresh(weight)
-    assert not layer.is_finite()
+    assert layer.refusal() == "its weight is not finite"
+
+
+@pytest.mark.parametrize(("value", "reason"), [(torch.nan, "not finite"), (torch.inf, "not finite"), (0.0, "zero")])
+def test_input_that_cannot_be_calibrated_is_refused(value: float, reason: str) -> None:
+    layer = Layer(None, BITS, "mse")
+    layer.observed.update(torch.full((8,), value))
+    refusal = layer.refusal()
+    assert refusal is not None and reason in refusal
 
 
 # --- Layer ---

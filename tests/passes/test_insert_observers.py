@@ -47,7 +47,7 @@ def test_users_read_the_observer_even_the_output() -> None:
     first, second = probe.nodes(torch._C._nn.linear)
     first_observer, second_observer = probe.nodes(observe)
     assert list(first.users) == [first_observer]
-    assert (second.args[0], second_observer.args[2]) == (first_observer, first_observer)
+    assert (second.args[0], second_observer.args[3]) == (first_observer, first_observer)
     assert probe.graph_module.graph.output_node().args == ((second_observer,),)
 
 

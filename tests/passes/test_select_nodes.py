@@ -229,7 +229,7 @@ def test_float_precision_refuses_all_with_its_reason() -> None:
 def test_layer_that_saw_no_finite_numbers_stays_float() -> None:
     probe = GraphProbe(Mixed(), IMAGE).analyze()
     probe.set_sensitivities(**SENSITIVITIES)
-    probe.context.non_finite = frozenset({"linears.1"})
+    probe.context.unusable = {"linears.1": "its input was not finite"}
     probe.run(select_nodes)
     (refused,) = [info for info in probe.infos if not info.quantized]
-    assert (refused.name, refused.reason) == ("linears.1", "its inputs or weights were not finite while observing")
+    assert (refused.name, refused.reason) == ("linears.1", "its input was not finite")
