@@ -40,7 +40,7 @@ def onlinequant(
     run_passes(analyzed, ANALYZE, PassContext(config, resolved))
     infos = [info for _, info in layer_nodes(analyzed)]
     entry = report.Report(
-        model=_model_name(analyzed),
+        model=compat.compiled_module_name(),
         precision=resolved.name,
         precision_reason=resolved.reason,
         calibration_steps=config.calibration_steps,
@@ -56,7 +56,7 @@ def onlinequant(
         _log.info("%s stays in float: %s", entry.model, reason)
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"
-    return QuantizedGraph(analyzed, config, resolved, entry, _on_decided)
+    return QuantizedGraph(analyzed, config, resolved, entry, _publish)
 
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:
@@ -71,8 +71,8 @@ def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs
     return None
 
 
-def _on_decided(entry: report.Report, infos: Sequence[LayerInfo]) -> None:
-    """Publish what was decided: in the report, and as ``quantization_stats.json`` in the cache directory."""
+def _publish(entry: report.Report, infos: Sequence[LayerInfo]) -> None:
+    """Show how things stand in the report and, if it can be written, in ``quantization_stats.json``."""
     entry.decisions = _decisions(infos)
     try:
         root = cache.cache_directory(entry.config["cache_dir"])
@@ -108,15 +108,6 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     """Where most of the graph's inputs live; a UNet's time step may lie elsewhere."""
     devices = [x.device for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0]
     return max(set(devices), key=devices.count, default=torch.device("cpu"))
-
-
-def _model_name(graph_module: fx.GraphModule) -> str:
-    for node in graph_module.graph.nodes:
-        stack = node.meta.get("nn_module_stack")
-        if stack:
-            kind = next(iter(stack.values()))[1]
-            return kind if isinstance(kind, str) else kind.__name__
-    return "graph"
 
 
 def _entry_key(graph_module: fx.GraphModule, config: QuantConfig, device: torch.device) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from .weights import Layer
+    from .layers import Layer
 
 # Values of an input that its histogram looks at. Far fewer miss the tails, and then clipping does harm.
 SAMPLES = 65536

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,20 @@ def hint(size: int | torch.SymInt) -> int:
     if getattr(node, "hint", None) is not None:
         return int(node.hint)
     return int(node.shape_env.size_hint(node.expr))
+
+
+def compiled_module_name() -> str:
+    """Class of the module that Dynamo is compiling right now; "graph" where it is not a module.
+
+    The graph does not tell: its nodes know the modules below the root only. Dynamo's own frames hold the root.
+    """
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        compiled = getattr(frame.f_locals.get("frame"), "f_locals", {})
+        if isinstance(compiled.get("self"), torch.nn.Module):
+            return type(compiled["self"]).__name__
+        frame = frame.f_back
+    return "graph"
 
 
 def cpu_flags() -> dict[str, bool]:

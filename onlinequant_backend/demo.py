@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
 import statistics
@@ -19,8 +18,8 @@ from rich.table import Table
 from . import precision, report
 from .progress import Progress
 
-# SD1.5's kinds of blocks, text width and heads. Its four levels of two layers, 320 to 1280 channels wide, would take
-# Inductor three minutes twice over on two cores; these take well under one each, and are wide enough for 8 bit to pay.
+# SD1.5's kinds of blocks, text width and heads. All four of its levels would keep Inductor busy for more than two
+# minutes, twice, on two cores; these two take less than one each, and are wide enough for 8 bit to pay.
 CHANNELS = (160, 320)
 LATENT_SIZE = 64
 TEXT_TOKENS, TEXT_WIDTH = 77, 768
@@ -30,21 +29,28 @@ TEXT_TOKENS, TEXT_WIDTH = 77, 768
 CPU_DENSITY_THRESHOLD = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Measurement:
+@dataclasses.dataclass
+class Contestant:
     """One way of running the model.
 
     Attributes:
         name: how it is called in the table.
-        seconds: median time of a step.
-        first_seconds: time of all calls before: compiling, and what has to be observed.
+        step: the model, called as diffusers calls it.
+        first_seconds: time of its first calls: compiling, and what has to be observed.
+        seconds: time of each step since.
         output: the predicted noise, [1, 4, size, size].
     """
 
     name: str
-    seconds: float
+    step: Callable[..., Any]
     first_seconds: float
     output: torch.Tensor
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def median(self) -> float:
+        """Seconds of the median step."""
+        return statistics.median(self.seconds)
 
 
 def run(
@@ -79,13 +85,16 @@ def run(
     # Calibrated on other inputs than the error is measured on.
     observed = [_inputs(size, seed=1 + call) for call in range(calibration_steps)]
     with torch.no_grad():
-        eager = _measure("eager", unet, [seen], steps)
-        compiling = Progress("torch.compile: compiling")
-        compiled = _measure("torch.compile", torch.compile(unet), [seen], steps, compiling)
+        eager = _warmed_up("eager", unet, [seen])
+        with Progress("torch.compile: compiling"):
+            compiled = _warmed_up("torch.compile", torch.compile(unet), [seen])
+        # This shows its progress itself.
         onlinequant = torch.compile(unet, backend="onlinequant", options=options)
-        quantized = _measure("onlinequant", onlinequant, [*observed, seen], steps)  # shows its progress itself
+        quantized = _warmed_up("onlinequant", onlinequant, [*observed, seen])
+        contestants = [eager, compiled, quantized]
+        _race(contestants, seen, steps)
     made = report.reports()[-1]
-    console.print(_table([eager, compiled, quantized], made))
+    console.print(_table(contestants, made))
     _print_notes(console, made)
     made.save(output / report.STATS_FILE)
     made.plot(output / "layers.png")
@@ -124,43 +133,39 @@ def _inputs(size: int, seed: int) -> dict[str, Any]:
     }
 
 
-def _measure(
-    name: str,
-    step: Callable[..., Any],
-    warm_up: Sequence[dict[str, Any]],
-    steps: int,
-    shown: contextlib.AbstractContextManager[object] | None = None,
-) -> Measurement:
-    """Call ``step`` once with each of ``warm_up``, under ``shown``; then time it on the last of these."""
+def _warmed_up(name: str, step: Callable[..., Any], calls: Sequence[dict[str, Any]]) -> Contestant:
+    """Call ``step`` once with each of ``calls``; the output is that of the last."""
     start = time.perf_counter()
-    with shown or contextlib.nullcontext():
-        for inputs in warm_up:
-            step(**inputs)
-    first_seconds = time.perf_counter() - start
-    seconds = []
-    with Progress(f"{name}: timing step", steps) as progress:
-        for _ in range(steps):
+    for inputs in calls:
+        output = step(**inputs)[0]
+    return Contestant(name, step, time.perf_counter() - start, output)
+
+
+def _race(contestants: Sequence[Contestant], inputs: dict[str, Any], rounds: int) -> None:
+    """Time everyone's step once a round, so that whatever else the machine does slows all of them alike."""
+    with Progress("timing round", rounds) as progress:
+        for _ in range(rounds):
             progress.advance()
-            start = time.perf_counter()
-            result = step(**warm_up[-1])[0]
-            seconds.append(time.perf_counter() - start)
-    return Measurement(name, statistics.median(seconds), first_seconds, result)
+            for contestant in contestants:
+                start = time.perf_counter()
+                contestant.step(**inputs)
+                contestant.seconds.append(time.perf_counter() - start)
 
 
-def _table(measurements: Sequence[Measurement], made: report.Report) -> Table:
-    """One row a measurement; the first is what errors, the second what speed is compared with."""
+def _table(contestants: Sequence[Contestant], made: report.Report) -> Table:
+    """One row each; errors are against the first, and speed is compared with the second."""
     counts = made.counts()
-    expected, baseline = measurements[0].output, measurements[1].seconds
+    expected, baseline = contestants[0].output, contestants[1].median
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", no_wrap=True)
     for heading in ("ms/step", "speed-up", "error", "8-bit conv", "8-bit linear", "first calls"):
         table.add_column(heading, justify="right", no_wrap=True)
-    for row in measurements:
-        is_quantized = row is measurements[-1]
+    for row in contestants:
+        is_quantized = row is contestants[-1]
         table.add_row(
             row.name,
-            f"{1e3 * row.seconds:.0f}",
-            f"{baseline / row.seconds:.2f}x",
+            f"{1e3 * row.median:.0f}",
+            f"{baseline / row.median:.2f}x",
             f"{(row.output - expected).norm() / expected.norm():.4f}",
             *(
                 f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']}" if is_quantized else ""

@@ -59,13 +59,13 @@ class QuantizedGraph:
         config: QuantConfig,
         precision: Precision,
         report: Report,
-        on_decided: Callable[[Report, Sequence[LayerInfo]], None],
+        publish: Callable[[Report, Sequence[LayerInfo]], None],
     ) -> None:
         self._graph = graph_module
         self._config = config
         self._precision = precision
         self._report = report
-        self._on_decided = on_decided
+        self._publish = publish
         self._observed = graph.copy_graph(graph_module)
         run_passes(self._observed, OBSERVE, PassContext(config, precision))
         self._infos = [info for _, info in layer_nodes(graph_module) if info.index is not None]
@@ -183,7 +183,7 @@ class QuantizedGraph:
         context = PassContext(self._config, self._precision, measured=True, unusable=unusable)
         run_passes(self._graph, SELECT, context)
         self._decided = True
-        self._on_decided(self._report, [info for _, info in layer_nodes(self._graph)])
+        self._publish(self._report, [info for _, info in layer_nodes(self._graph)])
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Quantize changed weights again, in place."""
@@ -212,6 +212,7 @@ class QuantizedGraph:
                 self._report.phase = "float"
                 self._report.phase_reason = f"compiling failed: {type(error).__name__}: {error}"
             self._report.compile_seconds += time.perf_counter() - start
+            self._publish(self._report, [info for _, info in layer_nodes(self._graph)])
             self._compiled[key] = compiled
             return compiled
 

@@ -12,9 +12,9 @@ from torch.utils import _pytree as pytree
 
 from . import graph
 from .calibration import Observation
+from .layers import Layer, Sensitivity
 from .passes import LayerInfo
 from .progress import Progress
-from .weights import Layer, Sensitivity
 
 _log = logging.getLogger("onlinequant")
 

@@ -11,8 +11,8 @@ import torch.fx as fx
 
 from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.precision import Precision
-from onlinequant_backend.weights import Sensitivity
 
 LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
 CONV_TARGETS = (

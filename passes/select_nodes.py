@@ -58,7 +58,7 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
         return f"float: {context.precision.reason}"
     threshold = getattr(config, f"{info.kind}_compute_density_threshold")
     if info.density < threshold:
-        return f"density {info.density:.0f} is below the threshold of {threshold:g} FLOPs per byte"
+        return f"density {info.density:.4g} is below the threshold of {threshold:g} FLOPs per byte"
     if getattr(config, f"quantized_{info.kind}_percentage") == 0:
         return f"quantized_{info.kind}_percentage is 0"
     return context.unusable.get(info.name)

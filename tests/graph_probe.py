@@ -14,9 +14,9 @@ from torch import nn
 from onlinequant_backend import graph, precision
 from onlinequant_backend.calibration import Observation
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.layers import Layer, Sensitivity
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from onlinequant_backend.precision import Precision
-from onlinequant_backend.weights import Layer, Sensitivity
 
 EIGHT_BITS = Precision("int8", "the test says so", 8)
 EVERY_LAYER: dict[str, Any] = {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}

@@ -48,7 +48,8 @@ def test_the_size_counts_files_in_all_folders_but_no_links(tmp_path: Path) -> No
     root = tmp_path / "root"
     cache.write_atomically(root / "a" / "b" / "one", "12345")
     cache.write_atomically(root / "two", "123")
-    (root / "link").symlink_to(outside)
+    (root / "folder").symlink_to(outside)
+    (root / "file").symlink_to(outside / "large")
     assert 8 <= cache.directory_size(root) < 1000
 
 

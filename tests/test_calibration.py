@@ -8,7 +8,7 @@ import torch
 from onlinequant_backend import ops
 from onlinequant_backend.calibration import ActivationRange, Observation, freeze
 from onlinequant_backend.kernels import reference
-from onlinequant_backend.weights import Layer
+from onlinequant_backend.layers import Layer
 from tests.tiny import noise, relative_error
 
 METHODS = ["minmax", "mse"]

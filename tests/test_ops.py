@@ -6,7 +6,7 @@ import torch
 from onlinequant_backend import ops
 from onlinequant_backend.calibration import ActivationRange, freeze
 from onlinequant_backend.kernels import reference
-from onlinequant_backend.weights import quantize_weight
+from onlinequant_backend.layers import quantize_weight
 from tests.tiny import noise
 
 BITS = [7, 8]

@@ -66,12 +66,18 @@ def test_any_set_of_layers_can_be_drawn(tmp_path: Path, decisions: list[NodeDeci
     assert drawn(decisions, tmp_path / "layers.png").size
 
 
-def test_thresholds_are_drawn_where_there_are_any(tmp_path: Path) -> None:
-    with_lines = drawn(MIXED, tmp_path / "with.png")
-    without = drawn(MIXED, tmp_path / "without.png", {"conv_compute_density_threshold": 0})
-    assert (with_lines != without).any()
-    assert plot._thresholds(Report("UNet", config=THRESHOLDS)) == {"conv": 100.0, "linear": 300.0}
-    assert plot._thresholds(Report("UNet", config={"conv_compute_density_threshold": 0})) == {}
+def test_both_axes_are_logarithmic_with_the_thresholds_as_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures = []
+    monkeypatch.setattr(plot.Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    plot.plot_layers(Report("UNet", decisions=MIXED, config=THRESHOLDS), tmp_path / "layers.png")
+    plot.plot_layers(Report("UNet", config={"conv_compute_density_threshold": 0}), tmp_path / "layers.png")
+    with_lines, without = (figure.axes for figure in figures)
+    for scatter, rug in (with_lines, without):
+        assert scatter.get_xscale() == scatter.get_yscale() == rug.get_xscale() == "log"
+    assert [[line.get_xdata()[0] for line in axes.lines] for axes in with_lines] == [[100, 300], [100, 300]]
+    assert [len(axes.lines) for axes in without] == [0, 0]
 
 
 def test_a_report_plots_itself(tmp_path: Path) -> None:

@@ -191,6 +191,7 @@ def test_long_names_and_reasons_are_folded_and_not_cut() -> None:
     assert max(map(len, text.splitlines())) <= 120
     rows = text.splitlines()
     first = next(index for index, row in enumerate(rows) if row.startswith("down_blocks"))
+    assert rows[first].split()[0] == "down_blocks.1.attentions.0."
     assert "".join(row.split(" ")[0] for row in rows[first : first + 2]) == name
     column = rows[first].index("a reason")
     assert " ".join(" ".join(row[column:] for row in rows[first:]).split()) == reason

@@ -72,7 +72,10 @@ def test_observed_calls_are_exact_then_one_compile_then_8_bit(inductor: EagerInd
     for _ in range(3):
         assert 0 < relative_error(step(X), expected) < CLOSE
     report = oq.reports()[-1]
-    assert (report.phase, len(inductor.graphs), dynamo_graphs()) == ("quantized", 1, 1)
+    assert (report.model, report.phase, len(inductor.graphs), dynamo_graphs()) == ("Net", "quantized", 1, 1)
+    assert report.stats_path is not None
+    saved = oq.Report.load(report.stats_path)
+    assert (saved.phase, saved.decisions) == ("quantized", report.decisions)
     assert all(decision.quantized and decision.reason for decision in report.decisions)
     assert {decision.name for decision in report.decisions} == {
         name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1

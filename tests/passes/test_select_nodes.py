@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
-from onlinequant_backend.weights import Sensitivity
 from tests.graph_probe import GraphProbe, WithWeight
 from tests.tiny import net, noise
 
