@@ -50,8 +50,8 @@ def examine() -> Findings:
     lines += _device_lines()
     obstacles: list[str] = []
     try:
-        bits = precision.resolve("int8", torch.device("cpu")).activation_bits
-        lines.append(('precision="int8" on cpu', f"available, with {bits}-bit activations"))
+        bits = precision.resolve("int8", torch.device("cpu")).weight_bits
+        lines.append(('precision="int8" on cpu', f"available, with {bits}-bit weights"))
     except OnlineQuantError as error:
         obstacles.append(str(error))
     else:
@@ -143,23 +143,23 @@ _Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 def _operands(bits: int, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Operands:
-    """Random ``xq`` of ``bits`` bits, ``qparams``, and an int8 weight, its scales and a bias, as the ops take them."""
+    """Random ``xq``, ``qparams``, and an int8 weight of ``bits`` bits, its scales and a bias, as the ops take them."""
     generator = torch.Generator().manual_seed(0)
     scale = 0.02
     return (
-        torch.randint(0, 2**bits, x_shape, dtype=torch.uint8, generator=generator),
-        torch.tensor([1 / scale, 2 ** (bits - 1), scale]),
-        torch.randint(-127, 128, weight_shape, dtype=torch.int8, generator=generator),
+        torch.randint(0, 256, x_shape, dtype=torch.uint8, generator=generator),
+        torch.tensor([1 / scale, 128, scale]),
+        torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), weight_shape, dtype=torch.int8, generator=generator),
         torch.rand(weight_shape[0], generator=generator) + 0.5,
         torch.randn(weight_shape[0], generator=generator),
     )
 
 
-def _check_quantize(bits: int) -> float:
+def _check_quantize(_bits: int) -> float:
     x = torch.linspace(-1, 1, 64)
-    scale = 2 / (2**bits - 1)
-    qparams = torch.tensor([1 / scale, 2 ** (bits - 1), scale])
-    error = (reference.dequantize(ops.quantize(x, qparams, bits, False), qparams) - x).abs().max()
+    scale = 2 / 255
+    qparams = torch.tensor([1 / scale, 128, scale])
+    error = (reference.dequantize(ops.quantize(x, qparams, ops.ACTIVATION_BITS, False), qparams) - x).abs().max()
     return 0.0 if error <= scale else float(error)
 
 

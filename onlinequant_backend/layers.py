@@ -36,9 +36,9 @@ class Sensitivity:
 class Layer:
     """One conv or linear weight: what was observed of its inputs, and its 8-bit copy."""
 
-    def __init__(self, geometry: ConvGeometry | None, bits: int, method: str) -> None:
+    def __init__(self, geometry: ConvGeometry | None, weight_bits: int, method: str) -> None:
         self.geometry = geometry
-        self.bits = bits
+        self.weight_bits = weight_bits
         self.method = method
         self.calls = 0
         self.in_use = False
@@ -55,7 +55,7 @@ class Layer:
         """The input's quantization parameters (``ops.quantize``), frozen from what was observed at the first use."""
         if self._qparams is None:
             with torch.inference_mode(False), torch.no_grad():
-                self._qparams = freeze(self.observed, self.bits, self.method)
+                self._qparams = freeze(self.observed, ops.ACTIVATION_BITS, self.method)
         return self._qparams
 
     def refresh(self, weight: torch.Tensor) -> bool:
@@ -69,7 +69,7 @@ class Layer:
     def requantize(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change."""
         with torch.inference_mode(False), torch.no_grad():
-            q, scale = quantize_weight(weight)
+            q, scale = quantize_weight(weight, self.weight_bits)
             if self.weight is None or self.weight_scale is None:
                 self.weight, self.weight_scale = cpu.new_handle(q.shape), scale
             else:
@@ -108,7 +108,7 @@ class Layer:
         if self.weight is None or self.weight_scale is None:
             return y
         qparams = self.qparams
-        xq = ops.quantize(x, qparams, self.bits, self.geometry is not None)
+        xq = ops.quantize(x, qparams, ops.ACTIVATION_BITS, self.geometry is not None)
         if self.geometry is None:
             return ops.linear(xq, qparams, self.weight, self.weight_scale, bias, y.dtype)
         g = self.geometry
@@ -123,15 +123,17 @@ class Layer:
         self.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
 
 
-def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_weight(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit weights, one scale for each output channel: ``weight`` is about ``q * scale``.
 
-    ``weight``: any float dtype, [N, ...]. Returns int8 of the same shape in [-127, 127] and float32 [N]. A channel
-    with NaN or infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
+    ``weight``: any float dtype, [N, ...]. Returns int8 of the same shape within 127 of zero (63 for 7 bits) and float32
+    [N]. A channel with NaN or infinity gets a scale that is not finite, so that the layer's output is not finite
+    either, as in float.
     """
+    top = 2 ** (bits - 1) - 1
     rows = weight.detach().float().flatten(1)
-    scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 2**20) / 127
-    q = torch.clamp(torch.round(rows / scale[:, None]), -127, 127).nan_to_num(0).to(torch.int8)
+    scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 2**20) / top
+    q = torch.clamp(torch.round(rows / scale[:, None]), -top, top).nan_to_num(0).to(torch.int8)
     return q.reshape(weight.shape), scale
 
 

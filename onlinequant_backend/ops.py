@@ -14,6 +14,9 @@ import torch
 
 from .kernels import cpu
 
+# All of an activation's bits are used; weights may have to spare one, see ``precision.Precision``.
+ACTIVATION_BITS = 8
+
 _library = torch.library.Library("onlinequant", "DEF")
 # Inductor must hand a kernel the memory layout that the graph was traced with.
 _tags = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)

@@ -16,13 +16,14 @@ class Precision:
     Attributes:
         name: "int8" or "float".
         reason: why this one; never empty.
-        activation_bits: bits of an 8-bit activation that are used. 7 on CPUs whose 8-bit multiply-add
-            saturates in 16 bits (no VNNI or AMX), 8 elsewhere.
+        weight_bits: bits of an 8-bit weight that are used. 7 on CPUs without VNNI or AMX, whose multiply-add sums two
+            products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 would saturate. Weights spread more evenly over
+            their range than activations do, so they can better spare the bit.
     """
 
     name: str
     reason: str
-    activation_bits: int = 8
+    weight_bits: int = 8
 
 
 def resolve(requested: str, device: torch.device) -> Precision:
@@ -32,7 +33,7 @@ def resolve(requested: str, device: torch.device) -> Precision:
     if requested == "auto":
         return _automatic(device)
     if requested == "int8" and device.type == "cpu" and _onednn_has_int8():
-        return Precision("int8", 'precision="int8" was asked for', _cpu_activation_bits())
+        return Precision("int8", 'precision="int8" was asked for', _cpu_weight_bits())
     raise errors.PrecisionUnavailableError(
         f"precision={requested!r} has no kernels for {device.type}. "
         'There are int8 kernels for x86 CPUs; use precision="auto" to run in float where there are none.'
@@ -47,10 +48,10 @@ def _automatic(device: torch.device) -> Precision:
     fast = [flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if compat.cpu_flags()[flag]]
     if not fast:
         return Precision("float", 'this CPU has no VNNI or AMX 8-bit instructions (precision="int8" forces 8 bit)')
-    return Precision("int8", f"this CPU has {fast[0]}", _cpu_activation_bits())
+    return Precision("int8", f"this CPU has {fast[0]}", _cpu_weight_bits())
 
 
-def _cpu_activation_bits() -> int:
+def _cpu_weight_bits() -> int:
     flags = compat.cpu_flags()
     return 8 if flags["avx512_vnni"] or flags["avx_vnni"] or flags["amx_int8"] else 7
 

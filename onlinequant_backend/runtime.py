@@ -126,7 +126,7 @@ class QuantizedGraph:
                 registry.layer(
                     parameters[self._candidates[index]],
                     info.geometry,
-                    self._precision.activation_bits,
+                    self._precision.weight_bits,
                     self._config.calibration_method,
                     old=known.layers[index] if known else None,
                 )

@@ -174,13 +174,18 @@ class Registry:
         self._layers: dict[tuple[object, ...], WeakIdKeyDictionary] = {}
 
     def layer(
-        self, weight: torch.Tensor, geometry: ConvGeometry | None, bits: int, method: str, old: Layer | None = None
+        self,
+        weight: torch.Tensor,
+        geometry: ConvGeometry | None,
+        weight_bits: int,
+        method: str,
+        old: Layer | None = None,
     ) -> Layer:
         """The layer of ``weight``. Where there is none, ``weight`` takes over ``old``, the layer of the weight
         whose place in the model it has taken, or else gets a new one."""
-        layers = self._layers.setdefault((geometry, bits, method), WeakIdKeyDictionary())
+        layers = self._layers.setdefault((geometry, weight_bits, method), WeakIdKeyDictionary())
         if weight not in layers:
-            layers[weight] = old or Layer(geometry, bits, method)
+            layers[weight] = old or Layer(geometry, weight_bits, method)
         found: Layer = layers[weight]
         return found
 

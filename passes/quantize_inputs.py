@@ -34,7 +34,7 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
             context.extra_inputs.append(("qparams", info.index))
             qparams = graph.add_placeholder(graph_module, f"onlinequant_qparams_{info.index}")
             with graph_module.graph.inserting_before(node):
-                args = (x, qparams, context.precision.activation_bits, info.kind == "conv")
+                args = (x, qparams, ops.ACTIVATION_BITS, info.kind == "conv")
                 shared[key] = graph_module.graph.call_function(ops.quantize, args)
         node.replace_input_with(x, shared[key])
     return len(shared)

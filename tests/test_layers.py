@@ -10,24 +10,25 @@ from onlinequant_backend.passes import ConvGeometry
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
 
-BITS = host_precision().activation_bits
+BITS = host_precision().weight_bits
 PADDED = ConvGeometry((1, 1), (1, 1), (1, 1))
 
 
 # --- quantize_weight ---
 
 
+@pytest.mark.parametrize(("bits", "top"), [(8, 127), (7, 63)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", [(8, 33), (4, 3, 3, 3), (4, 3, 3, 1, 1), (1, 1)])
-def test_weight_is_within_half_a_step(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_weight_is_within_half_a_step(shape: tuple[int, ...], dtype: torch.dtype, bits: int, top: int) -> None:
     # Channels of very different sizes, for which one scale would not do.
     weight = noise(*shape) * 10.0 ** torch.arange(-2, shape[0] - 2).clamp(max=2).view(-1, *[1] * (len(shape) - 1))
     weight = weight.to(dtype)
-    q, scale = quantize_weight(weight)
+    q, scale = quantize_weight(weight, bits)
     assert (q.dtype, q.shape, scale.dtype, scale.shape) == (torch.int8, shape, torch.float32, shape[:1])
     rows, q_rows = weight.float().flatten(1), q.flatten(1)
-    assert torch.allclose(scale, rows.abs().amax(1) / 127)
-    assert (q_rows.abs().amax(1) == 127).all()
+    assert torch.allclose(scale, rows.abs().amax(1) / top)
+    assert (q_rows.abs().amax(1) == top).all()
     assert ((q_rows * scale[:, None] - rows).abs() <= scale[:, None] * 0.5001).all()
 
 

@@ -31,7 +31,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> SetFlags:
 def test_fast_cpu_gets_8_bits(has: SetFlags, flag: str, requested: str) -> None:
     has("avx2", flag)
     resolved = precision.resolve(requested, CPU)
-    assert (resolved.name, resolved.activation_bits) == ("int8", 8)
+    assert (resolved.name, resolved.weight_bits) == ("int8", 8)
     assert resolved.reason == (f"this CPU has {flag}" if requested == "auto" else 'precision="int8" was asked for')
 
 
@@ -86,5 +86,5 @@ def test_kernels_ask_for_the_flags_once(monkeypatch: pytest.MonkeyPatch) -> None
     cpu.has_vnni.cache_clear()
     answers = {cpu.has_vnni() for _ in range(3)}
     assert flags.call_count == len(answers) == 1
-    # Kernels and calibration must agree: 8 bits of an activation saturate without VNNI.
-    assert answers == {precision._cpu_activation_bits() == 8}
+    # Kernels and calibration must agree: 8 bits of a weight saturate without VNNI.
+    assert answers == {precision._cpu_weight_bits() == 8}

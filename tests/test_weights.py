@@ -15,7 +15,7 @@ from onlinequant_backend.weights import WeightSet, registry
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
 
-BITS = host_precision().activation_bits
+BITS = host_precision().weight_bits
 PADDED = ConvGeometry((1, 1), (1, 1), (1, 1))
 
 

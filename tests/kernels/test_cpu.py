@@ -11,8 +11,8 @@ from onlinequant_backend import ops
 from onlinequant_backend.kernels import cpu, reference
 from tests.graph_probe import host_precision
 
-BITS = host_precision().activation_bits
-TOP = 2**BITS - 1
+TOP = 255  # of an activation
+WEIGHT_TOP = 2 ** (host_precision().weight_bits - 1) - 1
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding of the result, and for float32 that of a few factors.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -74,7 +74,7 @@ def operands(
 ) -> Operands:
     generator = torch.Generator().manual_seed(0)
     xq = torch.randint(0, TOP + 1, shape, generator=generator, dtype=torch.uint8)
-    weight = torch.randint(-127, 128, weight_shape, generator=generator, dtype=torch.int8)
+    weight = torch.randint(-WEIGHT_TOP, WEIGHT_TOP + 1, weight_shape, generator=generator, dtype=torch.int8)
     scale = 0.01 + torch.rand(weight_shape[0], generator=generator) / 100
     dimensions = len(weight_shape) - 2
     if dimensions:
@@ -137,14 +137,14 @@ def test_conv(
     ids=["linear", "wide linear", "padded conv", "wide conv", "3-d conv"],
 )
 @pytest.mark.parametrize("zero_point", [0, 50, TOP])
-@pytest.mark.parametrize("weights", ["all 127", "all -127", "alternating", "random"])
+@pytest.mark.parametrize("weights", ["all positive", "all negative", "alternating", "random"])
 def test_extreme_values_are_summed_exactly(op: Any, given: Operands, zero_point: int, weights: str) -> None:
     """No 16-bit sum may saturate. All of these sums are whole numbers below 2**24, which float32 holds exactly."""
     weight = given.weight.clone()
     if weights != "random":
-        weight.fill_(-127 if weights == "all -127" else 127)
+        weight.fill_(-WEIGHT_TOP if weights == "all negative" else WEIGHT_TOP)
     if weights == "alternating":
-        weight[:, ::2] = -127
+        weight[:, ::2] = -WEIGHT_TOP
     extreme = dataclasses.replace(
         given,
         xq=torch.full_like(given.xq, TOP),

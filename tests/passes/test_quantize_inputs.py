@@ -10,7 +10,6 @@ from torch import nn
 from onlinequant_backend import graph, ops
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
-from onlinequant_backend.precision import Precision
 from tests.graph_probe import GraphProbe, WithWeight, host_precision
 from tests.tiny import net, noise, relative_error
 
@@ -48,11 +47,11 @@ def test_q_k_and_v_share_one_quantize_node() -> None:
 
 
 def test_convolution_and_linear_that_read_one_tensor_do_not_share() -> None:
-    probe = GraphProbe(Readers(), noise(1, 4, 8, 8), precision=Precision("int8", "no VNNI", 7)).analyze()
+    probe = GraphProbe(Readers(), noise(1, 4, 8, 8)).analyze()
     assert probe.run(quantize_inputs) == {"quantize_inputs": 2}
     rows, image = probe.nodes(ops.quantize)
-    assert str(rows.args) == "(l_x_, onlinequant_qparams_0, 7, False)"
-    assert str(image.args) == "(l_x_, onlinequant_qparams_1, 7, True)"
+    assert str(rows.args) == "(l_x_, onlinequant_qparams_0, 8, False)"
+    assert str(image.args) == "(l_x_, onlinequant_qparams_1, 8, True)"
     assert [node.args[0] for node in probe.nodes(LINEAR)] == [rows, rows]
     assert probe.nodes(torch.conv2d)[0].args[0] is image
 

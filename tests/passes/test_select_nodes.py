@@ -132,7 +132,7 @@ def test_layer_below_the_density_threshold_stays_float(kind: str, above: bool) -
     names = [info.name for info in probe.infos if info.kind == kind and not info.quantized]
     assert names == ([] if not above else CONVS if kind == "conv" else LINEARS)
     for info in probe.infos:
-        assert info.quantized or info.reason.startswith(f"density {density:.0f} is below the threshold of ")
+        assert info.quantized or info.reason.startswith(f"density {density:.4g} is below the threshold of ")
 
 
 def test_default_thresholds_drop_what_they_are_made_for() -> None:
