@@ -82,22 +82,30 @@ class QuantizedGraph:
         self._compiled: dict[tuple[Any, ...], CompiledGraph | None] = {}
         self._lock = threading.RLock()
         self._decided = False
+        self._gave_up = False
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
+        if self._gave_up:
+            return self._graph(*args)
         if self._grad_enabled and torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
             return self._graph(*args)
-        parameters = self._parameters(args)
-        weights = self._sets.get(id(parameters[0]))
-        if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
-            weights = self._find_set(parameters)
-        if weights.selection is None:
-            result = self._observe(args, parameters, weights)
+        try:
+            parameters = self._parameters(args)
+            weights = self._sets.get(id(parameters[0]))
+            if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
+                weights = self._find_set(parameters)
             if weights.selection is None:
-                return result
-        if not weights.is_current(parameters):
-            self._follow(parameters, weights)
+                result = self._observe(args, parameters, weights)
+                if weights.selection is None:
+                    return result
+            if not weights.is_current(parameters):
+                self._follow(parameters, weights)
+        except Exception as error:
+            self._gave_up = True
+            self._stay_in_float(error)
+            return self._graph(*args)
         key = self._key(args, weights)
         compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, weights)
         return self._graph(*args) if compiled is None else compiled(args, weights)
@@ -203,18 +211,22 @@ class QuantizedGraph:
             try:
                 with Progress("compiling"):
                     compiled = self._build(args, weights)
-                self._report.phase = "quantized"
-                self._report.phase_reason = "8-bit layers compiled by Inductor"
+                self._report.phase = "quantized" if weights.selection else "float"
+                outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
+                self._report.phase_reason = f"{outcome} compiled by Inductor"
             except Exception as error:
-                # Whatever went wrong, the user's model still works: it goes on in float.
-                _log.exception("onlinequant could not compile the 8-bit graph; the model goes on in float")
                 compiled = None
-                self._report.phase = "float"
-                self._report.phase_reason = f"compiling failed: {type(error).__name__}: {error}"
+                self._stay_in_float(error)
             self._report.compile_seconds += time.perf_counter() - start
             self._publish(self._report, [info for _, info in layer_nodes(self._graph)])
             self._compiled[key] = compiled
             return compiled
+
+    def _stay_in_float(self, error: Exception) -> None:
+        """Whatever went wrong, the user's model still works."""
+        _log.exception("onlinequant failed, so the model goes on in float")
+        self._report.phase = "float"
+        self._report.phase_reason = f"it failed: {type(error).__name__}: {error}"
 
     def _build(self, args: Sequence[Any], weights: WeightSet) -> CompiledGraph:
         rewritten = graph.copy_graph(self._graph)

@@ -384,7 +384,38 @@ def test_a_failing_compile_leaves_the_float_model(inductor: EagerInductor, caplo
     report = oq.reports()[-1]
     assert report.phase == "float"
     assert "no compiler" in report.phase_reason
-    assert sum("could not compile" in record.message for record in caplog.records) == 1
+    assert sum("goes on in float" in record.message for record in caplog.records) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("step_that_fails", ["select", "follow"])
+def test_failing_to_quantize_leaves_the_float_model(
+    step_that_fails: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise MemoryError("no memory for 8-bit weights")
+
+    model = net()
+    step = compiled(model)
+    monkeypatch.setattr(f"onlinequant_backend.weights.WeightSet.{step_that_fails}", fail)
+    for _ in range(3):
+        step(X)
+    model.conv_in.weight.mul_(2)
+    for _ in range(2):
+        assert torch.equal(step(X), model(X))
+    assert oq.reports()[-1].phase == "float"
+    assert "no memory" in oq.reports()[-1].phase_reason
+
+
+@torch.no_grad()
+def test_a_percentage_too_small_for_any_layer_is_float(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, quantized_conv_percentage=1, quantized_linear_percentage=1)
+    for _ in range(4):
+        assert relative_error(step(X), model(X)) < 1e-5
+    report = oq.reports()[-1]
+    assert (report.phase, report.counts()["quantized_conv"]) == ("float", 0)
+    assert "no layer was selected" in report.phase_reason
 
 
 def test_training_stays_float_with_right_gradients() -> None:
