@@ -53,6 +53,12 @@ def cpu_flags() -> dict[str, bool]:
     }
 
 
+def int8_instructions() -> str | None:
+    """The best of this CPU's instructions that sum 8-bit products in 32 bits; None if it has none."""
+    flags = cpu_flags()
+    return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
+
+
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
     from torch._inductor import list_mode_options

@@ -45,15 +45,14 @@ def _automatic(device: torch.device) -> Precision:
         return Precision("float", f"there are no 8-bit kernels for {device.type} yet")
     if not _onednn_has_int8():
         return Precision("float", "this torch has no oneDNN int8 kernels for this CPU")
-    fast = [flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if compat.cpu_flags()[flag]]
-    if not fast:
+    instructions = compat.int8_instructions()
+    if instructions is None:
         return Precision("float", 'this CPU has no VNNI or AMX 8-bit instructions (precision="int8" forces 8 bit)')
-    return Precision("int8", f"this CPU has {fast[0]}", _cpu_weight_bits())
+    return Precision("int8", f"this CPU has {instructions}", _cpu_weight_bits())
 
 
 def _cpu_weight_bits() -> int:
-    flags = compat.cpu_flags()
-    return 8 if flags["avx512_vnni"] or flags["avx_vnni"] or flags["amx_int8"] else 7
+    return 7 if compat.int8_instructions() is None else 8
 
 
 def _onednn_has_int8() -> bool:

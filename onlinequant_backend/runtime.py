@@ -178,16 +178,16 @@ class QuantizedGraph:
 
     def _select(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are."""
-        if not self._decided:
-            self._decide(weights)
         refusals = [layer.refusal() for layer in weights.layers]
+        if not self._decided:
+            self._decide(weights, refusals)
         weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
 
-    def _decide(self, weights: WeightSet) -> None:
+    def _decide(self, weights: WeightSet, refusals: Sequence[str | None]) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
-        refusals = {info.name: layer.refusal() for info, layer in zip(self._infos, weights.layers, strict=True)}
-        unusable = {name: refusal for name, refusal in refusals.items() if refusal is not None}
+        named = zip(self._infos, refusals, strict=True)
+        unusable = {info.name: refusal for info, refusal in named if refusal is not None}
         context = PassContext(self._config, self._precision, measured=True, unusable=unusable)
         run_passes(self._graph, SELECT, context)
         self._decided = True

@@ -22,8 +22,7 @@ _packed_weights: dict[int, torch.Tensor] = {}
 @lru_cache(maxsize=1)
 def has_vnni() -> bool:
     """Whether 8-bit products are summed in 32 bits; without, two of them are summed in 16 bits and saturate."""
-    flags = compat.cpu_flags()
-    return flags["avx512_vnni"] or flags["avx_vnni"] or flags["amx_int8"]
+    return compat.int8_instructions() is not None
 
 
 def new_handle(shape: torch.Size) -> torch.Tensor:
