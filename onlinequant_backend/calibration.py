@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -101,12 +101,14 @@ class Observation:
 
     Attributes:
         layers: state of each observed layer.
-        measure: whether to compare each layer's float output with its 8-bit output.
+        weights: float weight of each, if its float output is to be compared with its 8-bit output, or None.
+        kept: indices of the layers whose 8-bit copy is kept after that.
         probe: index of the one layer whose 8-bit output is handed on in place of its float output, or None.
     """
 
     layers: Sequence[Layer]
-    measure: bool = False
+    weights: Sequence[torch.Tensor] | None = None
+    kept: Container[int] = ()
     probe: int | None = None
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -117,13 +119,19 @@ class Observation:
         layer = self.layers[index]
         if self.probe is not None:
             return layer.quantized_output(x, bias, y) if index == self.probe else y
+        if layer.frozen:
+            return y
         shared = self.layers[first].observed
         if index != first and (layer.observed is shared or layer.observed.minimum is None):
             layer.observed = shared
         else:
             layer.observed.update(x)
-        if self.measure and layer.refusal() is None:
-            layer.measure_sensitivity(x, bias, y)
+        if self.weights is not None and layer.range_refusal() is None:
+            layer.refresh(self.weights[index])
+            if layer.refusal() is None:
+                layer.measure_sensitivity(x, bias, y)
+            if index not in self.kept:
+                layer.drop_copy()
         return y
 
 

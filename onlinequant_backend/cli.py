@@ -1,15 +1,18 @@
-"""The command ``onlinequant``: ``doctor``, ``demo`` and ``stats``."""
+"""The command ``onlinequant``: ``doctor``, ``demo``, ``stats``, ``clear``, ``export`` and ``import``."""
 
 from __future__ import annotations
 
 import argparse
+import collections
 import logging
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import doctor
+from . import doctor, eviction, listing, transfer
+from .cache import ENVIRONMENT_VARIABLES, Cache
 from .errors import OnlineQuantError, StatsFileError
 from .report import STATS_FILE, Report
 
@@ -24,6 +27,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = arguments.command(arguments)
         sys.stdout.flush()
         return status
+    except OnlineQuantError as error:
+        return _fail(error, 2)
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -36,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("doctor", help="say whether this machine can run in 8 bit, and why")
+    _add_cache_dir(command)
     command.set_defaults(command=_doctor)
 
     command = commands.add_parser(
@@ -45,10 +51,39 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps, default 5")
     command.set_defaults(command=_demo)
 
-    command = commands.add_parser("stats", help=f"print every {STATS_FILE} below a directory")
-    command.add_argument("path", type=Path, metavar="DIR", help="a directory, or one such file")
+    command = commands.add_parser("stats", help="list what is in the cache, or print the statistics of every layer")
+    command.add_argument(
+        "path",
+        type=Path,
+        nargs="?",
+        metavar="DIR",
+        help=f"print every {STATS_FILE} below it; may also be one such file",
+    )
+    _add_cache_dir(command)
     command.set_defaults(command=_stats)
+
+    command = commands.add_parser("clear", help="remove what is in the cache: everything, or what is old or too much")
+    command.add_argument("--older-than", type=_amount, metavar="DAYS", help="what was not used for that long")
+    command.add_argument("--max-size", type=_amount, metavar="GB", help="the oldest, until no more than that is left")
+    _add_cache_dir(command)
+    command.set_defaults(command=_clear)
+
+    command = commands.add_parser("export", help="write a calibration to a file, for another machine")
+    command.add_argument("key", metavar="KEY", help="as `onlinequant stats` shows it, or the beginning of a key")
+    command.add_argument("file", type=Path, metavar="FILE")
+    _add_cache_dir(command)
+    command.set_defaults(command=_export)
+
+    command = commands.add_parser("import", help="take in a calibration that was exported")
+    command.add_argument("file", type=Path, metavar="FILE")
+    _add_cache_dir(command)
+    command.set_defaults(command=_import)
     return parser
+
+
+def _add_cache_dir(command: argparse.ArgumentParser) -> None:
+    default = f"{' or '.join(ENVIRONMENT_VARIABLES)}, or the user's cache directory"
+    command.add_argument("--cache-dir", metavar="DIR", help=f"the cache directory; by default {default}")
 
 
 def _positive(text: str) -> int:
@@ -58,8 +93,15 @@ def _positive(text: str) -> int:
     return value
 
 
+def _amount(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, inf)")
+    return value
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
-    findings = doctor.examine()
+    findings = doctor.examine(arguments.cache_dir)
     print(doctor.render(findings))
     return 0 if findings.works else 1
 
@@ -78,7 +120,29 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 
 def _stats(arguments: argparse.Namespace) -> int:
-    path: Path = arguments.path
+    return _list(_open(arguments)) if arguments.path is None else _print_stats(arguments.path)
+
+
+def _open(arguments: argparse.Namespace) -> Cache:
+    cache = Cache.open(arguments.cache_dir)
+    if cache.root is None:
+        raise OnlineQuantError(f"There is no cache directory: name one with --cache-dir or {ENVIRONMENT_VARIABLES[0]}.")
+    return cache
+
+
+def _list(cache: Cache) -> int:
+    found = cache.entries()
+    if found:
+        print(listing.render(found), end="\n\n")
+        print(
+            f"{_count(len(found), 'calibration')} in {cache.root}; `onlinequant stats {cache.root}` prints every layer."
+        )
+    else:
+        print(f"There is no calibration in {cache.root}. A run with backend='onlinequant' adds one.")
+    return 0
+
+
+def _print_stats(path: Path) -> int:
     files = [path] if path.is_file() else sorted(path.rglob(STATS_FILE))
     if not files:
         return _fail(
@@ -93,6 +157,49 @@ def _stats(arguments: argparse.Namespace) -> int:
         except StatsFileError as error:
             status = _fail(error, 2)
     return status
+
+
+def _clear(arguments: argparse.Namespace) -> int:
+    cache = _open(arguments)
+    removed = cache.clear(arguments.older_than, arguments.max_size)
+    counts = collections.Counter(item.kind for item in removed)
+    what = ", ".join(_count(count, _DESCRIPTIONS[kind]) for kind, count in counts.items())
+    size = listing.human_size(sum(item.size for item in removed))
+    print(f"Removed from {cache.root}: {what or 'nothing'}" + (f"; {size} in all." if removed else "."))
+    if arguments.older_than is None and arguments.max_size is None and cache.root is not None:
+        kept = eviction.items(cache.root)
+        if kept:
+            return _fail(f"{len(kept)} could not be removed, because they are in use or may not be written.", 1)
+    return 0
+
+
+# What is called how, by ``eviction.Item.kind``.
+_DESCRIPTIONS = {
+    eviction.ENTRIES: "calibration",
+    eviction.IMPORTED: "imported calibration",
+    eviction.INDUCTOR: "Inductor cache",
+    eviction.ASIDE: "corrupt folder",
+}
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    calibration = transfer.export_calibration(_open(arguments), arguments.key, arguments.file)
+    print(f"Wrote the calibration of {len(calibration.layers)} layers of {calibration.model} to {arguments.file}.")
+    return 0
+
+
+def _import(arguments: argparse.Namespace) -> int:
+    cache = _open(arguments)
+    key, calibration = transfer.import_calibration(cache, arguments.file)
+    print(
+        f"Imported the calibration of {len(calibration.layers)} layers of {calibration.model} into {cache.root}. "
+        f"A model with the same layers and weights (key {key[:32]}...) will use it and observe nothing."
+    )
+    return 0
+
+
+def _count(count: int, what: str) -> str:
+    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _fail(message: object, status: int) -> int:

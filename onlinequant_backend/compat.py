@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.callback import CallbackArgs, CallbackTrigger
+from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
+from torch._guards import CompileContext
 
 
 class UnwrappedError(ShortenTraceback):
@@ -42,6 +47,70 @@ def compiled_module_name() -> str:
     return "graph"
 
 
+def current_frame() -> str | None:
+    """Dynamo's number of the frame that it is compiling now; None outside of Dynamo."""
+    compile_id = CompileContext.current_compile_id()
+    return None if compile_id is None else str(compile_id.frame_id)
+
+
+def watch_compilations(before: Callable[[str], None], after: Callable[[str], None]) -> bool:
+    """Have ``before`` and ``after`` called with the frame's number around each of Dynamo's compilations from now on.
+
+    Returns False if they are already; ``torch._dynamo.reset()`` forgets them.
+    """
+    handler = torch._dynamo.callback.callback_handler
+    if any(getattr(callback, "_calls", None) is before for callback in handler.start_callbacks):
+        return False
+    handler.register_start_callback(_on_dynamo(before))
+    handler.register_end_callback(_on_dynamo(after))
+    return True
+
+
+def _on_dynamo(function: Callable[[str], None]) -> Callable[[CallbackArgs], None]:
+    def callback(args: CallbackArgs) -> None:
+        if args.callback_trigger is CallbackTrigger.DYNAMO:
+            function(str(args.compile_id).rpartition("/")[0].rpartition("/")[2])
+
+    callback._calls = function  # type: ignore[attr-defined]
+    return callback
+
+
+def are_shapes_static() -> bool:
+    """Whether the user told ``torch.compile`` that there are to be no symbolic sizes."""
+    return not torch._dynamo.config.automatic_dynamic_shapes
+
+
+@contextlib.contextmanager
+def static_tracing() -> Iterator[None]:
+    """Dynamo makes no size symbolic."""
+    with torch._dynamo.config.patch(automatic_dynamic_shapes=False, assume_static_by_default=True):
+        yield
+
+
+@contextlib.contextmanager
+def symbolic_tracing() -> Iterator[None]:
+    """Dynamo makes every size of every input symbolic, each on its own, and takes none to be 1; floats stay numbers."""
+    with (
+        torch._dynamo.config.patch(assume_static_by_default=False, specialize_float=True),
+        free_sizes(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def free_sizes() -> Iterator[None]:
+    """Symbolic sizes that happen to be equal, or 1, are not taken to be so always."""
+    from torch.fx.experimental import _config
+
+    with _config.patch(use_duck_shape=False, backed_size_oblivious=True):
+        yield
+
+
+def trace_again() -> None:
+    """Make Dynamo, which is calling a backend, trace the frame once more, under whatever settings there are by now."""
+    raise TensorifyScalarRestartAnalysis(restart_reason="onlinequant compiles with symbolic sizes")
+
+
 def cpu_flags() -> dict[str, bool]:
     """The 8-bit matrix instructions of this CPU: ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` and ``avx2``."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -71,6 +140,48 @@ def inductor_option_names() -> frozenset[str]:
     from torch._inductor import config
 
     return frozenset(name.replace("-", "_") for name in config.get_config_copy())
+
+
+def compile_lock() -> Any:
+    """Dynamo's lock, a reentrant one: neither Dynamo nor Inductor compiles in two threads at once."""
+    return torch._dynamo.convert_frame.compile_lock
+
+
+@contextlib.contextmanager
+def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
+    """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.
+
+    None, or a place of the user's own choice in the environment, leaves them where they are.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    # Inductor writes the place that it has chosen into the environment too.
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
+    with torch.compiler.config.patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
+        if directory is not None and not is_users:
+            stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def device_capability(device: torch.device) -> str:
+    """What tells devices apart that may need other code: a GPU's compute capability, a CPU's 8-bit instructions."""
+    if device.type == "cuda":
+        return "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return str(int8_instructions()) if device.type == "cpu" else ""
 
 
 def compile_fx(

@@ -17,6 +17,9 @@ PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("local", "end_to_end")
 CALIBRATION_METHODS = ("mse", "minmax")
 CUDA_GRAPHS = ("auto", True, False)
+SHAPES = ("auto", "static", "dynamic")
+# Options that cannot change the result.
+_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "lock_timeout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,7 +36,12 @@ class QuantConfig:
         calibration_method: "mse" clips each range where the squared error is least; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float.
         sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
-        cache_dir: where statistics go; None means the environment's or the platform's cache directory.
+        shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
+            compiles each on its own; "dynamic" only the graph with symbolic sizes.
+        free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
+        cache_dir: where the cache is; None means the environment's or the platform's cache directory.
+        cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
+        lock_timeout: seconds to wait for another process that is calibrating the same model.
         cuda_graphs: "auto" (on for CUDA), True or False.
         inductor: options passed on to Inductor.
         mode: a ``torch.compile`` mode, passed on to Inductor.
@@ -48,7 +56,11 @@ class QuantConfig:
     calibration_method: str = "mse"
     exclude: tuple[str, ...] = ()
     sensitivity: str = "local"
+    shapes: str = "auto"
+    free_float_weights: bool = False
     cache_dir: str | None = None
+    cache_size_limit: float = 20
+    lock_timeout: float = 600
     cuda_graphs: str | bool = "auto"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mode: str | None = None
@@ -71,6 +83,11 @@ class QuantConfig:
         _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        _check_choice("shapes", self.shapes, SHAPES)
+        _check_choice("free_float_weights", self.free_float_weights, (True, False))
+        for name, unit in (("cache_size_limit", "GB"), ("lock_timeout", "seconds")):
+            _check_amount(name, getattr(self, name), unit)
+            object.__setattr__(self, name, float(getattr(self, name)))
         object.__setattr__(self, "exclude", _checked_patterns(self.exclude))
         if isinstance(self.cache_dir, os.PathLike):
             object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
@@ -100,8 +117,8 @@ class QuantConfig:
         return {**dataclasses.asdict(self), "exclude": list(self.exclude), "inductor": dict(self.inductor)}
 
     def cache_key(self) -> str:
-        """A hex digest that changes with every option that can change the result; ``cache_dir`` cannot."""
-        options = {name: value for name, value in self.to_dict().items() if name != "cache_dir"}
+        """A hex digest that changes with every option that can change the result, so not with the cache's own."""
+        options = {name: value for name, value in self.to_dict().items() if name not in _HOUSEKEEPING}
         return hashlib.sha256(json.dumps(options, sort_keys=True, default=repr).encode()).hexdigest()
 
     def inductor_options(self) -> dict[str, Any]:
@@ -137,6 +154,11 @@ def _check_threshold(name: str, value: Any) -> None:
         raise errors.InvalidThresholdError(
             f"{name} is {value!r}, but a density threshold is a number of FLOPs per byte in [0, inf)."
         )
+
+
+def _check_amount(name: str, value: Any, unit: str) -> None:
+    if not (_is_number(value) and 0 <= value < math.inf):
+        raise errors.InvalidOptionError(f"{name} is {value!r}: give a number of {unit} in [0, inf).")
 
 
 def _checked_patterns(exclude: Any) -> tuple[str, ...]:

@@ -15,8 +15,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import cache, compat, ops, precision
-from .errors import OnlineQuantError
+from . import cache, compat, listing, ops, precision
+from .errors import InsecureCacheDirectoryError, OnlineQuantError
 from .kernels import reference
 
 _PACKAGES = ("torch", "triton", "safetensors", "diffusers")
@@ -43,8 +43,11 @@ class Findings:
         return not self.obstacles
 
 
-def examine() -> Findings:
-    """Look at versions, devices, kernels, compiler and cache directory; runs each 8-bit op once on tiny tensors."""
+def examine(cache_dir: str | None = None) -> Findings:
+    """Look at versions, devices, kernels, compiler and cache directory; runs each 8-bit op once on tiny tensors.
+
+    ``cache_dir``: as the option of that name.
+    """
     lines = [("onlinequant", _version("onlinequant")), ("python", platform.python_version())]
     lines += [(name, _version(name)) for name in _PACKAGES]
     lines += _device_lines()
@@ -62,7 +65,11 @@ def examine() -> Findings:
     lines.append(("C++ compiler", compiler or "none"))
     if compiler is None:
         obstacles.append("Inductor needs a C++ compiler: install g++ or clang++, or let CXX name one.")
-    lines.append(("cache directory", _describe_cache(cache.cache_directory(None))))
+    try:
+        cache.Cache.open(cache_dir)
+    except InsecureCacheDirectoryError as error:
+        obstacles.append(str(error))
+    lines.append(("cache directory", _describe_cache(cache_dir)))
     return Findings(lines, obstacles)
 
 
@@ -120,15 +127,21 @@ def _cpp_compiler() -> str | None:
         return None
 
 
-def _describe_cache(directory: Path) -> str:
-    # The nearest folder that is there decides whether the rest can be made.
-    existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+def _describe_cache(cache_dir: str | None) -> str:
+    remedy = f"set {cache.ENVIRONMENT_VARIABLES[0]} to one that can be written"
     try:
-        with tempfile.TemporaryFile(dir=existing):
-            state = "can be written"
+        directory = cache.cache_directory(cache_dir).absolute()
     except OSError as error:
-        state = f"cannot be written ({error.strerror}): set {cache.ENVIRONMENT_VARIABLES[0]} to one that can"
-    return f"{directory}, {cache.directory_size(directory) / 2**20:.1f} MiB, {state}"
+        return f"none ({error}): {remedy}"
+    state = "can be written"
+    try:
+        # The nearest folder that is there decides whether the rest can be made.
+        existing = next(folder for folder in (directory, *directory.parents) if folder.exists())
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        state = f"cannot be written ({error.strerror}): {remedy}"
+    return f"{directory}, {listing.human_size(cache.directory_size(directory))}, {state}"
 
 
 def _outcome(check: Callable[[int], float], bits: int) -> str:

@@ -37,5 +37,17 @@ class PrecisionUnavailableError(OnlineQuantError):
     """A precision asked for by name that this device has no kernels for."""
 
 
+class FreedWeightsError(OnlineQuantError):
+    """Float weights are needed that were given up with ``free_float_weights=True``."""
+
+
 class StatsFileError(OnlineQuantError):
     """A statistics file that is missing or cannot be read."""
+
+
+class InsecureCacheDirectoryError(OnlineQuantError):
+    """A cache directory that somebody else could put code into."""
+
+
+class CalibrationFileError(OnlineQuantError):
+    """A calibration that cannot be exported or imported."""

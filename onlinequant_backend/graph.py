@@ -74,15 +74,16 @@ def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torc
     return node
 
 
-def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
+def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any], *, sizes: bool = True) -> None:
     """Bake the numbers among a call's ``arguments`` into the graph, so that it has only concrete shapes.
 
-    These are symbolic sizes (Python ints at run time) and, under ``dynamic=True``, Python floats, which Dynamo
-    hands over as 0-d float64 tensors that are only read by ``.item()``.
+    These are symbolic sizes (Python ints at run time), unless ``sizes`` is False, and, under ``dynamic=True``, Python
+    floats, which Dynamo hands over as 0-d float64 tensors that are only read by ``.item()``.
     """
     for node, value in zip(placeholders(graph_module), arguments, strict=True):
-        if isinstance(value, (int, float)):
+        if isinstance(value, float) or (isinstance(value, int) and sizes):
             _replace_by_number(node, value)
+            node.meta["example_value"] = value  # no symbol any more
         elif is_wrapped_float(node):
             for user in list(node.users):
                 _replace_by_number(user, float(value))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -11,10 +12,16 @@ import torch
 
 from . import ops
 from .calibration import ActivationRange, freeze
+from .entry import LayerCalibration
+from .errors import FreedWeightsError
 from .kernels import cpu
 
 if TYPE_CHECKING:
     from .passes.layer import ConvGeometry
+
+
+# Values of a weight that are quantized at a time: 4 MiB as float32.
+_BLOCK = 2**20
 
 
 class Generation:
@@ -34,14 +41,28 @@ class Sensitivity:
 
 
 class Layer:
-    """One conv or linear weight: what was observed of its inputs, and its 8-bit copy."""
+    """One conv or linear weight: what was observed of its inputs, and its 8-bit copy.
+
+    Attributes:
+        geometry, weight_bits, method: what its state depends on beside the weight.
+        calls: how many calls its input was observed for.
+        frozen: whether observing is over and the input's quantization parameters are fixed for good.
+        freed: whether the float weight is gone, so that the 8-bit copy cannot be made anew.
+        in_use: whether a graph runs on the 8-bit copy.
+        calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
+        observed, sensitivity: what was seen.
+        weight, weight_scale: the 8-bit copy, or None.
+    """
 
     def __init__(self, geometry: ConvGeometry | None, weight_bits: int, method: str) -> None:
         self.geometry = geometry
         self.weight_bits = weight_bits
         self.method = method
         self.calls = 0
+        self.frozen = False
+        self.freed = False
         self.in_use = False
+        self.calibrated_for = ""
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
         self.weight: torch.Tensor | None = None
@@ -52,17 +73,49 @@ class Layer:
 
     @property
     def qparams(self) -> torch.Tensor:
-        """The input's quantization parameters (``ops.quantize``), frozen from what was observed at the first use."""
+        """The input's quantization parameters (``ops.quantize``), fixed from what was observed at the first use."""
         if self._qparams is None:
             with torch.inference_mode(False), torch.no_grad():
                 self._qparams = freeze(self.observed, ops.ACTIVATION_BITS, self.method)
         return self._qparams
+
+    def freeze(self, calibrated_for: str) -> None:
+        """Observing is over; what was observed with the weights of that fingerprint decides from now on."""
+        if self.frozen:
+            return
+        if self.range_refusal() is None:
+            _ = self.qparams
+        self.calibrated_for = calibrated_for
+        self.frozen = True
+
+    def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
+        """Take over what another process observed."""
+        with torch.inference_mode(False):
+            self.observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
+            self._qparams = None if saved.qparams is None else torch.tensor(saved.qparams)
+        self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
+        self.calls = calls
+        self.freeze(calibrated_for)
+
+    def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
+        """What ``restore`` takes, of a frozen layer."""
+        low, high = self.observed.minimum, self.observed.maximum
+        return LayerCalibration(
+            name=name,
+            kind=kind,
+            weight_shape=weight_shape,
+            minimum=math.nan if low is None else float(low),
+            maximum=math.nan if high is None else float(high),
+            qparams=None if self.range_refusal() is not None else tuple(self.qparams.tolist()),
+            sensitivity=None if self.sensitivity is None else dataclasses.astuple(self.sensitivity),
+        )
 
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
         known = self.weight is not None and self._source() is weight
         if known and self._stamp is not None and self._stamp.matches(_Stamp.of(weight)):
             return False
+        self.check_not_freed()
         self.requantize(weight)
         return True
 
@@ -84,14 +137,31 @@ class Layer:
         Generation.number += 1
 
     def refusal(self) -> str | None:
-        """What was observed that rules 8 bit out, or None."""
-        if not self.observed.is_finite():
-            return "its input was not finite while observing"
+        """What rules 8 bit out, or None."""
         if self.weight_scale is not None and not bool(torch.isfinite(self.weight_scale).all()):
             return "its weight is not finite"
+        return self.range_refusal()
+
+    def range_refusal(self) -> str | None:
+        """What was observed of the input that rules 8 bit out, or None."""
+        if not self.observed.is_finite():
+            return "its input was not finite while observing"
         if self.observed.minimum == 0 and self.observed.maximum == 0:
             return "its input was always zero while observing, so its range is not known"
         return None
+
+    def restamp(self, weight: torch.Tensor) -> None:
+        """Take ``weight`` as it is now for what the 8-bit copy was made of."""
+        self._source = weakref.ref(weight)
+        self._stamp = _Stamp.of(weight)
+
+    def check_not_freed(self) -> None:
+        """Raise FreedWeightsError if the float weight that an 8-bit copy would be made of is gone."""
+        if self.freed:
+            raise FreedWeightsError(
+                "A weight was changed or asked for after its float values were given up (free_float_weights=True). "
+                "Load the model again; to change weights, as a LoRA does, compile with free_float_weights=False."
+            )
 
     def drop_copy(self) -> None:
         """Free the 8-bit copy, unless a graph runs on it."""
@@ -131,10 +201,24 @@ def quantize_weight(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, 
     either, as in float.
     """
     top = 2 ** (bits - 1) - 1
-    rows = weight.detach().float().flatten(1)
-    scale = rows.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny * 2**20) / top
-    q = torch.clamp(torch.round(rows / scale[:, None]), -top, top).nan_to_num(0).to(torch.int8)
-    return q.reshape(weight.shape), scale
+    weight = weight.detach()
+    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
+    rows = max(1, _BLOCK // weight.shape[1:].numel())
+    scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
+    for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
+        block = scratch[: len(source)].copy_(source)  # any dtype and memory format
+        flat = block.flatten(1)
+        largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
+        scale_block.copy_(largest.clamp_(min=torch.finfo(torch.float32).tiny * 2**20).div_(top))
+        # No clamping: with such a scale nothing rounds to more than top.
+        flat.div_(scale_block[:, None]).round_()
+        q_block.copy_(block)
+    finite = torch.isfinite(scale)
+    if not finite.all():
+        q[~finite] = 0
+    return q, scale
 
 
 @dataclasses.dataclass
@@ -150,7 +234,8 @@ class _Stamp:
         flat = weight.detach().flatten()
         step = max(1, flat.numel() // 4096) | 1
         version = None if weight.is_inference() else weight._version
-        return cls(weight.data_ptr(), version, flat[::step].clone())
+        values = flat[::step].clone().view(torch.uint8)  # bits: NaN is not equal to NaN
+        return cls(weight.data_ptr(), version, values)
 
     def matches(self, other: _Stamp) -> bool:
         same_memory = (self.pointer, self.version) == (other.pointer, other.version)

@@ -7,16 +7,17 @@ import datetime
 import json
 import math
 import os
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from . import cache, errors
+from .entry import STATS_FILE as STATS_FILE
 from .table import render_table
 
 SCHEMA_VERSION = 1
-STATS_FILE = "quantization_stats.json"
 KINDS = ("conv", "linear")
 PHASES = ("calibrating", "compiling", "quantized", "float")
 
@@ -157,7 +158,7 @@ class Report:
                 f"Cannot read the statistics {os.fspath(path)!r}: {error.strerror or error}. A run of a model that was "
                 "compiled with backend='onlinequant' writes them; reports()[-1].stats_path says where."
             ) from error
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:  # JSON may be nested as deeply as one likes
             raise errors.StatsFileError(
                 f"{os.fspath(path)!r} is not a statistics file of this version: {error}. "
                 "Delete it and run the model again to have a new one written."
@@ -238,6 +239,9 @@ def _checked(data: Any, types: Mapping[str, type | tuple[type, ...]], where: str
         # In Python a bool is an int; in a statistics file it is not.
         if not isinstance(data[name], expected) or (isinstance(data[name], bool) and expected is not bool):
             raise ValueError(f"{name!r} of {where} is {data[name]!r}")
+        # JSON's integers have no limit; a float has.
+        if expected in (_NUMBER, _OPTIONAL_NUMBER) and abs(data[name] or 0) > sys.float_info.max:
+            raise ValueError(f"{name!r} of {where} is too large")
     return {name: data[name] for name in types}
 
 

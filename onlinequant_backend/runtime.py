@@ -2,55 +2,42 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import compat, graph
+from . import graph, keys, shapes
+from .build import CompiledGraph, build
+from .cache import Cache
 from .calibration import Observation
 from .config import QuantConfig
-from .passes import OBSERVE, REWRITE, SELECT, LayerInfo, PassContext, layer_nodes, run_passes
+from .errors import OnlineQuantError
+from .passes import OBSERVE, SELECT, PassContext, layer_nodes, run_passes
+from .persistence import Entry
 from .precision import Precision
 from .progress import Progress
 from .report import Report, clear
-from .sensitivity import measure_end_to_end
+from .sensitivity import measure_end_to_end, relative_error
 from .weights import WeightSet, getter, registry
 
 _log = logging.getLogger("onlinequant")
 
-
-class CompiledGraph:
-    """One Inductor-compiled 8-bit graph for one set of concrete shapes: which arguments it takes, and which extras."""
-
-    def __init__(
-        self, function: Callable[..., Any], taken: Sequence[int], extra_inputs: Sequence[tuple[str, int]]
-    ) -> None:
-        self.function = function
-        self._take = getter(taken)
-        self._extra_inputs = extra_inputs
-
-    def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
-        extras = weights.extras.get(self)
-        if extras is None:
-            extras = tuple(getattr(weights.layers[index], what) for what, index in self._extra_inputs)
-            weights.extras[self] = extras
-        return self.function(*self._take(args), *extras)
+# Relative error of a whole graph in 8 bit, which is about 0.05, from that of one that computes something else, 1 or more.
+_SAME_PICTURE = 0.3
 
 
 class QuantizedGraph:
     """What the backend returns for one Dynamo graph.
 
-    Call by call: while any layer still lacks observed calls, run the float graph, exactly, and observe. Then select,
-    rewrite and compile, once for each set of concrete shapes, without Dynamo's taking part, and from then on run that.
+    Call by call: while any layer still lacks observed calls, and no earlier process has saved them, run the float
+    graph, exactly, and observe. Then select, rewrite and compile, for the first shape and once more for all others,
+    without Dynamo's taking part, and from then on run that.
     """
 
     def __init__(
@@ -58,28 +45,35 @@ class QuantizedGraph:
         graph_module: fx.GraphModule,
         config: QuantConfig,
         precision: Precision,
+        device: torch.device,
         report: Report,
-        publish: Callable[[Report, Sequence[LayerInfo]], None],
+        cache: Cache,
     ) -> None:
         self._graph = graph_module
         self._config = config
         self._precision = precision
+        self._device = device
         self._report = report
-        self._publish = publish
+        self._cache = cache
         self._observed = graph.copy_graph(graph_module)
         run_passes(self._observed, OBSERVE, PassContext(config, precision))
         self._infos = [info for _, info in layer_nodes(graph_module) if info.index is not None]
         inputs = graph.placeholders(graph_module)
-        self._positions = {node.name: position for position, node in enumerate(inputs)}
+        self._inputs = tuple(node.name for node in inputs)
+        positions = {name: position for position, name in enumerate(self._inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
         self._parameters = getter(parameters)
-        self._candidates = [parameters.index(self._positions[info.weight]) for info in self._infos]
+        self._names = [graph.qualified_name(inputs[position]) for position in parameters]
+        self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
+        self._may_be_symbolic = config.shapes != "static" and shapes.has_symbols(graph_module)
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[int, WeightSet] = {}
+        self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
-        self._compiled: dict[tuple[Any, ...], CompiledGraph | None] = {}
+        self._compiled: dict[tuple[tuple[Any, ...], tuple[Any, ...]], CompiledGraph | None] = {}
+        self._general: dict[tuple[Any, ...], CompiledGraph] = {}
         self._lock = threading.RLock()
         self._decided = False
         self._gave_up = False
@@ -87,86 +81,114 @@ class QuantizedGraph:
 
     def __call__(self, *args: Any) -> Any:
         if self._gave_up:
-            return self._graph(*args)
+            return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
-            return self._graph(*args)
+            return self._run_float(args)
         try:
             parameters = self._parameters(args)
             weights = self._sets.get(id(parameters[0]))
             if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
                 weights = self._find_set(parameters)
             if weights.selection is None:
-                result = self._observe(args, parameters, weights)
+                result = self._calibrate(args, parameters, weights)
                 if weights.selection is None:
                     return result
             if not weights.is_current(parameters):
                 self._follow(parameters, weights)
+        except OnlineQuantError:
+            raise
         except Exception as error:
             self._gave_up = True
             self._stay_in_float(error)
-            return self._graph(*args)
+            return self._run_float(args)
         key = self._key(args, weights)
-        compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, weights)
-        return self._graph(*args) if compiled is None else compiled(args, weights)
+        compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
+        return self._run_float(args) if compiled is None else compiled(args, weights)
 
-    def _key(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, ...]:
-        """What a compiled graph is specialised for: shapes, strides, dtypes and numbers."""
-        key: list[Any] = [weights.selection, weights.layout]
+    def _run_float(self, args: Sequence[Any]) -> Any:
+        for weights in self._sets.values():
+            for layer in weights.layers:
+                layer.check_not_freed()
+        return self._graph(*args)
+
+    def _key(self, args: Sequence[Any], weights: WeightSet) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+        """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
+        fixed: list[Any] = [weights.selection, weights.layout]
+        sizes: list[Any] = []
         for position in self._others:
             value = args[position]
             if not isinstance(value, torch.Tensor):
-                key.append(value)
+                (sizes if isinstance(value, int) else fixed).append(value)
             elif position in self._wrapped_floats:
-                key.append(float(value))
+                fixed.append(float(value))
             else:
-                key.append((value.shape, value.stride(), value.dtype))
-        return tuple(key)
+                fixed.append(value.dtype)
+                sizes.append((value.shape, value.stride()))
+        return tuple(fixed), tuple(sizes)
 
     def _find_set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
         with self._lock:
-            known = max(self._sets.values(), key=lambda weights: weights.overlap(parameters), default=None)
-            # A LoRA replaces weights and leaves biases and norms; another model may share a tensor or two.
-            if known is not None and known.overlap(parameters) * 3 < len(parameters):
-                known = None
+            known = registry.predecessor(dict(zip(self._names, parameters, strict=True)))
             layers = [
                 registry.layer(
-                    parameters[self._candidates[index]],
+                    parameters[candidate],
                     info.geometry,
                     self._precision.weight_bits,
                     self._config.calibration_method,
-                    old=known.layers[index] if known else None,
+                    old=known.layer(self._names[candidate]) if known else None,
                 )
-                for index, info in enumerate(self._infos)
+                for info, candidate in zip(self._infos, self._candidates, strict=True)
             ]
             layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
             number = self._layouts.setdefault(layout, len(self._layouts))
-            weights = WeightSet(parameters, self._candidates, layers, number)
+            weights = WeightSet(parameters, self._names, self._candidates, layers, number)
+            registry.add(weights)
             self._sets = {key: old for key, old in self._sets.items() if old is not known and not old.is_dead()}
             self._sets[id(parameters[0])] = weights
             return weights
 
-    def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
-        """Observe one call in float and return its result. Once every layer has seen enough, select instead."""
+    def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
+        """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
         with self._lock:
             if weights.selection is not None:
                 return None
-            missing = self._config.calibration_steps - weights.calls()
-            if missing <= 0:
+            if not weights.is_calibrated() and weights not in self._entries:
+                restored = self._entry(weights, parameters).restore(weights.layers)
+                self._report.cache_hit = self._report.cache_hit or restored
+            if weights.is_calibrated():
                 self._select(parameters, weights)
                 return None
-            self._show_progress(missing)
-            last = missing == 1
-            if last:
-                weights.quantize(parameters, range(len(self._infos)))
-            with torch.no_grad():
-                result = self._observed(*args, Observation(weights.layers, measure=last))
-            weights.count_call()
-            self._report.calls_observed = max(self._report.calls_observed, weights.calls())
-            if last and self._config.sensitivity == "end_to_end":
+            return self._observe(args, parameters, weights)
+
+    def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
+        missing = self._config.calibration_steps - weights.calls()
+        self._show_progress(missing)
+        candidates = [info.index for info in self._infos if info.quantized]
+        last = missing <= 1
+        floats = [parameters[position] for position in self._candidates] if last else None
+        with torch.no_grad():
+            result = self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
+        weights.count_call()
+        self._report.calls_observed = max(self._report.calls_observed, weights.calls())
+        if last:
+            if self._config.sensitivity == "end_to_end":
                 measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
-            return result
+            known = keys.weights_part(self._entries[weights].key)
+            weights.freeze(known if self._fingerprint(parameters) == known else "")
+        return result
+
+    def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
+        if weights not in self._entries:
+            named = dict(zip(self._names, parameters, strict=True))
+            key = keys.entry_key(self._graph, self._infos, named, self._config, self._precision, self._device)
+            self._report.key = key
+            self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
+        return self._entries[weights]
+
+    def _fingerprint(self, parameters: Sequence[torch.Tensor]) -> str:
+        return keys.fingerprint(dict(zip(self._names, parameters, strict=True)))
 
     def _show_progress(self, missing: int) -> None:
         if self._progress is None:
@@ -178,6 +200,7 @@ class QuantizedGraph:
 
     def _select(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are."""
+        weights.quantize(parameters, [i for i, info in enumerate(self._infos) if info.quantized])
         refusals = [layer.refusal() for layer in weights.layers]
         if not self._decided:
             self._decide(weights, refusals)
@@ -186,12 +209,16 @@ class QuantizedGraph:
     def _decide(self, weights: WeightSet, refusals: Sequence[str | None]) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
-        named = zip(self._infos, refusals, strict=True)
-        unusable = {info.name: refusal for info, refusal in named if refusal is not None}
-        context = PassContext(self._config, self._precision, measured=True, unusable=unusable)
+        context = PassContext(
+            self._config,
+            self._precision,
+            measured=True,
+            unusable={info.name: why for info, why in zip(self._infos, refusals, strict=True) if why is not None},
+            freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.freed),
+        )
         run_passes(self._graph, SELECT, context)
         self._decided = True
-        self._publish(self._report, [info for _, info in layer_nodes(self._graph)])
+        self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Quantize changed weights again, in place."""
@@ -201,61 +228,76 @@ class QuantizedGraph:
             if changed:
                 _log.info("quantized %d changed weights again in %.2f s", changed, time.perf_counter() - start)
 
-    def _compile(self, key: tuple[Any, ...], args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
-        """Build the 8-bit graph for these shapes; None, with a reason in the report, if that fails."""
+    def _compile(
+        self,
+        key: tuple[tuple[Any, ...], tuple[Any, ...]],
+        args: Sequence[Any],
+        parameters: Sequence[torch.Tensor],
+        weights: WeightSet,
+    ) -> CompiledGraph | None:
+        """The 8-bit graph for these sizes; None, with a reason in the report, if it cannot be built."""
         with self._lock:
             if key in self._compiled:
                 return self._compiled[key]
-            self._report.phase = "compiling"
-            start = time.perf_counter()
-            try:
-                with Progress("compiling"):
-                    compiled = self._build(args, weights)
-                self._report.phase = "quantized" if weights.selection else "float"
-                outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
-                self._report.phase_reason = f"{outcome} compiled by Inductor"
-            except Exception as error:
-                compiled = None
-                self._stay_in_float(error)
-            self._report.compile_seconds += time.perf_counter() - start
-            self._publish(self._report, [info for _, info in layer_nodes(self._graph)])
+            fixed, _ = key
+            # The first graph that a model needs is made for its sizes alone, any other one for all sizes.
+            is_first = shapes.is_first(weights.layers[0]) and self._config.shapes == "auto"
+            symbolic = self._may_be_symbolic and not is_first
+            compiled: CompiledGraph | None = self._general.get(fixed) if symbolic else None
+            if compiled is None:
+                compiled = self._build(args, parameters, weights, symbolic)
+                if symbolic and compiled is not None:
+                    self._general[fixed] = compiled
+            if compiled is not None and not self._serves(compiled, args, weights):
+                compiled = self._build(args, parameters, weights, symbolic=False)
             self._compiled[key] = compiled
             return compiled
+
+    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> bool:
+        """Whether a compiled graph is right for these sizes.
+
+        One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and
+        writes, so one comparison with the float graph shows whether that assumption matters.
+        """
+        if compiled.fits(args):
+            return True
+        may_repeat = not weights.has_freed() and not any(map(graph.writes_in_place, self._graph.graph.nodes))
+        if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
+            return False
+        with torch.no_grad():
+            return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+
+    def _build(
+        self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, symbolic: bool
+    ) -> CompiledGraph | None:
+        self._report.phase = "compiling"
+        start = time.perf_counter()
+        entry = self._entry(weights, parameters)
+        entry.claim()
+        try:
+            with Progress("compiling"):
+                directory = self._cache.inductor_directory(entry.key)
+                compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+            self._report.phase = "quantized" if weights.selection else "float"
+            outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
+            self._report.phase_reason = f"{outcome} compiled by Inductor"
+            if self._config.free_float_weights:
+                freed = weights.free(parameters)
+                _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
+        except Exception as error:
+            compiled = None
+            self._stay_in_float(error)
+        self._report.compile_seconds += time.perf_counter() - start
+        entry.publish(weights.layers, dict(zip(self._names, parameters, strict=True)), self._report)
+        return compiled
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""
         _log.exception("onlinequant failed, so the model goes on in float")
         self._report.phase = "float"
         self._report.phase_reason = f"it failed: {type(error).__name__}: {error}"
-
-    def _build(self, args: Sequence[Any], weights: WeightSet) -> CompiledGraph:
-        rewritten = graph.copy_graph(self._graph)
-        graph.specialize(rewritten, args)
-        context = PassContext(self._config, self._precision, selection=weights.selection)
-        run_passes(rewritten, REWRITE, context)
-        inputs = [node.name for node in graph.placeholders(rewritten)]
-        taken = [self._positions[name] for name in inputs if name in self._positions]
-        extras = [getattr(weights.layers[index], what) for what, index in context.extra_inputs]
-        with _compilation():
-            function = compat.compile_fx(
-                rewritten,
-                [*(args[i] for i in taken), *extras],
-                {"force_layout_optimization": True, **self._config.inductor_options()},
-                outside_dynamo=True,
-            )
-        return CompiledGraph(function, taken, context.extra_inputs)
-
-
-@contextlib.contextmanager
-def _compilation() -> Iterator[None]:
-    """What Inductor needs outside Dynamo: a tracing context of its own (without one its caches are bypassed), and
-    ordinary tensors even under ``inference_mode``."""
-    with (
-        torch.inference_mode(False),
-        torch.no_grad(),
-        tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv()))),
-    ):
-        yield
+        for entry in self._entries.values():
+            entry.release()
 
 
 def _requires_grad(value: Any) -> bool:

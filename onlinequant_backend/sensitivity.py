@@ -40,7 +40,7 @@ def measure_end_to_end(
     with Progress("measuring sensitivity", len(layers)) as progress, torch.no_grad():
         for index, (layer, info) in enumerate(zip(layers, infos, strict=True)):
             progress.advance(info.name)
-            if layer.refusal() is not None:
+            if layer.refusal() is not None or layer.weight is None:
                 continue
             error = _flat(observed(*args, Observation(layers, probe=index))) - expected
             mae = float(error.abs().mean())
@@ -48,6 +48,12 @@ def measure_end_to_end(
             layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
             measured += 1
     return measured
+
+
+def relative_error(result: Any, expected: Any) -> float:
+    """``||result - expected|| / ||expected||`` over all float tensors in two results of one graph; NaN if any is."""
+    flat = _flat(expected)
+    return float((_flat(result) - flat).norm() / flat.norm())
 
 
 def _flat(result: Any) -> torch.Tensor:

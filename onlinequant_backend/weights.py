@@ -22,13 +22,15 @@ The last one can only be seen in the values: a few of each weight are compared a
 from __future__ import annotations
 
 import operator
+import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .hollow import hollow_out
 from .layers import Generation, Layer
 
 if TYPE_CHECKING:
@@ -59,6 +61,11 @@ def _sample_view(weight: torch.Tensor) -> torch.Tensor:
     return flat[step // 2 :: step][:_SAMPLES]
 
 
+def _bits(views: list[torch.Tensor]) -> torch.Tensor:
+    # NaN is not equal to NaN, its bits are.
+    return torch.cat(views).view(torch.uint8)
+
+
 def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     return formats.get(tensor.dim(), torch.contiguous_format)
@@ -77,7 +84,12 @@ class WeightSet:
     """
 
     def __init__(
-        self, parameters: Sequence[torch.Tensor], candidates: Sequence[int], layers: Sequence[Layer], layout: int
+        self,
+        parameters: Sequence[torch.Tensor],
+        names: Sequence[str],
+        candidates: Sequence[int],
+        layers: Sequence[Layer],
+        layout: int,
     ) -> None:
         self.layers = layers
         self.layout = layout
@@ -86,27 +98,45 @@ class WeightSet:
         self.ids = list(map(id, parameters))
         self.alive = True
         self._candidates = candidates
-        self._guards = [weakref.ref(parameter, self._expire) for parameter in parameters]
+        self._guards = {
+            name: weakref.ref(parameter, self._expire) for name, parameter in zip(names, parameters, strict=True)
+        }
+        self._by_name = {names[position]: layer for position, layer in zip(candidates, layers, strict=True)}
 
     def _expire(self, _guard: object) -> None:
         self.alive = False
 
-    def overlap(self, parameters: Sequence[torch.Tensor]) -> int:
-        """How many of a call's parameters this set knows already."""
-        return sum(guard() is parameter for guard, parameter in zip(self._guards, parameters, strict=True))
+    def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
+        """How many of these parameters, by qualified name, are in this set under the same name."""
+        return sum(name in self._guards and self._guards[name]() is weight for name, weight in parameters.items())
+
+    def layer(self, name: str) -> Layer | None:
+        """The layer whose weight has this name."""
+        return self._by_name.get(name)
 
     def is_dead(self) -> bool:
         """Whether no parameter is left."""
-        return all(guard() is None for guard in self._guards)
+        return all(guard() is None for guard in self._guards.values())
+
+    def is_calibrated(self) -> bool:
+        """Whether there is nothing left to observe."""
+        return all(layer.frozen for layer in self.layers)
 
     def calls(self) -> int:
-        """How many calls every layer has been observed for."""
-        return min(layer.calls for layer in self.layers)
+        """How many calls every layer that is not calibrated yet has been observed for."""
+        return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
 
     def count_call(self) -> None:
         """Count one observed call."""
         for layer in set(self.layers):
-            layer.calls += 1
+            layer.calls += not layer.frozen
+
+    def freeze(self, calibrated_for: str) -> None:
+        """Observing is over; the weights had this fingerprint all the time, or "" if they changed."""
+        for layer in self.layers:
+            layer.freeze(calibrated_for)
+        for layer in self.layers:  # layers that read one tensor share its histograms
+            layer.observed.histograms.clear()
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
@@ -121,13 +151,24 @@ class WeightSet:
         for index in indices:
             self.layers[index].in_use = True
         for layer in self.layers:
-            if layer.refusal() is None:
-                _ = layer.qparams  # frozen now, so that the histograms can go
-        for layer in self.layers:
-            layer.observed.histograms.clear()
             layer.drop_copy()
         self.selection = tuple(indices)
         self._take_snapshot(parameters)
+
+    def free(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""
+        assert self.selection is not None
+        full = {self.layers[i]: parameters[self._candidates[i]] for i in self.selection if not self.layers[i].freed}
+        freed = hollow_out(list(full.values()))
+        for layer, weight in full.items():
+            layer.freed = True
+            layer.restamp(weight)
+        self._take_snapshot(parameters)
+        return freed
+
+    def has_freed(self) -> bool:
+        """Whether any layer's float weight is gone."""
+        return any(layer.freed for layer in self.layers)
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many layers that were."""
@@ -149,7 +190,7 @@ class WeightSet:
         for weight in watched:
             alike.setdefault((weight.dtype, weight.device), []).append(_sample_view(weight))
         with torch.inference_mode(False):
-            self._samples = [(views, torch.cat(views)) for views in alike.values()]
+            self._samples = [(views, _bits(views)) for views in alike.values()]
         self._generation = Generation.number
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -164,14 +205,30 @@ class WeightSet:
             return False
         if list(map(_pointer_of, self._watched(parameters))) != self._pointers:
             return False
-        return all(torch.equal(torch.cat(views), values) for views, values in self._samples)
+        return all(torch.equal(_bits(views), values) for views, values in self._samples)
 
 
 class Registry:
-    """Every layer of this process, by weight and by what its state depends on."""
+    """Every layer of this process, by weight and by what its state depends on, and every set of weights in use."""
 
     def __init__(self) -> None:
         self._layers: dict[tuple[object, ...], WeakIdKeyDictionary] = {}
+        self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
+        self._lock = threading.Lock()  # models may run in threads of their own
+
+    def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
+        """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced.
+
+        A LoRA replaces weights and leaves biases and norms; another model may share a tensor or two.
+        """
+        with self._lock:
+            known = max(self._sets, key=lambda weights: weights.overlap(parameters), default=None)
+        return known if known is not None and known.overlap(parameters) * 3 >= len(parameters) else None
+
+    def add(self, weights: WeightSet) -> None:
+        """Keep a set in mind for as long as somebody uses it."""
+        with self._lock:
+            self._sets.add(weights)
 
     def layer(
         self,
@@ -182,23 +239,29 @@ class Registry:
         old: Layer | None = None,
     ) -> Layer:
         """The layer of ``weight``. Where there is none, ``weight`` takes over ``old``, the layer of the weight
-        whose place in the model it has taken, or else gets a new one."""
-        layers = self._layers.setdefault((geometry, weight_bits, method), WeakIdKeyDictionary())
-        if weight not in layers:
-            layers[weight] = old or Layer(geometry, weight_bits, method)
-        found: Layer = layers[weight]
-        return found
+        whose place in the model it has taken, if that fits, or else gets a new one."""
+        kind = (geometry, weight_bits, method)
+        with self._lock:
+            layers = self._layers.setdefault(kind, WeakIdKeyDictionary())
+            if weight not in layers:
+                fits = old is not None and (old.geometry, old.weight_bits, old.method) == kind
+                layers[weight] = old if fits else Layer(*kind)
+            found: Layer = layers[weight]
+            return found
 
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
-        found = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
+        with self._lock:
+            found = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
         for layer in found:
             layer.forget()
         return sum(layer.weight is not None for layer in found)
 
     def clear(self) -> None:
         """Forget every layer."""
-        self._layers.clear()
+        with self._lock:
+            self._layers.clear()
+            self._sets.clear()
 
 
 registry = Registry()

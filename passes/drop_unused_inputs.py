@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import torch
 import torch.fx as fx
 
 from .layer import CASTS, PassContext
@@ -10,12 +11,13 @@ def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> in
 
     Before: ``placeholder[l_self_..._weight_]`` with no users. After: gone; the caller sees by name which of its
     arguments the graph still takes. Leaves every other node alone: Dynamo's graphs may hold in-place calls whose
-    result nobody reads.
+    result nobody reads, and sizes that nobody reads are what Inductor's cache checks its guards with.
     """
     unused = [
         node
         for node in reversed(graph_module.graph.nodes)
-        if node.op == "placeholder" or (node.op == "call_method" and node.target in CASTS)
+        if (node.op == "placeholder" and not isinstance(node.meta.get("example_value"), torch.SymInt))
+        or (node.op == "call_method" and node.target in CASTS)
     ]
     erased = 0
     for node in unused:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.precision import Precision
+from onlinequant_backend.report import NodeDecision
 
 LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
 CONV_TARGETS = (
@@ -57,7 +58,7 @@ class LayerInfo:
         flops: floating-point operations of one call, a multiply-add counting as two.
         bytes: input, weight and output, each moved once, in their own dtypes.
         geometry: of a convolution that could be quantized, else None.
-        index: position among the candidates, the layers worth observing; None for all others.
+        index: position among the layers that could be quantized, which are observed; None for all others.
         sensitivity: error that 8 bit costs, once measured.
         quantized: whether it runs in 8 bit.
         reason: why, or why not.
@@ -82,6 +83,23 @@ class LayerInfo:
         """Compute density in FLOPs per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
 
+    def decision(self) -> NodeDecision:
+        """What has been decided, as the report shows it."""
+        return NodeDecision(
+            name=self.name,
+            kind=self.kind,
+            shape=self.input_shape,
+            weight_shape=self.weight_shape,
+            flops=self.flops,
+            bytes=self.bytes,
+            density=self.density,
+            sensitivity=self.sensitivity.relative if self.sensitivity else None,
+            mae=self.sensitivity.mae if self.sensitivity else None,
+            mse=self.sensitivity.mse if self.sensitivity else None,
+            quantized=self.quantized,
+            reason=self.reason,
+        )
+
 
 @dataclasses.dataclass
 class PassContext:
@@ -91,6 +109,7 @@ class PassContext:
         config, precision: the user's options and what the device resolves them to.
         measured: whether the layers' sensitivities have been measured.
         unusable: by layer name, what observing found that rules a layer out.
+        freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer).
     """
@@ -99,6 +118,7 @@ class PassContext:
     precision: Precision
     measured: bool = False
     unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    freed: Collection[int] = ()
     selection: Sequence[int] | None = None
     extra_inputs: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 

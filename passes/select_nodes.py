@@ -28,12 +28,19 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     Before: ``LayerInfo(quantized=False, reason="not decided yet")``. After: ``quantized`` and ``reason`` are set, in
     this order: what cannot be quantized, density thresholds, percentages (least sensitive first), ``exclude``.
 
-    Runs twice: before observing, when percentages rule nothing out but 0 and the layers left are numbered
-    (``LayerInfo.index``), and again once the sensitivities are measured. Returns how many decisions changed.
+    Runs twice: before observing, when percentages rule nothing out but 0, and again once the sensitivities are
+    measured. The first time numbers all layers that could be quantized (``LayerInfo.index``), wanted or not: they are
+    observed, so that other options and other shapes, at which a layer is denser, find them calibrated. Returns how
+    many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
+    possible = 0
     for node, info in layer_nodes(graph_module):
-        refusal = _impossible(node, info) or _refused_by_options(info, context)
+        impossible = _impossible(node, info)
+        if impossible is None and not context.measured:
+            info.index = possible
+            possible += 1
+        refusal = impossible or _refused_by_options(info, context)
         info.quantized, info.reason = (
             refusal is None,
             refusal or ("selected" if context.measured else "candidate, being observed"),
@@ -45,9 +52,8 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
         pattern = _excluding_pattern(info.name, context.config)
         if info.quantized and pattern is not None:
             info.quantized, info.reason = False, f"excluded by {pattern!r}"
-    if not context.measured:
-        for index, info in enumerate(info for _, info in layer_nodes(graph_module) if info.quantized):
-            info.index = index
+        if info.index in context.freed:
+            info.quantized, info.reason = True, "selected: its float weight is gone (free_float_weights)"
     after = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
     return sum(before[name] != after[name] for name in before)
 

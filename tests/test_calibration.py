@@ -186,11 +186,10 @@ class TestObservation:
     def test_measuring_compares_outputs_of_finite_layers(self, layers: list[Layer]) -> None:
         x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
         y = x @ weight.t() + bias
-        for layer in layers:
-            layer.refresh(weight)
-        observation = Observation(layers, measure=True)
+        observation = Observation(layers, [weight] * len(layers), kept={0})
         observation.see(0, 0, x, y, bias)
         observation.see(1, 1, x.clone().fill_(torch.nan), y, bias)
+        assert [layer.weight is not None for layer in layers[:2]] == [True, False]
         measured, not_measured = layers[0].sensitivity, layers[1].sensitivity
         assert measured is not None and not_measured is None
         error = layers[0].quantized_output(x, bias, y) - y

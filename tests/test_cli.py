@@ -43,7 +43,7 @@ def test_doctor_finds_that_8_bit_can_work_here(
         assert any(line.startswith(f"{what} ") for line in lines), what
     for kernel in ("quantize", "linear", "conv2d", "conv3d"):
         assert any(line.split() == ["kernel", kernel, "ok"] for line in lines), kernel
-    assert "3.0 MiB, can be written" in " ".join(out.split())
+    assert "3.1 MB, can be written" in " ".join(out.split())
     assert lines[-1] == "8-bit quantization can work here."
 
 
@@ -90,6 +90,17 @@ def test_doctor_sees_a_cache_that_cannot_be_written(
     monkeypatch.setenv("ONLINEQUANT_CACHE_DIR", str(tmp_path / "file" / "below"))
     assert cli.main(["doctor"]) == 0  # quantizing works without a cache
     assert "cannot be written" in " ".join(capsys.readouterr().out.split())
+
+
+def test_doctor_finds_a_cache_that_is_not_safe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    assert cli.main(["doctor", "--cache-dir", str(tmp_path)]) == 1  # a model would raise the same
+    assert f"chmod 700 {tmp_path}" in capsys.readouterr().out
+
+
+def test_doctor_does_without_a_home(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["doctor", "--cache-dir", "~nobody-of-this-name/cache"]) == 0
+    assert "set ONLINEQUANT_CACHE_DIR" in " ".join(capsys.readouterr().out.split())
 
 
 def test_stats_prints_every_report_below_a_directory(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -171,7 +182,20 @@ def test_demo_refuses_a_folder_that_it_cannot_make(capsys: pytest.CaptureFixture
     assert "Choose another --output" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["unknown"], ["stats"], ["demo", "--steps", "0"], ["demo", "--steps", "x"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["demo", "--steps", "0"],
+        ["demo", "--steps", "x"],
+        ["clear", "--older-than", "-1"],
+        ["clear", "--max-size", "nan"],
+        ["clear", "--max-size", "much"],
+        ["export", "KEY"],
+        ["import"],
+    ],
+)
 def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         cli.main(arguments)

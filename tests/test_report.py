@@ -113,11 +113,24 @@ def test_a_file_of_bytes_that_are_no_text_is_named(tmp_path: Path) -> None:
         Report.load(tmp_path / "stats.json")
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"schema_version": 2}', "{}"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "3", '{"schema_version": 2}', "{}", "[" * 200_000, '{"a":' * 200_000, "9" * 5000, '"\\ud800"'],
+    ids=range(10),
+)
 def test_a_file_that_is_no_statistics_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "stats.json").write_text(text)
     with pytest.raises(StatsFileError, match="Delete it and run the model again"):
         Report.load(tmp_path / "stats.json")
+
+
+@pytest.mark.parametrize(("name", "depth"), [("decisions", 500), ("config", 500), ("model", 500), ("key", 900)])
+def test_deeply_nested_values_are_refused_or_kept(tmp_path: Path, name: str, depth: int) -> None:
+    nested: Any = []
+    for _ in range(depth):
+        nested = [nested]
+    with pytest.raises(StatsFileError):
+        Report.load(written(tmp_path, {**made().to_dict(), name: nested}))
 
 
 @pytest.mark.parametrize("name", [*report._REPORT_TYPES])
@@ -148,6 +161,7 @@ def test_a_decision_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, nam
         ({"kind": "attention"}, "attention"),
         ({"shape": [1, "2"]}, "shape of decision 0"),
         ({"flops": True}, "'flops' of decision 0 is True"),
+        ({"compute_density": 10**400}, "'compute_density' of decision 0 is too large"),
     ],
 )
 def test_a_decision_with_a_value_that_cannot_be_is_refused(

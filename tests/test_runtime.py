@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import os
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -104,28 +105,75 @@ def test_float_weights_are_no_inputs_of_the_8_bit_graph(inductor: EagerInductor)
     assert sum("qparams" in name for name in inputs) == 7 - 2
 
 
+SIZES = ((1, 8, 8), (2, 8, 8), (1, 12, 8), (3, 16, 12), (1, 8, 16), (4, 8, 8), (2, 12, 12), (1, 20, 4))
+
+
 @torch.no_grad()
-def test_each_shape_compiles_once_and_calibrates_never_again(inductor: EagerInductor) -> None:
+@pytest.mark.parametrize(("mode", "dynamo", "compiles"), [("auto", 2, 2), ("static", 8, 8), ("dynamic", 1, 1)])
+def test_any_sizes(mode: str, dynamo: int, compiles: int, inductor: EagerInductor) -> None:
+    """Batch, height and width in any order, a batch of one among them; nothing is ever calibrated twice."""
+    model = net()
+    step = compiled(model, shapes=mode)
+    inputs = [noise(batch, 4, *size) for batch, *size in SIZES]
+    for x in inputs + inputs[::-1]:
+        assert relative_error(step(x), model(x)) < CLOSE
+    assert (dynamo_graphs(), len(inductor.graphs)) == (dynamo, compiles)
+    assert max(report.calls_observed for report in oq.reports()) == 2
+    assert oq.reports()[-1].phase == "quantized"
+
+
+@torch.no_grad()
+def test_going_back_to_the_first_size_compiles_nothing(inductor: EagerInductor) -> None:
     model = net()
     step = compiled(model)
-    inputs = [noise(*shape) for shape in ((1, 4, 8, 8), (2, 4, 8, 8), (1, 4, 12, 8), (3, 4, 16, 12))]
-    for x in inputs + inputs + inputs:
+    for batch in (1, 1, 1, 2, 1, 2, 1):
+        x = noise(batch, 4, 8, 8)
         assert relative_error(step(x), model(x)) < CLOSE
-    assert len(inductor.graphs) == len(inputs)
-    assert max(report.calls_observed for report in oq.reports()) <= 2
+    assert (dynamo_graphs(), len(inductor.graphs)) == (2, 2)
 
 
 @torch.no_grad()
-def test_dynamic_shapes(inductor: EagerInductor) -> None:
+def test_a_model_compiled_as_dynamic_has_its_first_size_specialised(inductor: EagerInductor) -> None:
     model = net()
     step = torch.compile(model, backend=oq.onlinequant, options=OPTIONS, dynamic=True)
     for size in (8, 8, 8, 12, 16, 8):
         x = noise(2, 4, size, size)
         assert relative_error(step(x), model(x)) < CLOSE
-    assert dynamo_graphs() == 1
-    assert len(inductor.graphs) == 3
-    for graph_module in inductor.graphs:
-        assert not [n for n in graph_module.graph.nodes if isinstance(n.meta.get("val"), torch.SymInt)]
+    assert (dynamo_graphs(), len(inductor.graphs)) == (1, 2)
+    sizes = [
+        [
+            node
+            for node in module.graph.find_nodes(op="placeholder")
+            if isinstance(node.meta.get("example_value"), torch.SymInt)
+        ]
+        for module in inductor.graphs
+    ]
+    assert [len(nodes) for nodes in sizes] == [0, 2]
+
+
+@torch.no_grad()
+def test_a_model_compiled_as_static_stays_so(inductor: EagerInductor) -> None:
+    model = net()
+    step = torch.compile(model, backend=oq.onlinequant, options=OPTIONS, dynamic=False)
+    for size in (8, 8, 8, 12, 16, 8):
+        x = noise(2, 4, size, size)
+        assert relative_error(step(x), model(x)) < CLOSE
+    assert (dynamo_graphs(), len(inductor.graphs)) == (3, 3)
+
+
+@torch.no_grad()
+def test_other_models_are_traced_as_ever() -> None:
+    """What we tell Dynamo for our frames must not leak into those of others."""
+    traced: list[torch.fx.GraphModule] = []
+    other = torch.compile(nn.ReLU(), backend=lambda module, _: traced.append(module) or module)
+    step = compiled(net(), shapes="dynamic", calibration_steps=100)
+    for size in (8, 12, 16):
+        step(noise(1, 4, size, size))
+        other(noise(1, size))
+    inputs = [[node.target for node in module.graph.find_nodes(op="placeholder")] for module in traced]
+    assert [len(names) for names in inputs] == [1, 2]
+    assert torch._dynamo.config.assume_static_by_default
+    assert torch.fx.experimental._config.use_duck_shape
 
 
 def test_no_grad_and_inference_mode_share_one_calibration(inductor: EagerInductor) -> None:
@@ -462,9 +510,19 @@ def test_a_new_compile_reuses_the_calibration(inductor: EagerInductor) -> None:
             step(X)
         assert oq.reports()[-1].phase == "quantized"
         assert oq.reports()[-1].calls_observed == expected_calls
+        assert not oq.reports()[-1].cache_hit
+
+
+@torch.no_grad()
+def test_reset_forgets_what_this_process_knows(inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
     oq.reset()
     assert oq.reports() == []
     torch._dynamo.reset()
+    monkeypatch.setenv("ONLINEQUANT_CACHE_DIR", os.environ["ONLINEQUANT_CACHE_DIR"] + "-other")
     step = compiled(model)
     assert torch.equal(step(X), model(X))
     assert oq.reports()[-1].calls_observed == 1

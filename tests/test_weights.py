@@ -24,12 +24,24 @@ def linears(count: int = 3, dtype: torch.dtype = torch.float32) -> nn.Sequential
     return nn.Sequential(*(nn.Linear(24, 24) for _ in range(count))).requires_grad_(False).to(dtype)
 
 
+def set_of(
+    weights: Sequence[torch.Tensor], layers: Sequence[Layer], candidates: Sequence[int] | None = None
+) -> WeightSet:
+    """A set whose parameters are called "0", "1", ..., each the weight of a layer unless ``candidates`` says which."""
+    names = [str(position) for position in range(len(weights))]
+    return WeightSet(weights, names, range(len(weights)) if candidates is None else candidates, layers, layout=0)
+
+
+def named(weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {str(position): weight for position, weight in enumerate(weights)}
+
+
 def selected(weights: Sequence[torch.Tensor], selection: Sequence[int] | None = None) -> WeightSet:
     """A set whose layers have seen an input and run in 8 bit."""
     layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
     for layer in layers:
         layer.observed.update(noise(16, 24))
-    made = WeightSet(weights, range(len(weights)), layers, layout=0)
+    made = set_of(weights, layers)
     made.select(weights, range(len(weights)) if selection is None else selection)
     return made
 
@@ -127,11 +139,17 @@ def test_new_parameter_takes_over_the_layer_of_the_old() -> None:
     made = selected(weights)
     patched = [weights[0], nn.Parameter(weights[1] * 2, requires_grad=False), weights[2]]
     assert made.ids != [id(weight) for weight in patched]
-    assert (made.overlap(weights), made.overlap(patched)) == (3, 2)
+    registry.add(made)
+    assert registry.predecessor(named(patched)) is made
+    assert registry.predecessor(named(weights_of(linears()))) is None
+    assert registry.predecessor({f"other.{name}": weight for name, weight in named(weights).items()}) is None
+    assert (made.overlap(named(weights)), made.overlap(named(patched))) == (3, 2)
 
-    old = made.layers[1]
+    old = made.layer("1")
+    assert old is made.layers[1]
     assert registry.layer(patched[1], None, BITS, "minmax", old=old) is old
-    following = WeightSet(patched, range(3), made.layers, layout=0)
+    assert registry.layer(patched[1], None, BITS, "mse", old=old) is not old
+    following = set_of(patched, made.layers)
     handle = old.weight
     following.select(patched, range(3))
     assert (following.is_current(patched), old.weight is handle) == (True, True)
@@ -163,7 +181,7 @@ def test_same_values_elsewhere_are_not_quantized_again_in_vain() -> None:
 def test_calls_are_those_of_the_layer_that_saw_least() -> None:
     weights = weights_of(linears())
     layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
-    first, second = WeightSet(weights[:2], [0, 1], layers[:2], 0), WeightSet(weights[1:], [0, 1], layers[1:], 0)
+    first, second = set_of(weights[:2], layers[:2]), set_of(weights[1:], layers[1:])
     first.count_call()
     first.count_call()
     second.count_call()
@@ -174,7 +192,7 @@ def test_calls_are_those_of_the_layer_that_saw_least() -> None:
 def test_layer_that_is_called_twice_counts_once() -> None:
     (weight,) = weights_of(linears(1))
     layer = registry.layer(weight, None, BITS, "minmax")
-    made = WeightSet([weight], [0, 0], [layer, layer], 0)
+    made = set_of([weight], [layer, layer], [0, 0])
     made.count_call()
     assert made.calls() == 1
 

@@ -51,12 +51,14 @@ def test_users_read_the_observer_even_the_output() -> None:
     assert probe.graph_module.graph.output_node().args == ((second_observer,),)
 
 
-@pytest.mark.parametrize(
-    ("options", "observers"),
-    [({"exclude": ("*.to_?",)}, 4), ({"quantized_conv_percentage": 0}, 4), ({"exclude": ("*",)}, 0)],
-)
-def test_refused_layers_are_not_observed(options: dict[str, Any], observers: int) -> None:
+@pytest.mark.parametrize("options", [{"exclude": ("*.to_?",)}, {"quantized_conv_percentage": 0}])
+def test_layers_that_options_refuse_are_observed_for_other_options(options: dict[str, Any]) -> None:
     probe = GraphProbe(net(), X, **options).analyze()
-    assert probe.run(insert_observers) == {"insert_observers": observers}
-    assert (probe.added(observe), probe.added("placeholder")) == (observers, 1 if observers else 0)
-    assert all(info.reason for info in probe.infos if not info.quantized)
+    assert len(probe.quantized()) == 4
+    assert probe.run(insert_observers) == {"insert_observers": 7}
+
+
+def test_layers_without_a_kernel_are_not_observed() -> None:
+    probe = GraphProbe(nn.Conv1d(4, 4, 3), noise(1, 4, 8)).analyze()
+    assert probe.run(insert_observers) == {"insert_observers": 0}
+    assert (probe.added(observe), probe.added("placeholder")) == (0, 0)

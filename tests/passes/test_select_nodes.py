@@ -113,12 +113,12 @@ def test_weight_that_is_cast_is_quantized() -> None:
     assert probe.info.quantized
 
 
-def test_candidates_are_numbered_in_graph_order() -> None:
+def test_layers_are_numbered_in_graph_order_whether_wanted_or_not() -> None:
     probe = GraphProbe(net(), IMAGE, exclude=("blocks.0.to_q",)).analyze()
-    candidates = [info for info in probe.infos if info.index is not None]
-    assert [info.index for info in candidates] == list(range(6))
-    assert [info.name for info in candidates] == probe.quantized()
-    assert all(info.quantized and info.reason == "candidate, being observed" for info in candidates)
+    assert [info.index for info in probe.infos] == list(range(7))
+    candidates = [info for info in probe.infos if info.quantized]
+    assert len(candidates) == 6
+    assert all(info.reason == "candidate, being observed" for info in candidates)
     assert probe.after == probe.before
     probe.assert_settled(select_nodes)
 

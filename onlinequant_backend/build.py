@@ -1,0 +1,146 @@
+"""From a selection of layers to a compiled 8-bit graph: rewrite a copy, hand it to Inductor."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from . import compat, graph, keys
+from .config import QuantConfig
+from .passes import REWRITE, PassContext, run_passes
+from .precision import Precision
+from .shapes import SymbolicInputs
+from .weights import WeightSet, getter
+
+_log = logging.getLogger("onlinequant")
+
+
+class CompiledGraph:
+    """One Inductor-compiled 8-bit graph: which of a call's arguments it takes, and which extra inputs."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        taken: Sequence[int],
+        extra_inputs: Sequence[tuple[str, int]],
+        symbolic: SymbolicInputs | None = None,
+    ) -> None:
+        self.function = function
+        self._take = getter(taken)
+        self._extra_inputs = extra_inputs
+        self._symbolic = symbolic
+
+    def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        extras = weights.extras.get(self)
+        if extras is None:
+            extras = tuple(getattr(weights.layers[index], what) for what, index in self._extra_inputs)
+            weights.extras[self] = extras
+        return self.function(*self._take(args), *extras)
+
+    def fits(self, args: Sequence[Any], at_least: int = 0) -> bool:
+        """Whether this is for sizes like those of ``args``; see ``SymbolicInputs.fits``."""
+        return self._symbolic is None or self._symbolic.fits(args, at_least)
+
+
+def build(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    weights: WeightSet,
+    config: QuantConfig,
+    precision: Precision,
+    symbolic: bool,
+    directory: Path | None,
+) -> CompiledGraph:
+    """Rewrite the selected layers of a copy of ``graph_module`` and compile it.
+
+    ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
+    caches; None leaves them where they are by default. If it turns out that nothing can be written there any more, a
+    temporary directory takes its place.
+    """
+    try:
+        return _build(graph_module, args, weights, config, precision, symbolic, directory)
+    except Exception as error:
+        if directory is None or _can_be_written(directory):
+            raise
+        _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
+        elsewhere = Path(_temporary_directory().name)
+        return _build(graph_module, args, weights, config, precision, symbolic, elsewhere)
+
+
+def _build(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    weights: WeightSet,
+    config: QuantConfig,
+    precision: Precision,
+    symbolic: bool,
+    directory: Path | None,
+) -> CompiledGraph:
+    inputs = SymbolicInputs(graph_module, args) if symbolic else None
+    rewritten = graph.copy_graph(graph_module)
+    graph.specialize(rewritten, args, sizes=not symbolic)
+    context = PassContext(config, precision, selection=weights.selection)
+    run_passes(rewritten, REWRITE, context)
+    positions = {node.name: position for position, node in enumerate(graph.placeholders(graph_module))}
+    names = [node.name for node in graph.placeholders(rewritten)]
+    taken = [positions[name] for name in names if name in positions]
+    extras = [getattr(weights.layers[index], what) for what, index in context.extra_inputs]
+    values = args if inputs is None else inputs.values
+    with _compilation(inputs), compile_caches(directory):
+        function = compat.compile_fx(
+            rewritten,
+            [*(values[i] for i in taken), *extras],
+            {"force_layout_optimization": True, **config.inductor_options()},
+            outside_dynamo=True,
+        )
+    if inputs is not None:
+        inputs.finish()
+    return CompiledGraph(function, taken, context.extra_inputs, inputs)
+
+
+def _can_be_written(directory: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(2**20))
+    except OSError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process ends
+
+
+@contextlib.contextmanager
+def compile_caches(directory: Path | None) -> Iterator[None]:
+    """Inductor's caches lie in ``directory``, and know a change of this package's sources: their keys see of our
+    operators no more than the names."""
+    with compat.inductor_cache(directory, tag=keys.source_digest()):
+        yield
+
+
+@contextlib.contextmanager
+def _compilation(inputs: SymbolicInputs | None) -> Iterator[None]:
+    """What Inductor needs outside Dynamo: a tracing context of its own (without one its caches are bypassed), and
+    ordinary tensors even under ``inference_mode``."""
+    fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if inputs is None else inputs.fake_mode
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.compile_lock())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(tracing(TracingContext(fake_mode)))
+        if inputs is not None:
+            stack.enter_context(compat.free_sizes())
+        yield

@@ -1,0 +1,282 @@
+"""A calibration as a file: what was observed of every layer, in the safetensors format, whole or not at all.
+
+Whatever is read here may have been damaged or made up, so nothing of it is believed before it has been checked.
+"""
+
+from __future__ import annotations
+
+import array
+import dataclasses
+import hashlib
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+# The files of an entry.
+CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
+FORMAT, VERSION = "onlinequant-calibration", "1"
+# Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
+MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
+MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
+_KINDS = ("conv", "linear")
+_NONE = (math.nan,) * 3
+_METADATA = "__metadata__"  # where safetensors keeps strings
+
+
+class InvalidEntryError(ValueError):
+    """Data that is no whole calibration of this version, or a calibration that cannot be one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCalibration:
+    """What was observed of one layer. Floats are rounded to float32, so that a file gives back what it was given.
+
+    Attributes:
+        name: fully qualified name of the layer in its model; only ever compared.
+        kind: "conv" or "linear".
+        weight_shape: shape of its weight.
+        minimum, maximum: range of its input; may be infinite or NaN, and then the layer stays in float.
+        qparams: 1 / scale, zero point and scale of its input; None where the range rules 8 bit out.
+        sensitivity: relative, mean absolute and mean squared error of its output in 8 bit; None if not measured.
+    """
+
+    name: str
+    kind: str
+    weight_shape: tuple[int, ...]
+    minimum: float
+    maximum: float
+    qparams: tuple[float, float, float] | None
+    sensitivity: tuple[float, float, float] | None
+
+    def __post_init__(self) -> None:
+        for name in ("minimum", "maximum"):
+            object.__setattr__(self, name, _float32([getattr(self, name)])[0])
+        for name in ("qparams", "sensitivity"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, _float32(getattr(self, name)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Calibration:
+    """What was observed of a model.
+
+    Attributes:
+        model: its class name.
+        calls: observed calls.
+        layers: its layers.
+        about: where it was made, for people to read: torch, device, created and the like.
+    """
+
+    model: str
+    calls: int
+    layers: tuple[LayerCalibration, ...]
+    about: Mapping[str, str]
+
+    def to_bytes(self, key: str) -> bytes:
+        """The file's content: equal calibrations and keys (64 hex digits) give equal bytes.
+
+        Raises InvalidEntryError for a value that ``from_bytes`` would refuse.
+        """
+        _check(self)
+        if not re.fullmatch("[0-9a-f]{64}", key):
+            raise InvalidEntryError(f"its key is {key!r}, which is not 64 lower-case hex digits")
+        about = {
+            "model": self.model,
+            "calls": self.calls,
+            "layers": [[layer.name, layer.kind, layer.weight_shape] for layer in self.layers],
+            "about": self.about,
+        }
+        body = _pack(self.layers)
+        metadata = {"format": FORMAT, "version": VERSION, "key": key, "calibration": _dumps(about), "sha256": ""}
+        # Over everything: the header as it is without the digest, and the tensors.
+        digest = hashlib.sha256(_header(metadata, len(self.layers)) + body).hexdigest()
+        header = _header({**metadata, "sha256": digest}, len(self.layers))
+        if len(header) > MAX_HEADER_BYTES or len(header) + len(body) > MAX_BYTES:
+            raise InvalidEntryError("its layers have too many or too long names for a file")
+        return header + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes, key_prefix: str) -> Calibration:
+        """The reverse of ``to_bytes``; raises InvalidEntryError saying what is wrong.
+
+        ``key_prefix``: what the file's key has to begin with.
+        """
+        key, calibration = decode(data)
+        if not key.startswith(key_prefix):
+            raise InvalidEntryError(f"it belongs to the key {key}, which does not begin with {key_prefix}")
+        return calibration
+
+
+def decode(data: bytes) -> tuple[str, Calibration]:
+    """The key of a file and its calibration; raises InvalidEntryError saying what is wrong."""
+    try:
+        return _decode(data)
+    except RecursionError:
+        raise InvalidEntryError("its JSON is nested too deeply") from None
+
+
+def _decode(data: bytes) -> tuple[str, Calibration]:
+    header, body = _split(data)
+    metadata = header.pop(_METADATA, None)
+    if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
+        raise InvalidEntryError("it is not a calibration of onlinequant")
+    if metadata.get("version") != VERSION:
+        raise InvalidEntryError(f"its version is {_short(metadata.get('version'))}; this onlinequant reads {VERSION!r}")
+    key, about = metadata.get("key"), parse_object(metadata.get("calibration"), "its metadata")
+    if not isinstance(key, str):
+        raise InvalidEntryError("it has no key")
+    described = about.get("layers")
+    if not isinstance(described, list) or len(described) > MAX_LAYERS:
+        raise InvalidEntryError(f"it does not list its layers, at most {MAX_LAYERS}")
+    _check_tensors(header, body, len(described))
+    try:
+        calibration = Calibration(about["model"], about["calls"], tuple(_unpack(described, body)), about["about"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidEntryError(f"its metadata lacks something or has it in a wrong form: {_short(error)}") from None
+    # This checks every value, and with the digest every bit: there is one way only to write a calibration.
+    if calibration.to_bytes(key) != data:
+        raise InvalidEntryError("its checksum is wrong: it was damaged or changed")
+    return key, calibration
+
+
+def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
+    """The parsed header and the tensors' bytes of a safetensors file."""
+    if len(data) > MAX_BYTES:
+        raise InvalidEntryError(f"its {len(data)} bytes are more than the {MAX_BYTES} allowed")
+    if len(data) < 8:
+        raise InvalidEntryError(f"its {len(data)} bytes are no safetensors file")
+    (length,) = struct.unpack_from("<Q", data)
+    if length > min(len(data) - 8, MAX_HEADER_BYTES):
+        raise InvalidEntryError(
+            f"its header claims {length} bytes, of {len(data)} in all and {MAX_HEADER_BYTES} allowed"
+        )
+    return parse_object(data[8 : 8 + length], "its header"), data[8 + length :]
+
+
+def parse_object(text: Any, what: str) -> dict[str, Any]:
+    """The JSON object ``text``, a string or bytes; raises InvalidEntryError naming ``what`` for anything else."""
+    try:
+        value = json.loads(text)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidEntryError(f"{what} is not JSON that can be read: {error}") from None
+    if not isinstance(value, dict):
+        raise InvalidEntryError(f"{what} is not a JSON object")
+    return value
+
+
+def _dumps(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"), sort_keys=True)
+
+
+def _header(metadata: Mapping[str, str], layers: int) -> bytes:
+    """Length and header of a file with ``layers`` layers, padded so that the tensors are aligned."""
+    text = _dumps({_METADATA: metadata, **_tensors(layers)}).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
+def _tensors(layers: int) -> dict[str, dict[str, Any]]:
+    """What the header says of the tensors. ``given``: whether a layer has ``qparams`` and ``sensitivity``."""
+    tensors: dict[str, dict[str, Any]] = {}
+    offset = 0
+    for name, dtype, width in (
+        ("minimum", "F32", None),
+        ("maximum", "F32", None),
+        ("qparams", "F32", 3),
+        ("sensitivity", "F32", 3),
+        ("given", "U8", 2),
+    ):
+        end = offset + layers * (width or 1) * (4 if dtype == "F32" else 1)
+        shape = [layers] if width is None else [layers, width]
+        tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    return tensors
+
+
+def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int) -> None:
+    expected = _tensors(layers)
+    for name in sorted({*header, *expected}):
+        if header.get(name) != expected.get(name):
+            has, needed = _short(header.get(name)), expected.get(name)
+            raise InvalidEntryError(f"its tensor {_short(name)} is {has}, but has to be {needed}")
+    end = expected["given"]["data_offsets"][1]
+    if len(body) != end:
+        raise InvalidEntryError(f"its tensors have {len(body)} bytes instead of {end}")
+
+
+def _pack(layers: Iterable[LayerCalibration]) -> bytes:
+    layers = tuple(layers)
+    floats = [layer.minimum for layer in layers]
+    floats += [layer.maximum for layer in layers]
+    floats += [value for layer in layers for value in layer.qparams or _NONE]
+    floats += [value for layer in layers for value in layer.sensitivity or _NONE]
+    given = bytes(value is not None for layer in layers for value in (layer.qparams, layer.sensitivity))
+    return struct.pack(f"<{len(floats)}f", *floats) + given
+
+
+def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
+    count = len(described)
+    floats, given = struct.unpack_from(f"<{8 * count}f", body), body[32 * count :]
+    for index, (name, kind, shape) in enumerate(described):
+        triples = [floats[start : start + 3] for start in (2 * count + 3 * index, 5 * count + 3 * index)]
+        qparams, sensitivity = (triple if given[2 * index + i] else None for i, triple in enumerate(triples))
+        yield LayerCalibration(name, kind, tuple(shape), floats[index], floats[count + index], qparams, sensitivity)
+
+
+def _float32(values: Iterable[float]) -> tuple[float, ...]:
+    """The nearest float32 values; every NaN becomes the same."""
+    return tuple(math.nan if math.isnan(value) else value for value in array.array("f", values))
+
+
+def _check(calibration: Calibration) -> None:
+    _check_text("the model's name", calibration.model)
+    if type(calibration.calls) is not int or not 0 <= calibration.calls < 2**53:
+        raise InvalidEntryError(f"its number of calls is {_short(calibration.calls)}")
+    if not isinstance(calibration.about, Mapping) or len(calibration.about) > MAX_ABOUT:
+        raise InvalidEntryError(f"what it says about itself is not a mapping of at most {MAX_ABOUT} strings")
+    for name, value in calibration.about.items():
+        _check_text("a name of what it says about itself", name)
+        _check_text(f"what it says about {name!r}", value, may_be_empty=True)
+    if len(calibration.layers) > MAX_LAYERS:
+        raise InvalidEntryError(f"its {len(calibration.layers)} layers are more than the {MAX_LAYERS} allowed")
+    for layer in calibration.layers:
+        _check_layer(layer)
+
+
+def _check_layer(layer: LayerCalibration) -> None:
+    _check_text("a layer's name", layer.name)
+    if layer.kind not in _KINDS:
+        raise InvalidEntryError(f"{layer.name} is of kind {_short(layer.kind)}, which is none of {_KINDS}")
+    if len(layer.weight_shape) > 8 or not all(type(size) is int and 0 < size < 2**53 for size in layer.weight_shape):
+        raise InvalidEntryError(f"the weight of {layer.name} has the shape {_short(layer.weight_shape)}")
+    low, high = layer.minimum, layer.maximum
+    if low > high:
+        raise InvalidEntryError(f"the range of {layer.name} begins at {low} and ends at {high}")
+    if layer.qparams is None:
+        if math.isfinite(low) and math.isfinite(high) and (low, high) != (0, 0):
+            raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and no scale")
+    else:
+        inverse, zero_point, scale = layer.qparams
+        # Both are rounded to float32, of 24 bits.
+        if not (0 < scale < math.inf and abs(inverse * scale - 1) < 1e-6):
+            raise InvalidEntryError(f"{layer.name} has the scale {scale} and 1 / scale = {inverse}")
+        if not (0 <= zero_point <= 255 and zero_point == int(zero_point)):
+            raise InvalidEntryError(f"the zero point of {layer.name} is {zero_point}, not a whole number in [0, 255]")
+    if layer.sensitivity is not None and any(value < 0 for value in layer.sensitivity):
+        raise InvalidEntryError(f"{layer.name} has negative errors: {layer.sensitivity}")
+
+
+def _check_text(what: str, value: object, *, may_be_empty: bool = False) -> None:
+    if not isinstance(value, str) or not (value or may_be_empty):
+        raise InvalidEntryError(f"{what} is {_short(value)}, not a text")
+    if len(value) > MAX_CHARACTERS or not value.isprintable():
+        raise InvalidEntryError(f"{what} is longer than {MAX_CHARACTERS} characters or has some that cannot be printed")
+
+
+def _short(value: object) -> str:
+    """``value`` for a message: what a file claims may be of any length."""
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -1,0 +1,36 @@
+"""Giving up the values of float weights that have 8-bit copies, so that their memory is free.
+
+A hollow weight keeps its identity, shape, strides, dtype and version, all that Dynamo guards and compiled graphs see;
+its memory is a buffer of NaNs that all hollow weights of one dtype share. So nothing compiles again, and whoever still
+reads the values as if nothing had happened gets NaN, never a picture that looks nearly right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def hollow_out(weights: Sequence[torch.Tensor]) -> int:
+    """Let go of the memory of ``weights``; returns their bytes less what the shared buffers take.
+
+    Memory that somebody else refers to as well (a state dict, a tied weight) goes on living with them.
+    """
+    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for weight in weights:
+        kinds.setdefault((weight.dtype, weight.device), []).append(weight)
+    freed = 0
+    for (dtype, device), group in kinds.items():
+        with torch.inference_mode(False):
+            buffer = torch.full((max(map(_extent, group)),), torch.nan, dtype=dtype, device=device)
+        freed -= buffer.nbytes
+        for weight in group:
+            freed += weight.nbytes
+            weight.data = buffer.as_strided(weight.shape, weight.stride())
+    return freed
+
+
+def _extent(tensor: torch.Tensor) -> int:
+    """Elements from a tensor's first to its last in memory."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -1,0 +1,152 @@
+"""What a cache entry is found by.
+
+A key is 64 hex digits, four parts of 16 each, so that entries that may share something have equal parts:
+
+========  ========================================================================================
+portable  the layers with their geometry, and how they are calibrated: the same on every machine
+weights   a fingerprint of the parameters: two checkpoints of one architecture never share an entry
+machine   this package's sources, torch, triton, and what the device can do
+graph     the FX graph with arguments, shapes, strides and dtypes, and the options
+========  ========================================================================================
+
+Two graphs of one model, at two resolutions, differ in the last part only and share one calibration.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from . import compat, graph
+from .config import QuantConfig
+from .passes import LayerInfo
+from .precision import Precision
+
+_PART = 16
+# Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
+_SAMPLES = 1024
+# What ``repr`` says of a function or module: true in one process only.
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+def entry_key(
+    graph_module: fx.GraphModule,
+    infos: Sequence[LayerInfo],
+    parameters: Mapping[str, torch.Tensor],
+    config: QuantConfig,
+    precision: Precision,
+    device: torch.device,
+) -> str:
+    """The key of ``graph_module`` with ``parameters`` (by qualified name), of which ``infos`` may be quantized."""
+    return (
+        _part(_portable(infos, config, precision))
+        + fingerprint(parameters)
+        + _part(_machine(precision, device))
+        + _part(_graph(graph_module, config))
+    )
+
+
+def weights_part(key: str) -> str:
+    """The ``fingerprint`` in a key."""
+    return key[_PART : 2 * _PART]
+
+
+def _part(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:_PART]
+
+
+def _portable(infos: Sequence[LayerInfo], config: QuantConfig, precision: Precision) -> str:
+    layers = [(info.name, info.kind, info.weight_shape, repr(info.geometry)) for info in infos]
+    how = (precision.name, config.calibration_method, config.calibration_steps, config.sensitivity)
+    return json.dumps([layers, how])
+
+
+def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
+    """16 hex digits of names, dtypes, shapes, memory layouts and sampled values of ``parameters``."""
+    digest = hashlib.sha256()
+    samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for name, parameter in sorted(parameters.items()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.stride()}\n".encode())
+        for tensor in _plain_tensors(parameter):
+            samples.setdefault((tensor.dtype, tensor.device), []).append(_sample(tensor))
+    for views in samples.values():  # one copy from the device for each kind, not one for each parameter
+        digest.update(torch.cat(views).cpu().view(torch.uint8).numpy())
+    return digest.hexdigest()[:_PART]
+
+
+def _plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+    """``parameter`` itself, or what a quantized one is made of."""
+    if not is_traceable_wrapper_subclass(parameter):
+        return [parameter]
+    names, _ = parameter.__tensor_flatten__()
+    return [tensor for name in names for tensor in _plain_tensors(getattr(parameter, name))]
+
+
+def _sample(tensor: torch.Tensor) -> torch.Tensor:
+    flat = tensor.detach()
+    order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
+    flat = flat.permute(order).reshape(-1)  # in memory order, which copies nothing where memory is dense
+    step = max(1, math.ceil(flat.numel() / _SAMPLES)) | 1  # odd, so that it visits every channel
+    return flat[::step]
+
+
+def _machine(precision: Precision, device: torch.device) -> str:
+    able = compat.device_capability(device)
+    return f"{source_digest()} {torch.__version__} {_triton_version()} {device.type} {able} {precision.weight_bits}"
+
+
+def _triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _graph(graph_module: fx.GraphModule, config: QuantConfig) -> str:
+    lines = [config.cache_key()]
+    for node in graph_module.graph.nodes:
+        text = f"{node.op} {_target(node.target)} {node.args} {node.kwargs} {_layout(node.meta.get('example_value'))}"
+        lines.append(_ADDRESS.sub("", text))
+    return "\n".join(lines)
+
+
+def _target(target: Any) -> str:
+    if isinstance(target, str):
+        return target
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+
+
+def _layout(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
+        return f"{sizes} {strides} {value.dtype} {value.device.type}"
+    return str(compat.hint(value)) if isinstance(value, torch.SymInt) else ""
+
+
+@functools.lru_cache(maxsize=1)
+def source_digest() -> str:
+    """A hex digest of this package's sources: a changed pass or kernel makes a different result."""
+    from . import passes
+
+    digest = hashlib.sha256()
+    for folder in (Path(__file__).parent, Path(passes.__file__).parent):
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def named_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
+    """A call's parameters by their qualified names."""
+    pairs = zip(graph.placeholders(graph_module), arguments, strict=True)
+    return {graph.qualified_name(node): value for node, value in pairs if graph.is_parameter(node)}

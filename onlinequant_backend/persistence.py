@@ -1,0 +1,87 @@
+"""One model's place in the cache: who may make its entry, what it is restored from and saved as."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from . import keys
+from .cache import Cache
+from .entry import Calibration
+from .layers import Layer
+from .locks import Lock
+from .passes import LayerInfo
+from .report import Report
+
+_log = logging.getLogger("onlinequant")
+
+
+class Entry:
+    """The cache entry of one graph with one set of weights.
+
+    Whoever finds none makes it, and holds its lock from before the first observed call until after the compile: other
+    processes that want the same wait for it and then find everything done.
+    """
+
+    def __init__(self, cache: Cache, key: str, infos: Sequence[LayerInfo], lock_timeout: float) -> None:
+        self.key = key
+        self._cache = cache
+        self._infos = infos
+        self._lock_timeout = lock_timeout
+        self._lock: Lock | None = None
+
+    def claim(self) -> None:
+        """Wait for the right to make this entry, unless it is there."""
+        if self._lock is None and not self._cache.has(self.key):
+            self._lock = self._cache.lock(self.key, self._lock_timeout)
+            if self._lock is not None and self._cache.has(self.key):
+                self.release()
+
+    def restore(self, layers: Sequence[Layer]) -> bool:
+        """Give ``layers`` what an earlier process observed; False, and the entry claimed, if there is nothing."""
+        saved = self._cache.load(self.key)
+        if saved is None or not self._cache.has(self.key):
+            self.claim()  # which may wait, until there is more to load
+            saved = self._cache.load(self.key) or saved
+        if saved is None or not self._matches(saved):
+            return False
+        for layer, layer_saved in zip(layers, saved.layers, strict=True):
+            if not layer.frozen:
+                layer.restore(layer_saved, saved.calls, keys.weights_part(self.key))
+        return True
+
+    def publish(self, layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], report: Report) -> None:
+        """Save what was observed, and the report beside it, and let others in."""
+        try:
+            weights = keys.weights_part(self.key)
+            # A LoRA may have come since: then these are not the ranges of the weights that the key stands for.
+            known = all(layer.calibrated_for == weights for layer in layers)
+            if known and keys.fingerprint(parameters) == weights:
+                report.key = self.key
+                stats = json.dumps(report.to_dict(), indent=2, default=repr) + "\n"
+                path = self._cache.publish(self.key, self._calibration(layers, report), stats)
+                report.stats_path = None if path is None else str(path)
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        """Let others make the entry."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _matches(self, saved: Calibration) -> bool:
+        expected = [(info.name, info.kind, info.weight_shape) for info in self._infos]
+        return [(layer.name, layer.kind, layer.weight_shape) for layer in saved.layers] == expected
+
+    def _calibration(self, layers: Sequence[Layer], report: Report) -> Calibration:
+        saved = [
+            layer.save(info.name, info.kind, info.weight_shape) for info, layer in zip(self._infos, layers, strict=True)
+        ]
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        about = {"torch": torch.__version__, "precision": report.precision, "created": now}
+        return Calibration(report.model, max(layer.calls for layer in layers), tuple(saved), about)

@@ -1,0 +1,152 @@
+"""Few graphs for many shapes: the first shape gets a graph of its own, one graph with symbolic sizes serves the rest.
+
+Left alone, Dynamo traces again for nearly every new combination of sizes: it makes only those symbolic that it has
+seen change, takes two that happen to be equal for one, and gives a size of 1 a graph of its own. So the backend tells
+it, for the frames that it has compiled, to make every size symbolic at once the next time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import sympy
+import torch
+import torch.fx as fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from . import compat, graph
+
+# A batch of one must not make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
+# torch assumes that a size is not 1 wherever it asks which strides matter. With a size of 1 none does, so such a graph
+# nearly always serves it as well; ``QuantizedGraph`` makes sure.
+SMALLEST = 2
+
+# By Dynamo's frame number: the option ``shapes`` of the model that this frame belongs to.
+_frames: dict[str, str] = {}
+_patches = contextlib.ExitStack()
+_asked: weakref.WeakSet[object] = weakref.WeakSet()
+
+
+def watch_frame(graph_module: fx.GraphModule, shapes: str) -> None:
+    """Have the frame that Dynamo is compiling traced as ``shapes`` asks the next time, if there is one.
+
+    With "dynamic", a graph without symbolic sizes is traced once more right away: raises what makes Dynamo do so.
+    """
+    frame = compat.current_frame()
+    if frame is None:
+        return
+    if compat.watch_compilations(_before_compilation, _after_compilation):
+        _frames.clear()  # torch._dynamo.reset() has begun to count anew
+    known = _frames.get(frame)
+    _frames[frame] = shapes
+    if shapes == "dynamic" and known is None and not has_symbols(graph_module) and not compat.are_shapes_static():
+        _patches.enter_context(compat.symbolic_tracing())
+        compat.trace_again()
+
+
+def _before_compilation(frame: str) -> None:
+    shapes = _frames.get(frame)
+    if shapes == "static":
+        _patches.enter_context(compat.static_tracing())
+    elif shapes is not None and not compat.are_shapes_static():
+        _patches.enter_context(compat.symbolic_tracing())
+
+
+def _after_compilation(_frame: str) -> None:
+    _patches.close()
+
+
+def is_first(layer: object) -> bool:
+    """Whether nobody has asked this about the model of ``layer`` before."""
+    if layer in _asked:
+        return False
+    _asked.add(layer)
+    return True
+
+
+def has_symbols(graph_module: fx.GraphModule) -> bool:
+    """Whether any of the graph's inputs has a symbolic size, or is one."""
+    return any(_symbols_of(node.meta.get("example_value")) for node in graph.placeholders(graph_module))
+
+
+def _symbols_of(value: Any) -> set[sympy.Symbol]:
+    if isinstance(value, torch.SymInt):
+        return set(value.node.expr.free_symbols)
+    if isinstance(value, torch.Tensor):
+        numbers = [*value.shape, *value.stride()]
+        return {
+            symbol for number in numbers if isinstance(number, torch.SymInt) for symbol in number.node.expr.free_symbols
+        }
+    return set()
+
+
+class SymbolicInputs:
+    """Fake inputs of a graph with symbolic sizes, in a shape environment that belongs to nobody else.
+
+    Dynamo's own environment cannot be used once it has made its guards: what Inductor assumes about sizes must be
+    checked by somebody, and here that is ``fits``.
+
+    Attributes:
+        fake_mode: what the values are fake in.
+        values: for each input of the graph a fake tensor, a symbolic integer, or the argument as it is.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
+        """Stand-ins for the ``arguments`` of a call; what Dynamo has fixed stays fixed."""
+        self._shape_env = ShapeEnv(duck_shape=False)
+        self._guards: str | None = None
+        self.fake_mode = FakeTensorMode(shape_env=self._shape_env)
+        traced = [node.meta.get("example_value") for node in graph.placeholders(graph_module)]
+        # Every symbol that a graph uses is among its inputs; the same one may be there twice.
+        self._positions = {
+            value.node.expr: position
+            for position, value in enumerate(traced)
+            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
+        }
+        self._sizes = {symbol: self._new_size(symbol, arguments[at]) for symbol, at in self._positions.items()}
+        with self.fake_mode:
+            self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
+
+    def finish(self) -> None:
+        """Compiling is over: note what it assumed about the sizes."""
+        self._guards = self._shape_env.produce_guards_expression(list(self._sizes.values()))
+
+    def fits(self, arguments: Sequence[Any], at_least: int = 0) -> bool:
+        """Whether what was compiled holds for the sizes of another call, smaller ones counting as ``at_least``."""
+        if self._guards is None:
+            return True
+        sizes = [max(arguments[position], at_least) for position in self._positions.values()]
+        return bool(self._shape_env.evaluate_guards_expression(self._guards, sizes))
+
+    def _new_size(self, symbol: sympy.Symbol, size: int) -> torch.SymInt:
+        source = ConstantSource(str(symbol))
+        hint = max(size, SMALLEST)
+        own = self._shape_env.create_symbol(
+            hint, source, DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
+        )
+        number: torch.SymInt = self._shape_env.create_symintnode(own, hint=hint, source=source)
+        return number
+
+    def _fake(self, traced: Any, argument: Any) -> Any:
+        if isinstance(traced, torch.SymInt):
+            return self._own(traced)
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if not _symbols_of(traced):
+            return self.fake_mode.from_tensor(argument, static_shapes=True)
+        shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
+        return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
+
+    def _own(self, number: int | torch.SymInt) -> int | torch.SymInt:
+        """A size of Dynamo's in terms of our symbols."""
+        if not isinstance(number, torch.SymInt):
+            return number
+        result: int | torch.SymInt = sympy_interp(PythonReferenceAnalysis, self._sizes, number.node.expr)
+        return result
