@@ -48,6 +48,11 @@ class CompiledGraph:
             weights.extras[self] = extras
         return self.function(*self._take(args), *extras)
 
+    @property
+    def is_symbolic(self) -> bool:
+        """Whether it may be for other sizes, too."""
+        return self._symbolic is not None
+
     def fits(self, args: Sequence[Any], at_least: int = 0) -> bool:
         """Whether this is for sizes like those of ``args``; see ``SymbolicInputs.fits``."""
         return self._symbolic is None or self._symbolic.fits(args, at_least)

@@ -102,7 +102,8 @@ def free_sizes() -> Iterator[None]:
     """Symbolic sizes that happen to be equal, or 1, are not taken to be so always."""
     from torch.fx.experimental import _config
 
-    with _config.patch(use_duck_shape=False, backed_size_oblivious=True):
+    patch: Any = _config.patch  # type: ignore[attr-defined]
+    with patch(use_duck_shape=False, backed_size_oblivious=True):
         yield
 
 
@@ -158,7 +159,8 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     # Inductor writes the place that it has chosen into the environment too.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
-    with torch.compiler.config.patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
+    patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
+    with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
         yield

@@ -2,7 +2,8 @@
 
 A hollow weight keeps its identity, shape, strides, dtype and version, all that Dynamo guards and compiled graphs see;
 its memory is a buffer of NaNs that all hollow weights of one dtype share. So nothing compiles again, and whoever still
-reads the values as if nothing had happened gets NaN, never a picture that looks nearly right.
+reads the values as if nothing had happened gets NaN, never a picture that looks nearly right. Only the first few values
+are zero: adding something to NaN leaves no trace, and a LoRA that comes too late must not be overlooked.
 """
 
 from __future__ import annotations
@@ -10,6 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
+
+# Values at the beginning of a hollow weight's memory that are zero.
+CANARIES = 4
 
 
 def hollow_out(weights: Sequence[torch.Tensor]) -> int:
@@ -24,11 +29,17 @@ def hollow_out(weights: Sequence[torch.Tensor]) -> int:
     for (dtype, device), group in kinds.items():
         with torch.inference_mode(False):
             buffer = torch.full((max(map(_extent, group)),), torch.nan, dtype=dtype, device=device)
+            buffer[:CANARIES] = 0
         freed -= buffer.nbytes
         for weight in group:
             freed += weight.nbytes
             weight.data = buffer.as_strided(weight.shape, weight.stride())
     return freed
+
+
+def canaries(weight: torch.Tensor) -> torch.Tensor:
+    """The view of a hollow weight that shows whether it was written to."""
+    return weight.detach().as_strided((min(CANARIES, weight.numel()),), (1,))
 
 
 def _extent(tensor: torch.Tensor) -> int:

@@ -81,7 +81,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
         for tensor in _plain_tensors(parameter):
             samples.setdefault((tensor.dtype, tensor.device), []).append(_sample(tensor))
     for views in samples.values():  # one copy from the device for each kind, not one for each parameter
-        digest.update(torch.cat(views).cpu().view(torch.uint8).numpy())
+        digest.update(torch.cat(views).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_PART]
 
 

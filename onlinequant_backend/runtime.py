@@ -28,7 +28,7 @@ from .weights import WeightSet, getter, registry
 
 _log = logging.getLogger("onlinequant")
 
-# Relative error of a whole graph in 8 bit, which is about 0.05, from that of one that computes something else, 1 or more.
+# Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
 _SAME_PICTURE = 0.3
 
 
@@ -108,8 +108,7 @@ class QuantizedGraph:
 
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in self._sets.values():
-            for layer in weights.layers:
-                layer.check_not_freed()
+            weights.check_not_freed()
         return self._graph(*args)
 
     def _key(self, args: Sequence[Any], weights: WeightSet) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -165,7 +164,8 @@ class QuantizedGraph:
     def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         missing = self._config.calibration_steps - weights.calls()
         self._show_progress(missing)
-        candidates = [info.index for info in self._infos if info.quantized]
+        candidates = [index for index, info in enumerate(self._infos) if info.quantized]
+        weights.check_not_freed()
         last = missing <= 1
         floats = [parameters[position] for position in self._candidates] if last else None
         with torch.no_grad():
@@ -246,7 +246,7 @@ class QuantizedGraph:
             compiled: CompiledGraph | None = self._general.get(fixed) if symbolic else None
             if compiled is None:
                 compiled = self._build(args, parameters, weights, symbolic)
-                if symbolic and compiled is not None:
+                if compiled is not None and compiled.is_symbolic:
                     self._general[fixed] = compiled
             if compiled is not None and not self._serves(compiled, args, weights):
                 compiled = self._build(args, parameters, weights, symbolic=False)
@@ -285,6 +285,10 @@ class QuantizedGraph:
                 freed = weights.free(parameters)
                 _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         except Exception as error:
+            if symbolic:
+                _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
+                self._may_be_symbolic = False
+                return self._build(args, parameters, weights, symbolic=False)
             compiled = None
             self._stay_in_float(error)
         self._report.compile_seconds += time.perf_counter() - start

@@ -131,7 +131,7 @@ class SymbolicInputs:
         own = self._shape_env.create_symbol(
             hint, source, DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
         )
-        number: torch.SymInt = self._shape_env.create_symintnode(own, hint=hint, source=source)
+        number: Any = self._shape_env.create_symintnode(own, hint=hint, source=source)
         return number
 
     def _fake(self, traced: Any, argument: Any) -> Any:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .hollow import hollow_out
+from .hollow import canaries, hollow_out
 from .layers import Generation, Layer
 
 if TYPE_CHECKING:
@@ -170,6 +170,11 @@ class WeightSet:
         """Whether any layer's float weight is gone."""
         return any(layer.freed for layer in self.layers)
 
+    def check_not_freed(self) -> None:
+        """Raise FreedWeightsError if any is, so that the float graph cannot run."""
+        for layer in self.layers:
+            layer.check_not_freed()
+
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many layers that were."""
         assert self.selection is not None
@@ -187,8 +192,9 @@ class WeightSet:
         self._versions = list(map(_version_of, self._versioned(parameters)))
         self._pointers = list(map(_pointer_of, watched))
         alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for weight in watched:
-            alike.setdefault((weight.dtype, weight.device), []).append(_sample_view(weight))
+        for index, weight in zip(self.selection, watched, strict=True):
+            view = canaries(weight) if self.layers[index].freed else _sample_view(weight)
+            alike.setdefault((weight.dtype, weight.device), []).append(view)
         with torch.inference_mode(False):
             self._samples = [(views, _bits(views)) for views in alike.values()]
         self._generation = Generation.number
