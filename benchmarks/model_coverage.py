@@ -62,7 +62,7 @@ def summary(name: str, layers: list[LayerInfo]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS)
+    parser.add_argument("--models", nargs="+", default=["sd15", "sdxl", "svd"], choices=MODELS)
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()

@@ -1,0 +1,142 @@
+"""How long a process takes to its first quantized step: with an empty cache, and with what an earlier process left.
+
+    python benchmarks/warm_start.py --models sdxl-small sd15
+
+Every row is a process of its own; "cold" starts from an empty cache directory, "warm" is another process on the same
+one. Dynamo's tracing, which no backend can save, is shown apart. "first calls" are all calls up to and including the
+first in 8 bit (for torch.compile: the first call); "beyond Dynamo" is what remains of them without the tracing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+_STARTED = time.perf_counter()
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+from rich.table import Table  # noqa: E402
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.models import MODELS, build, relative_error  # noqa: E402
+
+THRESHOLDS = {"conv_compute_density_threshold": 20, "linear_compute_density_threshold": 20}
+
+
+@torch.no_grad()
+def run(row: argparse.Namespace) -> dict[str, Any]:
+    """Measure one process."""
+    import onlinequant_backend
+
+    imported = time.perf_counter() - _STARTED
+    model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
+    options = {"precision": row.precision, "calibration_steps": row.calibration_steps, **THRESHOLDS}
+    if row.backend == "onlinequant":
+        step = torch.compile(model, backend="onlinequant", options=options)
+    else:
+        step = torch.compile(model)
+    start = time.perf_counter()
+    calls = 0
+    while True:
+        result = step(**inputs)[0]
+        calls += 1
+        reports = onlinequant_backend.reports()
+        if not reports or reports[-1].phase in ("quantized", "float"):
+            break
+    if row.device == "cuda":
+        torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    torch.save(result, row.folder / f"{row.backend}-{row.state}.pt")
+    metrics = {name: sum(times) for name, times in torch._dynamo.utils.compilation_time_metrics.items()}
+    counters = torch._dynamo.utils.counters
+    return {
+        "import": imported,
+        "first": first,
+        "dynamo": metrics.get("entire_frame_compile", 0.0) - metrics.get("backend_compile", 0.0),
+        "calls": calls,
+        "misses": counters["inductor"]["fxgraph_cache_miss"],
+        "phase": reports[-1].phase if reports else "",
+        "observed": reports[-1].calls_observed if reports else "",
+        "hit": reports[-1].cache_hit if reports else "",
+        "compile": reports[-1].compile_seconds if reports else "",
+    }
+
+
+def in_process(model: str, backend: str, state: str, folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One row in a fresh process, whose caches all lie in ``folder``."""
+    arguments = ["--row", "--model", model, "--backend", backend, "--state", state, "--folder", str(folder)]
+    arguments += ["--device", options.device, "--dtype", options.dtype, "--precision", options.precision]
+    arguments += ["--calibration-steps", str(options.calibration_steps)]
+    environment = {**os.environ, "ONLINEQUANT_CACHE_DIR": str(folder / "ours")}
+    if backend == "torch.compile":
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
+    done = subprocess.run([sys.executable, __file__, *arguments], stdout=subprocess.PIPE, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{backend}, {state}: exit status {done.returncode}")
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def table(model: str, rows: dict[tuple[str, str], dict[str, Any]], folder: Path, options: argparse.Namespace) -> Table:
+    """The rows of one model; percentages are of the same backend's cold process."""
+    threads = torch.get_num_threads()
+    result = Table(title=f"{model}, batch 1, {options.dtype}, {options.device}, {threads} threads; seconds")
+    headings = "import, Dynamo, first calls, beyond Dynamo, of cold, calls, observed, compiled, difference"
+    result.add_column("")
+    for heading in headings.split(", "):
+        result.add_column(heading, justify="right", no_wrap=True)
+    for (backend, state), row in rows.items():
+        cold = rows[backend, "cold"]
+        beyond = row["first"] - row["dynamo"]
+        first, this = (torch.load(folder / f"{backend}-{kind}.pt") for kind in ("cold", state))
+        result.add_row(
+            f"{backend}, {state}",
+            f"{row['import']:.1f}",
+            f"{row['dynamo']:.1f}",
+            f"{row['first']:.1f}",
+            f"{beyond:.1f}",
+            f"{beyond / (cold['first'] - cold['dynamo']):.1%}",
+            str(row["calls"]),
+            str(row["observed"]),
+            str(row["misses"]),
+            f"{relative_error(this, first):.1e}",
+        )
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["sdxl-small", "sd15"], choices=MODELS)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--precision", default="int8")
+    parser.add_argument("--calibration-steps", type=int, default=2)
+    parser.add_argument("--backends", nargs="+", default=["onlinequant", "torch.compile"])
+    parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
+    for name in ("--model", "--backend", "--state"):
+        parser.add_argument(name, help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.row:
+        print(json.dumps(run(options)))
+        return
+    for model in options.models:
+        with tempfile.TemporaryDirectory() as name:
+            rows = {}
+            for backend in options.backends:
+                for state in ("cold", "warm"):
+                    print(f"measuring {model}: {backend}, {state}", file=sys.stderr)
+                    rows[backend, state] = in_process(model, backend, state, Path(name), options)
+                    print(f"  {rows[backend, state]}", file=sys.stderr)
+            Console(width=140).print(table(model, rows, Path(name), options))
+
+
+if __name__ == "__main__":
+    main()
