@@ -90,11 +90,20 @@ def static_tracing() -> Iterator[None]:
 @contextlib.contextmanager
 def symbolic_tracing() -> Iterator[None]:
     """Dynamo makes every size of every input symbolic, each on its own, and takes none to be 1; floats stay numbers."""
-    with (
-        torch._dynamo.config.patch(assume_static_by_default=False, specialize_float=True),
-        free_sizes(),
-    ):
+    with torch._dynamo.config.patch(assume_static_by_default=False, specialize_float=True), free_sizes():
         yield
+
+
+@contextlib.contextmanager
+def no_kernel_choice() -> Iterator[None]:
+    """Tracing a convolution does not ask which kernel would run it: oneDNN looks at the batch, and that would become a
+    guard (torch 2.11). Not for compiling."""
+    before = torch._C._get_mkldnn_enabled()
+    torch._C._set_mkldnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_mkldnn_enabled(before)
 
 
 @contextlib.contextmanager

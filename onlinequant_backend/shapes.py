@@ -30,7 +30,8 @@ SMALLEST = 2
 
 # By Dynamo's frame number: the option ``shapes`` of the model that this frame belongs to.
 _frames: dict[str, str] = {}
-_patches = contextlib.ExitStack()
+# What is in force until Dynamo has compiled a frame, and what only until it calls the backend.
+_patches, _while_tracing = contextlib.ExitStack(), contextlib.ExitStack()
 _asked: weakref.WeakSet[object] = weakref.WeakSet()
 
 
@@ -39,6 +40,7 @@ def watch_frame(graph_module: fx.GraphModule, shapes: str) -> None:
 
     With "dynamic", a graph without symbolic sizes is traced once more right away: raises what makes Dynamo do so.
     """
+    _while_tracing.close()
     frame = compat.current_frame()
     if frame is None:
         return
@@ -47,7 +49,7 @@ def watch_frame(graph_module: fx.GraphModule, shapes: str) -> None:
     known = _frames.get(frame)
     _frames[frame] = shapes
     if shapes == "dynamic" and known is None and not has_symbols(graph_module) and not compat.are_shapes_static():
-        _patches.enter_context(compat.symbolic_tracing())
+        _trace_symbolically()
         compat.trace_again()
 
 
@@ -56,10 +58,16 @@ def _before_compilation(frame: str) -> None:
     if shapes == "static":
         _patches.enter_context(compat.static_tracing())
     elif shapes is not None and not compat.are_shapes_static():
-        _patches.enter_context(compat.symbolic_tracing())
+        _trace_symbolically()
+
+
+def _trace_symbolically() -> None:
+    _patches.enter_context(compat.symbolic_tracing())
+    _while_tracing.enter_context(compat.no_kernel_choice())
 
 
 def _after_compilation(_frame: str) -> None:
+    _while_tracing.close()
     _patches.close()
 
 
