@@ -2,8 +2,8 @@
 
     python benchmarks/shapes.py
 
-The UNet is that of `onlinequant demo`: SD1.5's blocks at two levels. Every option runs in a process of its own with empty
-caches. "first s" is the time of a size's first call; steps are medians, timed after all sizes have been seen.
+The UNet is that of `onlinequant demo`: SD1.5's blocks at two levels. Every option runs in a process of its own with
+empty caches. "first s" is the time of a size's first call; steps are medians, timed after all sizes have been seen.
 """
 
 from __future__ import annotations

@@ -22,7 +22,11 @@ DEFAULTS = {
     "calibration_method": "mse",
     "exclude": [],
     "sensitivity": "local",
+    "shapes": "auto",
+    "free_float_weights": False,
     "cache_dir": None,
+    "cache_size_limit": 20,
+    "lock_timeout": 600,
     "cuda_graphs": "auto",
     "inductor": {},
     "mode": None,
@@ -37,7 +41,11 @@ OTHER_VALUES = {
     "calibration_method": "minmax",
     "exclude": ("conv_in",),
     "sensitivity": "end_to_end",
+    "shapes": "static",
+    "free_float_weights": True,
     "cache_dir": "/somewhere/else",
+    "cache_size_limit": 0,
+    "lock_timeout": 1.5,
     "cuda_graphs": False,
     "inductor": {"max_autotune": True},
     "mode": "max-autotune",
@@ -68,6 +76,10 @@ def test_defaults() -> None:
         ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'minmax'"),
         ("sensitivity", ["global", None], errors.InvalidOptionError, "'local', 'end_to_end'"),
         ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
+        ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
+        ("free_float_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
+        ("cache_size_limit", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
+        ("lock_timeout", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
         ("exclude", ["conv_in", None, {"a"}], errors.InvalidOptionError, "tuple of glob patterns"),
         ("exclude", [("a", 1), (None,)], errors.InvalidOptionError, "must be a string"),
         ("cache_dir", ["", 5], errors.InvalidOptionError, "a directory's path, or None"),
@@ -140,8 +152,9 @@ def test_cache_key_changes_with_every_option_but_the_place() -> None:
     assert OTHER_VALUES.keys() == DEFAULTS.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
     keys = {name: QuantConfig.from_options({name: value}).cache_key() for name, value in OTHER_VALUES.items()}
     default = QuantConfig().cache_key()
-    assert keys.pop("cache_dir") == default
-    assert len({default, *keys.values()}) == len(DEFAULTS)
+    for name in ("cache_dir", "cache_size_limit", "lock_timeout"):
+        assert keys.pop(name) == default
+    assert len({default, *keys.values()}) == len(keys) + 1
 
 
 def test_cache_key_depends_on_values_alone() -> None:

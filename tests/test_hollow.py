@@ -15,6 +15,11 @@ from tests.test_runtime import CLOSE, X, EagerInductor, compiled, dynamo_graphs,
 from tests.tiny import Net, net, noise, relative_error
 
 
+@pytest.fixture(autouse=True)
+def _count_from_zero() -> None:
+    torch._dynamo.utils.counters.clear()
+
+
 def freed_net(**options: object) -> tuple[Net, object, torch.Tensor]:
     """A model that has given up its float weights, how to call it, and what it drew before."""
     model = net()

@@ -174,6 +174,7 @@ def test_other_models_are_traced_as_ever() -> None:
     assert [len(names) for names in inputs] == [1, 2]
     assert torch._dynamo.config.assume_static_by_default
     assert torch.fx.experimental._config.use_duck_shape
+    assert torch.backends.mkldnn.enabled
 
 
 def test_no_grad_and_inference_mode_share_one_calibration(inductor: EagerInductor) -> None:
