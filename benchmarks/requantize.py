@@ -1,0 +1,202 @@
+"""How long it takes to quantize a whole UNet's weights, and to follow when they change.
+
+    python benchmarks/requantize.py --dtype float32
+
+No graph is compiled and no step is run: what is timed is the backend's own ``Layer`` for each conv and linear weight,
+brought up to date as it is before a step (``Layer.refresh``). "Values and scales" is the part of it that runs on any
+device, without packing for the CPU's kernels. The LoRA goes through diffusers and PEFT. Times are medians with their
+spread, GB/s count float weights, and extra memory is the peak above what was in use before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.models import build
+from onlinequant_backend import errors, precision
+from onlinequant_backend.layers import Layer, quantize_weight
+from onlinequant_backend.passes import ConvGeometry
+
+ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
+
+
+@dataclasses.dataclass
+class Measurement:
+    """One row: what changed, and what following it took."""
+
+    what: str
+    weights: list[torch.Tensor]
+    seconds: list[float]
+    extra_bytes: int
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as the table shows it."""
+        parameters = sum(weight.numel() for weight in self.weights)
+        size = sum(weight.nbytes for weight in self.weights)
+        seconds = statistics.median(self.seconds)
+        return (
+            self.what,
+            str(len(self.weights)),
+            f"{parameters / 1e6:.0f} M",
+            f"{seconds:.2f} ({min(self.seconds):.2f}-{max(self.seconds):.2f})",
+            f"{parameters / seconds / 1e6:.0f} M/s",
+            f"{size / seconds / 1e9:.2f}",
+            f"{self.extra_bytes / 2**20:.0f}",
+        )
+
+
+def quantizable(model: nn.Module) -> list[tuple[torch.Tensor, ConvGeometry | None]]:
+    """Every weight that could run in 8 bit."""
+    found: list[tuple[torch.Tensor, ConvGeometry | None]] = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            found.append((module.weight, None))
+        elif isinstance(module, nn.Conv2d) and module.groups == 1 and not isinstance(module.padding, str):
+            found.append((module.weight, ConvGeometry(module.stride, module.padding, module.dilation)))
+    return found
+
+
+def refresh(layers: list[tuple[Layer, torch.Tensor]], expected: int) -> None:
+    """Quantize what has changed, which must be as many weights as ``expected``."""
+    changed = sum(layer.refresh(weight) for layer, weight in layers)
+    assert changed == expected, f"{changed} weights were quantized instead of {expected}"
+
+
+def quantize_values(weights: list[torch.Tensor], bits: int) -> None:
+    """Quantize one weight after the other, and keep none."""
+    for weight in weights:
+        quantize_weight(weight, bits)
+
+
+def peak_bytes(device: str, reset: bool = False) -> int:
+    """The most memory that has been in use since the last reset."""
+    if device == "cuda":
+        if reset:
+            torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.max_memory_allocated()
+    if not Path("/proc/self/status").exists():
+        return 0  # only Linux tells
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+
+def measure(
+    what: str,
+    weights: list[torch.Tensor],
+    device: str,
+    run: Callable[[], object],
+    before: Callable[[], object] = lambda: None,
+    repeats: int = 3,
+) -> Measurement:
+    """Time ``run``, each after an untimed ``before``."""
+    seconds, extra = [], 0
+    for _ in range(repeats):
+        before()
+        in_use = peak_bytes(device, reset=True)
+        start = time.perf_counter()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+        extra = max(extra, peak_bytes(device) - in_use)
+    return Measurement(what, weights, seconds, extra)
+
+
+def attention_lora(model: nn.Module, rank: int) -> dict[str, torch.Tensor]:
+    """A LoRA for all attention projections, with random weights."""
+    state_dict = {}
+    for name, module in model.named_modules():
+        if name.endswith(ATTENTION) and isinstance(module, nn.Linear):
+            weight = module.weight
+            state_dict[f"{name}.lora_A.weight"] = torch.randn_like(weight[:rank]) / weight.shape[1] ** 0.5
+            state_dict[f"{name}.lora_B.weight"] = torch.randn_like(weight[:, :rank]) / 100
+    return state_dict
+
+
+def measure_layers(model: nn.Module, bits: int) -> list[Measurement]:
+    """All weights for the first time, after a change of all, after none, and after a LoRA."""
+    pairs = quantizable(model)
+    weights = [weight for weight, _ in pairs]
+    layers: list[tuple[Layer, torch.Tensor]] = []
+
+    def forget() -> None:
+        layers.clear()
+        layers.extend((Layer(geometry, bits, "mse"), weight) for weight, geometry in pairs)
+
+    def change() -> None:
+        for weight in weights:
+            weight.mul_(-1)
+
+    count = len(weights)
+    rows = [
+        measure("all, for the first time", weights, "cpu", lambda: refresh(layers, count), before=forget),
+        measure("all, changed in place", weights, "cpu", lambda: refresh(layers, count), before=change),
+        measure("none, only looking for changes", [], "cpu", lambda: refresh(layers, 0)),
+    ]
+    lora = attention_lora(model, rank=16)
+    adapted = [module.weight for name, module in model.named_modules() if f"{name}.lora_A.weight" in lora]
+    model.load_lora_adapter(lora, prefix=None)
+    switch = itertools.cycle((model.fuse_lora, model.unfuse_lora))
+    count_adapted = len(adapted)
+    rows.append(
+        measure(
+            "those of a LoRA, fused or unfused",
+            adapted,
+            "cpu",
+            lambda: refresh(layers, count_adapted),
+            before=lambda: next(switch)(),
+        )
+    )
+    return rows
+
+
+@torch.no_grad()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    options = parser.parse_args()
+    console = Console(width=140)
+    model, _ = build("sd15", options.device, getattr(torch, options.dtype), batch=1)
+    weights = [weight for weight, _ in quantizable(model)]
+    try:
+        bits = precision.resolve("int8", torch.device(options.device)).weight_bits
+    except errors.PrecisionUnavailableError as error:
+        console.print(f"There is nothing to requantize on {options.device}, where models stay in float: {error}")
+        bits = None
+    rows = [
+        measure(
+            "all, values and scales alone",
+            weights,
+            options.device,
+            lambda: quantize_values(weights, bits or 8),
+        )
+    ]
+    if bits is not None:
+        rows += measure_layers(model, bits)
+    where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
+    table = Table(title=f"Quantizing the weights of the SD1.5 UNet, {options.dtype}, {where}")
+    for heading in ("which", "weights", "parameters", "seconds (min-max)", "parameters/s", "GB/s", "extra MiB"):
+        table.add_column(heading, justify="left" if heading == "which" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*row.cells())
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()
