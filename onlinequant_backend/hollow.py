@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import torch
 
-
 # Values at the beginning of a hollow weight's memory that are zero.
 CANARIES = 4
 

@@ -70,14 +70,21 @@ class Layer:
         self._source: Callable[[], torch.Tensor | None] = lambda: None
         self._stamp: _Stamp | None = None
         self._qparams: torch.Tensor | None = None
+        self._ranged = False  # whether _qparams are of what was observed
 
     @property
     def qparams(self) -> torch.Tensor:
         """The input's quantization parameters (``ops.quantize``), fixed from what was observed at the first use."""
-        if self._qparams is None:
+        if self._qparams is None or not self._ranged:
             with torch.inference_mode(False), torch.no_grad():
-                self._qparams = freeze(self.observed, ops.ACTIVATION_BITS, self.method)
+                self._set_qparams(freeze(self.observed, ops.ACTIVATION_BITS, self.method))
+        assert self._qparams is not None
         return self._qparams
+
+    def _set_qparams(self, qparams: torch.Tensor) -> None:
+        # Into the same tensor as before, if there is one: compiled graphs were given it.
+        self._qparams = qparams if self._qparams is None else self._qparams.copy_(qparams)
+        self._ranged = True
 
     def freeze(self, calibrated_for: str) -> None:
         """Observing is over; what was observed with the weights of that fingerprint decides from now on."""
@@ -92,10 +99,18 @@ class Layer:
         """Take over what another process observed."""
         with torch.inference_mode(False):
             self.observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
-            self._qparams = None if saved.qparams is None else torch.tensor(saved.qparams)
+            if saved.qparams is not None:
+                self._set_qparams(torch.tensor(saved.qparams))
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
         self.calls = calls
         self.freeze(calibrated_for)
+
+    def start_over(self) -> None:
+        """Forget what was observed: the weight now is another model's."""
+        self.observed = ActivationRange()
+        self.sensitivity = None
+        self.calls = 0
+        self.frozen = self._ranged = False
 
     def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
         """What ``restore`` takes, of a frozen layer."""

@@ -71,6 +71,7 @@ class QuantizedGraph:
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[int, WeightSet] = {}
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
+        self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._compiled: dict[tuple[tuple[Any, ...], tuple[Any, ...]], CompiledGraph | None] = {}
         self._general: dict[tuple[Any, ...], CompiledGraph] = {}
@@ -90,12 +91,12 @@ class QuantizedGraph:
             weights = self._sets.get(id(parameters[0]))
             if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
                 weights = self._find_set(parameters)
+            if weights.selection is not None and not weights.is_current(parameters):
+                self._follow(parameters, weights)
             if weights.selection is None:
                 result = self._calibrate(args, parameters, weights)
                 if weights.selection is None:
                     return result
-            if not weights.is_current(parameters):
-                self._follow(parameters, weights)
         except OnlineQuantError:
             raise
         except Exception as error:
@@ -205,6 +206,9 @@ class QuantizedGraph:
         if not self._decided:
             self._decide(weights, refusals)
         weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
+        self._rests[weights] = keys.fingerprint(weights.rest(parameters))
+        if self._compiled:
+            self._report.phase = "quantized" if weights.selection else "float"
 
     def _decide(self, weights: WeightSet, refusals: Sequence[str | None]) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
@@ -221,10 +225,23 @@ class QuantizedGraph:
         self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
-        """Quantize changed weights again, in place."""
+        """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""
         with self._lock:
+            if weights.selection is None:
+                return
             start = time.perf_counter()
             changed = weights.follow(parameters)
+            if not weights.is_calibrated():  # another graph of this model has come to the conclusion below
+                weights.selection = None
+            elif changed == len({weights.layers[index] for index in weights.selection}) and changed:
+                # A LoRA leaves biases and norms as they are; moving the model changes no value.
+                rest = keys.fingerprint(weights.rest(parameters))
+                if rest != self._rests[weights]:
+                    _log.info("another checkpoint was loaded, so it is calibrated anew")
+                    weights.start_over()
+                    self._entries.pop(weights, None)
+                    self._decided = False
+                    self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
             if changed:
                 _log.info("quantized %d changed weights again in %.2f s", changed, time.perf_counter() - start)
 

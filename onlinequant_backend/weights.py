@@ -118,6 +118,18 @@ class WeightSet:
         """Whether no parameter is left."""
         return all(guard() is None for guard in self._guards.values())
 
+    def rest(self, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a call's parameters that are no layer's weight, as biases and norms, by name."""
+        weights = set(self._candidates)
+        named = zip(self._guards, parameters, strict=True)
+        return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
+
+    def start_over(self) -> None:
+        """Calibrate anew: another checkpoint was loaded into these parameters."""
+        for layer in self.layers:
+            layer.start_over()
+        self.selection = None
+
     def is_calibrated(self) -> bool:
         """Whether there is nothing left to observe."""
         return all(layer.frozen for layer in self.layers)

@@ -338,6 +338,37 @@ def test_another_models_weights_are_calibrated_anew(inductor: EagerInductor) -> 
 
 
 @torch.no_grad()
+def test_another_checkpoint_loaded_in_place_is_calibrated_anew(inductor: EagerInductor) -> None:
+    """Every value has changed, so the ranges may have; two graphs of the model must both notice."""
+    model, other = net(), net(seed=5)
+    for block in other.blocks:
+        block.norm.weight.mul_(8)
+    step = compiled(model)
+    wide = noise(2, 4, 8, 8)
+    for _ in range(3):
+        step(X), step(wide)
+    model.load_state_dict(other.state_dict())
+    for _ in range(2):
+        assert torch.equal(step(X), other(X))
+    for _ in range(2):
+        for x in (X, wide):
+            assert 0 < relative_error(step(x), other(x)) < CLOSE
+    assert (len(inductor.graphs), dynamo_graphs()) == (2, 2)
+
+
+@torch.no_grad()
+def test_moved_weights_are_not_calibrated_anew(inductor: EagerInductor) -> None:
+    """Offloading gives every parameter new memory with the same values."""
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+
+
+@torch.no_grad()
 def test_invalidate_follows_a_change_that_leaves_no_trace(inductor: EagerInductor) -> None:
     model = net()
     step = compiled(model)
