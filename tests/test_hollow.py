@@ -11,7 +11,7 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.errors import FreedWeightsError
 from onlinequant_backend.hollow import CANARIES, hollow_out
-from tests.test_runtime import CLOSE, X, EagerInductor, compiled, dynamo_graphs, inductor  # noqa: F401
+from tests.test_runtime import CLOSE, EagerInductor, X, compiled, dynamo_graphs, inductor  # noqa: F401
 from tests.tiny import Net, net, noise, relative_error
 
 

@@ -1,0 +1,89 @@
+"""A model of three layers, for tests that trace it many times, and what they need around it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import locks, trouble
+from tests.tiny import OPTIONS, noise, relative_error
+
+CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
+X, WIDE = noise(1, 4, 8, 8), noise(2, 4, 12, 8)
+# Calls observed and whether the cache had something, of a process that calibrates and of one that need not.
+MADE, FOUND = (2, False), (0, True)
+
+
+class Small(nn.Module):
+    """A convolution, a linear layer and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(4, 16, 3, padding=1)
+        self.linear = nn.Linear(16, 16)
+        self.conv_out = nn.Conv2d(16, 4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(self.conv_in(x))
+        return self.conv_out(self.linear(x.movedim(1, -1)).movedim(-1, 1))
+
+
+def small(seed: int = 0) -> Small:
+    """A ``Small`` with random weights that need no gradient."""
+    torch.manual_seed(seed)
+    return Small().eval().requires_grad_(False)
+
+
+def fused(model: Small) -> dict[str, torch.Tensor]:
+    """Weights, by name, of a LoRA: another picture, from activations of about the same size."""
+    return {"linear.weight": -model.linear.weight, "conv_out.weight": model.conv_out.weight.flip(0)}
+
+
+def compiled(model: nn.Module, options: Mapping[str, Any] | None = None) -> Callable[..., torch.Tensor]:
+    return torch.compile(model, backend=oq.onlinequant, options={**OPTIONS, **(options or {})})
+
+
+@torch.no_grad()
+def run(model: nn.Module, x: torch.Tensor = X, options: Mapping[str, Any] | None = None) -> oq.Report:
+    """Call a model until it is in 8 bit, and once more; what it computes on the way is right."""
+    step, expected = compiled(model, options), model(x)
+    while torch.equal(picture := step(x), expected):
+        assert oq.reports()[-1].phase == "calibrating", oq.reports()[-1].phase_reason
+    assert relative_error(picture, expected) < CLOSE
+    assert oq.reports()[-1].phase == "quantized"
+    assert 0 < relative_error(step(x), expected) < CLOSE
+    return oq.reports()[-1]
+
+
+def outcome(report: oq.Report) -> tuple[int, bool]:
+    """See ``MADE`` and ``FOUND``."""
+    return report.calls_observed, report.cache_hit
+
+
+def cache_directory() -> Path:
+    """The directory that ``conftest.py`` has given to this test."""
+    return Path(os.environ["ONLINEQUANT_CACHE_DIR"]).resolve()
+
+
+def entries() -> list[Path]:
+    """The folders of all entries."""
+    return sorted(cache_directory().glob("entries/*"))
+
+
+def is_locked() -> bool:
+    """Whether this process holds any lock."""
+    return any(map(locks.is_held_here, cache_directory().glob("locks/*")))
+
+
+def forget_everything() -> None:
+    """Let this process go on as a new one would."""
+    oq.reset()
+    torch._dynamo.reset()
+    trouble._said.clear()

@@ -1,0 +1,240 @@
+"""What a key changes with and, as important, what not."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import compat, keys
+from tests.model_process import ModelProcess
+from tests.small import WIDE, X, compiled, forget_everything, small
+from tests.test_runtime import EagerInductor
+from tests.tiny import noise
+
+PARTS = ("portable", "weights", "machine", "graph")
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    with torch.no_grad():
+        yield
+
+
+def key(model: nn.Module | None = None, x: torch.Tensor = X, **options: Any) -> str:
+    """The key of a model that a new process calls for the first time."""
+    forget_everything()
+    compiled(model or small(), options)(x)
+    return oq.reports()[-1].key
+
+
+def changed(before: str, after: str) -> set[str]:
+    """Which parts of two keys differ."""
+    assert len(before) == len(after) == 64
+    pairs = zip(range(0, 64, 16), PARTS, strict=True)
+    return {part for start, part in pairs if before[start : start + 16] != after[start : start + 16]}
+
+
+def test_the_same_model_in_the_same_settings_has_the_same_key() -> None:
+    first = key()
+    assert key() == first
+    model = small()
+    assert key(model) == key(model) == first
+    assert key(x=noise(*X.shape, seed=7)) == first
+    with torch.inference_mode():
+        assert changed(first, key(x=X.clone())) == set()
+
+
+def test_two_processes_that_hash_differently_have_the_same_keys(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a graph with symbolic sizes as well."""
+    with contextlib.ExitStack() as stack:
+        processes = []
+        for seed in ("1", "2"):
+            monkeypatch.setenv("PYTHONHASHSEED", seed)
+            processes.append(stack.enter_context(ModelProcess(tmp_path / seed, new_interpreter=True)))
+        for process in processes:
+            process.tell("call", *X.shape)
+            process.tell("call", *WIDE.shape)
+        first, second = ([process.answer()["key"] for _ in range(2)] for process in processes)
+    assert first == second
+    assert changed(*first) == {"graph"}
+
+
+def other_checkpoint(model: nn.Module) -> None:
+    model.load_state_dict(small(seed=1).state_dict())
+
+
+def small_lora(model: nn.Module) -> None:
+    """One weight, in all of its values and only a little."""
+    weight = model.get_parameter("linear.weight")
+    weight.addmm_(noise(16, 1), noise(1, 16), alpha=1e-4)
+
+
+def one_bias(model: nn.Module) -> None:
+    model.get_parameter("conv_in.bias")[3].add_(1)
+
+
+def two_biases_swapped(model: nn.Module) -> None:
+    first, second = model.get_parameter("conv_in.bias"), model.get_parameter("linear.bias")
+    values = first.clone()
+    first.copy_(second)
+    second.copy_(values)
+
+
+def swapped_rows(model: nn.Module) -> None:
+    weight = model.get_parameter("linear.weight")
+    weight.copy_(weight[torch.randperm(16, generator=torch.Generator().manual_seed(0))])
+
+
+@pytest.mark.parametrize("change", [other_checkpoint, small_lora, one_bias, two_biases_swapped, swapped_rows])
+def test_other_values_of_the_weights(change: Callable[[nn.Module], None]) -> None:
+    model = small()
+    first = key(model)
+    change(model)
+    assert changed(first, key(model)) == {"weights"}
+
+
+def test_weights_that_are_replaced_by_equal_ones() -> None:
+    model = small()
+    first = key(model)
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    assert key(model.requires_grad_(False)) == first
+
+
+def test_a_merged_lora_is_seen_in_weights_of_any_size() -> None:
+    for shape in ((4,), (1024, 1024), (320, 4, 3, 3), (3, 1, 7)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            weight = noise(*shape)
+            if len(shape) == 4:
+                weight = weight.contiguous(memory_format=layout)
+            before = keys.fingerprint({"weight": weight})
+            assert keys.fingerprint({"weight": weight.clone()}) == before
+            weight += 0.01 * noise(shape[0], *[1] * (len(shape) - 1), seed=2)
+            assert keys.fingerprint({"weight": weight}) != before
+
+
+def test_a_fingerprint_knows_names_shapes_dtypes_and_layouts() -> None:
+    weight = noise(8, 8, 2, 2)
+    variants = [
+        {"weight": weight},
+        {"other": weight},
+        {"weight": weight.view(8, 32)},
+        {"weight": weight.bfloat16()},
+        {"weight": weight.view(torch.int32)},
+        {"weight": weight.to(memory_format=torch.channels_last)},
+        {"weight": weight, "bias": weight[0]},
+        {"weight": weight[:, :, :1]},
+    ]
+    assert len({keys.fingerprint(variant) for variant in variants}) == len(variants)
+    forwards, backwards = {"a": weight, "b": -weight}, {"b": -weight, "a": weight}
+    assert keys.fingerprint(forwards) == keys.fingerprint(backwards)
+
+
+@pytest.mark.parametrize(
+    "x",
+    [WIDE, noise(1, 4, 16, 4), X.to(memory_format=torch.channels_last), X.expand(2, 4, 8, 8)],
+    ids=["shape", "shape of equal size", "strides", "batch of strides 0"],
+)
+def test_another_input(x: torch.Tensor) -> None:
+    assert changed(key(), key(x=x)) == {"graph"}
+
+
+def test_another_dtype() -> None:
+    dtype = torch.bfloat16
+    assert changed(key(), key(small().to(dtype), X.to(dtype))) == {"weights", "graph"}
+    plain = key()
+    with torch.autocast("cpu", dtype):
+        assert changed(plain, key()) == {"graph"}
+
+
+def test_another_layout_of_the_weights() -> None:
+    model = small().to(memory_format=torch.channels_last)
+    assert changed(key(), key(model)) == {"weights", "graph"}
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"calibration_steps": 3}, {"portable", "graph"}),
+        ({"calibration_method": "minmax"}, {"portable", "graph"}),
+        ({"sensitivity": "end_to_end"}, {"portable", "graph"}),
+        ({"quantized_conv_percentage": 50}, {"graph"}),
+        ({"linear_compute_density_threshold": 1}, {"graph"}),
+        ({"shapes": "static"}, {"graph"}),
+        ({"inductor": {"epilogue_fusion": False}}, {"graph"}),
+        ({"mode": "max-autotune-no-cudagraphs"}, {"graph"}),
+        ({"cache_size_limit": 1}, set()),
+        ({"lock_timeout": 1}, set()),
+    ],
+    ids=str,
+)
+def test_options(options: dict[str, Any], parts: set[str]) -> None:
+    assert changed(key(), key(**options)) == parts
+
+
+def test_another_cache_directory(tmp_path: Path) -> None:
+    assert key(cache_dir=str(tmp_path / "other")) == key()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("onlinequant_backend.keys.source_digest", lambda: "other"),
+        ("torch.__version__", "2.99.0"),
+        ("onlinequant_backend.keys._triton_version", lambda: "99"),
+        ("onlinequant_backend.compat.int8_instructions", lambda: "other"),
+    ],
+)
+def test_another_machine(name: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = key()
+    monkeypatch.setattr(name, value)
+    assert changed(first, key()) == {"machine"}
+
+
+def test_every_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from onlinequant_backend import passes
+
+    (tmp_path / "package" / "kernels").mkdir(parents=True)
+    (tmp_path / "passes").mkdir()
+    monkeypatch.setattr(keys, "__file__", str(tmp_path / "package" / "keys.py"))
+    monkeypatch.setattr(passes, "__file__", str(tmp_path / "passes" / "__init__.py"))
+    digests = set()
+    files = ("package/keys.py", "package/kernels/cpu.py", "passes/a.py", "passes/b.py")
+    for text in ("", "# changed\n"):
+        for file in files:
+            (tmp_path / file).write_text(text)
+            keys.source_digest.cache_clear()
+            digests.add(keys.source_digest())
+    assert len(digests) == 2 * len(files)
+    (tmp_path / "package" / "__pycache__").mkdir()
+    (tmp_path / "package" / "__pycache__" / "keys.pyc").write_text("")
+    keys.source_digest.cache_clear()
+    assert keys.source_digest() in digests
+    keys.source_digest.cache_clear()
+
+
+def test_other_layers_of_equal_weights() -> None:
+    """The geometry of a convolution is no part of its weights."""
+
+    class Strided(nn.Module):
+        def __init__(self, stride: int) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(4, 4, 3, padding=1, stride=stride)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.conv(x)
+
+    def model(stride: int) -> nn.Module:
+        torch.manual_seed(0)
+        return Strided(stride).requires_grad_(False)
+
+    assert changed(key(model(1)), key(model(2))) == {"portable", "graph"}

@@ -1,0 +1,303 @@
+"""What a model leaves in the cache, and what the next one makes of it, be it whole, corrupt or forged.
+
+The next process is this one after it has forgotten everything; ``test_processes.py`` has real ones. Inductor is
+replaced by running the rewritten graph as it is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import compat
+from onlinequant_backend.cache import Cache
+from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration
+from onlinequant_backend.errors import InsecureCacheDirectoryError
+from tests.small import (
+    CLOSE,
+    FOUND,
+    MADE,
+    WIDE,
+    X,
+    cache_directory,
+    compiled,
+    entries,
+    forget_everything,
+    fused,
+    is_locked,
+    outcome,
+    run,
+    small,
+)
+from tests.test_runtime import EagerInductor
+from tests.tiny import noise, relative_error
+
+
+@pytest.fixture(autouse=True)
+def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[EagerInductor]:
+    stand_in = EagerInductor()
+    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    forget_everything()
+    with torch.no_grad():
+        yield stand_in
+
+
+def test_the_next_process_finds_everything() -> None:
+    step = compiled(small())
+    pictures = [step(X) for _ in range(3)]
+    made = oq.reports()[-1]
+    (entry,) = entries()
+    assert entry.name == made.key and made.stats_path == str(entry / STATS_FILE)
+    assert outcome(made) == MADE
+    forget_everything()
+    assert torch.equal(compiled(small())(X), pictures[2])  # the same to the bit, from the first call on
+    found = oq.reports()[-1]
+    assert outcome(found) == FOUND
+    assert found.key == made.key
+    assert found.decisions == made.decisions
+    assert not is_locked()
+
+
+def test_another_resolution_is_found_too() -> None:
+    assert outcome(run(small())) == MADE
+    for x in (WIDE, noise(1, 4, 16, 16)):
+        forget_everything()
+        assert outcome(run(small(), x)) == FOUND
+    assert len(entries()) == 3
+
+
+def test_another_checkpoint_and_other_calibrations_are_not() -> None:
+    run(small())
+    for seed, options in ((1, {}), (0, {"calibration_method": "minmax"}), (0, {"sensitivity": "end_to_end"})):
+        forget_everything()
+        assert outcome(run(small(seed), options=options)) == MADE
+    assert len(entries()) == 4
+
+
+def test_fewer_layers_in_8_bit_need_no_other_calibration() -> None:
+    run(small())
+    forget_everything()
+    report = run(small(), options={"quantized_conv_percentage": 50})
+    assert outcome(report) == FOUND
+    assert report.counts()["quantized_conv"] == 1
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def remove(file: Path) -> None:
+    file.unlink()
+
+
+@pytest.mark.parametrize("name", [CALIBRATION_FILE, STATS_FILE])
+@pytest.mark.parametrize("damage", [cut, remove])
+def test_a_corrupt_entry_is_made_again(
+    name: str, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    key = run(small()).key
+    (entry,) = entries()
+    whole = Calibration.from_bytes((entry / CALIBRATION_FILE).read_bytes(), key)
+    damage(entry / name)
+    forget_everything()
+    assert outcome(run(small())) == MADE
+    (record,) = caplog.records
+    assert "was moved aside" in record.getMessage()
+    assert len(list(cache_directory().glob("aside/*"))) == 1
+    assert entries() == [entry]
+    assert Calibration.from_bytes((entry / CALIBRATION_FILE).read_bytes(), key).layers == whole.layers
+    forget_everything()
+    assert outcome(run(small())) == FOUND
+    assert len(caplog.records) == 1
+
+
+def rename_a_layer(whole: Calibration) -> Calibration:
+    return dataclasses.replace(whole, layers=(dataclasses.replace(whole.layers[0], name="other"), *whole.layers[1:]))
+
+
+def turn_a_weight(whole: Calibration) -> Calibration:
+    first = whole.layers[0]
+    turned = dataclasses.replace(first, weight_shape=first.weight_shape[::-1])
+    return dataclasses.replace(whole, layers=(turned, *whole.layers[1:]))
+
+
+def drop_a_layer(whole: Calibration) -> Calibration:
+    return dataclasses.replace(whole, layers=whole.layers[:-1])
+
+
+def swap_layers(whole: Calibration) -> Calibration:
+    return dataclasses.replace(whole, layers=whole.layers[::-1])
+
+
+@pytest.mark.parametrize(
+    ("forge", "x"),
+    [(rename_a_layer, X), (turn_a_weight, X), (drop_a_layer, X), (swap_layers, X), (rename_a_layer, WIDE)],
+)
+def test_an_entry_for_other_layers_is_not_believed(
+    forge: Callable[[Calibration], Calibration], x: torch.Tensor
+) -> None:
+    key = run(small()).key
+    file = cache_directory() / "entries" / key / CALIBRATION_FILE
+    file.write_bytes(forge(Calibration.from_bytes(file.read_bytes(), key)).to_bytes(key))
+    forget_everything()
+    assert outcome(run(small(), x)) == MADE
+    forget_everything()
+    assert outcome(run(small(), x)) == FOUND
+    assert not is_locked()
+
+
+def change(model: nn.Module, weights: Mapping[str, torch.Tensor], replace: bool) -> None:
+    """Give a model other weights: new parameters, or other values of the old ones."""
+    for name, value in weights.items():
+        module, _, parameter = name.rpartition(".")
+        if replace:
+            setattr(model.get_submodule(module), parameter, value)
+        else:
+            model.get_parameter(name).copy_(value)
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "new parameters"])
+def test_weights_changed_after_calibrating_are_not_published(replace: bool) -> None:
+    model = small()
+    key = run(model).key
+    change(model, {name: nn.Parameter(value, False) for name, value in fused(model).items()}, replace)
+    report = run(model, WIDE)
+    assert (report.calls_observed, report.stats_path) == (0, None)
+    assert [entry.name for entry in entries()] == [key]
+    assert not is_locked()
+    changed = model.state_dict()
+    forget_everything()
+    same = small()
+    same.load_state_dict(changed)
+    assert outcome(run(same, WIDE)) == MADE
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "new parameters"])
+@pytest.mark.parametrize("back", [False, True], ids=["for good", "and back"])
+def test_weights_changed_while_calibrating_are_not_published(replace: bool, back: bool) -> None:
+    """What is observed then belongs to no weights."""
+    model = small()
+    step = compiled(model, {"calibration_steps": 3})
+    step(X)
+    lora = {name: nn.Parameter(value, False) for name, value in fused(model).items()}
+    originals = {name: model.get_parameter(name) for name in lora}
+    plain = originals if replace else {name: value.clone() for name, value in originals.items()}
+    change(model, lora, replace)
+    step(X)
+    if back:
+        change(model, plain, replace)
+    assert torch.equal(step(X), model(X))
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert oq.reports()[-1].phase == "quantized"
+    assert entries() == []
+    assert not is_locked()
+
+
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "new parameters"])
+def test_another_checkpoint_that_is_loaded_has_an_entry_of_its_own(replace: bool) -> None:
+    model = small()
+    run(model)
+    model.load_state_dict(small(seed=1).state_dict(), assign=replace)
+    report = run(model.requires_grad_(False))
+    assert (report.calls_observed, len(entries())) == (2, 2)
+    for seed in (0, 1):
+        forget_everything()
+        assert outcome(run(small(seed))) == FOUND
+    assert not is_locked()
+
+
+def test_a_model_is_locked_from_its_first_call_until_it_is_compiled() -> None:
+    step = compiled(small())
+    for _ in range(2):
+        step(X)
+        assert is_locked()
+    step(X)
+    assert not is_locked()
+    step(WIDE)
+    assert not is_locked()
+    assert len(entries()) == 2
+
+
+def test_a_model_that_changes_its_size_while_calibrating_is_not_locked_for_good() -> None:
+    step = compiled(small())
+    step(X)
+    for _ in range(3):
+        step(WIDE)
+    assert oq.reports()[-1].phase == "quantized"
+    assert not is_locked()
+
+
+def test_a_model_dropped_while_calibrating_is_not_locked() -> None:
+    model = small()
+    step = compiled(model)
+    step(X)
+    assert is_locked()
+    del model, step
+    gc.collect()
+    assert not is_locked()
+
+
+@pytest.mark.parametrize("when", ["observing", "compiling"])
+def test_a_model_that_fails_is_not_locked(when: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no memory")
+
+    model = small()
+    step = compiled(model)
+    step(X)
+    if when == "observing":
+        monkeypatch.setattr("onlinequant_backend.calibration.Observation.see", fail)
+    else:
+        inductor.error = MemoryError("no memory")
+    for _ in range(2):
+        assert torch.equal(step(X), model(X))
+    assert oq.reports()[-1].phase == "float"
+    assert not is_locked()
+
+
+def test_a_lock_that_cannot_be_had_is_waited_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(Cache, "lock", lambda _, key, timeout: waited.append(timeout))
+    assert outcome(run(small(), options={"lock_timeout": 5})) == MADE
+    assert sum(waited) == 5
+
+
+def test_a_model_that_gives_up_its_float_weights_is_published() -> None:
+    options = {"free_float_weights": True}
+    step, expected = compiled(small(), options), small()(X)
+    for _ in range(3):
+        picture = step(X)
+    assert 0 < relative_error(picture, expected) < CLOSE
+    assert outcome(oq.reports()[-1]) == MADE
+    (entry,) = entries()
+    forget_everything()
+    step = compiled(small(), options)
+    assert torch.equal(step(X), picture)
+    assert (oq.reports()[-1].key, *outcome(oq.reports()[-1])) == (entry.name, *FOUND)
+    assert 0 < relative_error(step(WIDE), small()(WIDE)) < CLOSE
+    # The weights' part of the second shape's key, too, is that of the float weights.
+    assert len(entries()) == 2 and len({path.name[16:32] for path in entries()}) == 1
+    assert not is_locked()
+
+
+@pytest.mark.parametrize("part", [".", "entries", "inductor"])
+def test_a_directory_that_others_can_write_to_is_refused(part: str) -> None:
+    run(small())
+    (cache_directory() / part).chmod(0o777)
+    forget_everything()
+    model: Any = small()
+    with pytest.raises(InsecureCacheDirectoryError, match="chmod 700") as raised:
+        compiled(model)(X)
+    assert type(raised.value) is InsecureCacheDirectoryError
+    assert str(cache_directory()) in str(raised.value)
+    (cache_directory() / part).chmod(0o700)
+    forget_everything()
+    assert outcome(run(model)) == FOUND
