@@ -33,7 +33,7 @@ THRESHOLDS = {"conv_compute_density_threshold": 20, "linear_compute_density_thre
 
 
 @torch.no_grad()
-def run(shapes: str, steps: int) -> dict[str, Any]:
+def run(shapes: str, steps: int, count: int) -> dict[str, Any]:
     """Measure one value of the option ``shapes`` in this process."""
     import onlinequant_backend
     from onlinequant_backend.demo import CHANNELS, TEXT_WIDTH, build_unet
@@ -49,14 +49,15 @@ def run(shapes: str, steps: int) -> dict[str, Any]:
 
     step(**inputs(*SIZES[0]))  # observed
     rows = []
-    for size in SIZES:
+    sizes = SIZES[:count]
+    for size in sizes:
         start = time.perf_counter()
         result = step(**inputs(*size))[0]
         first = time.perf_counter() - start
         with torch.compiler.set_stance("force_eager"):
             expected = unet(**inputs(*size))[0]
         rows.append({"first": first, "error": relative_error(result, expected)})
-    for row, size in zip(rows, SIZES, strict=True):
+    for row, size in zip(rows, sizes, strict=True):
         seconds = []
         for _ in range(steps):
             start = time.perf_counter()
@@ -72,11 +73,11 @@ def run(shapes: str, steps: int) -> dict[str, Any]:
     }
 
 
-def in_process(shapes: str, steps: int) -> dict[str, Any]:
+def in_process(shapes: str, steps: int, count: int) -> dict[str, Any]:
     """One value of the option in a fresh process."""
     with tempfile.TemporaryDirectory() as folder:
         environment = {**os.environ, "ONLINEQUANT_CACHE_DIR": folder}
-        command = [sys.executable, __file__, "--only", shapes, "--steps", str(steps)]
+        command = [sys.executable, __file__, "--only", shapes, "--steps", str(steps), "--sizes", str(count)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
@@ -84,15 +85,16 @@ def in_process(shapes: str, steps: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--sizes", type=int, default=len(SIZES), metavar="N", help="only the first N")
     parser.add_argument("--only", choices=("auto", "static", "dynamic"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
-        print(json.dumps(run(options.only, options.steps)))
+        print(json.dumps(run(options.only, options.steps, options.sizes)))
         return
     results = {}
     for shapes in ("static", "auto"):
         print(f"measuring shapes={shapes!r}", file=sys.stderr)
-        results[shapes] = in_process(shapes, options.steps)
+        results[shapes] = in_process(shapes, options.steps, options.sizes)
         print(f"  {results[shapes]}", file=sys.stderr)
     table = Table(title=f"SD1.5's blocks at two levels, float32, {torch.get_num_threads()} threads")
     for heading in (
@@ -105,7 +107,7 @@ def main() -> None:
         "error",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
-    for i, (batch, height, width, tokens) in enumerate(SIZES):
+    for i, (batch, height, width, tokens) in enumerate(SIZES[: options.sizes]):
         static, auto = (results[shapes]["rows"][i] for shapes in ("static", "auto"))
         table.add_row(
             f"{batch}, {height}x{width}, {tokens}",
