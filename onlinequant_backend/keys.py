@@ -43,15 +43,15 @@ _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 def entry_key(
     graph_module: fx.GraphModule,
     infos: Sequence[LayerInfo],
-    parameters: Mapping[str, torch.Tensor],
+    weights: str,
     config: QuantConfig,
     precision: Precision,
     device: torch.device,
 ) -> str:
-    """The key of ``graph_module`` with ``parameters`` (by qualified name), of which ``infos`` may be quantized."""
+    """The key of ``graph_module`` with weights of this ``fingerprint``, of which ``infos`` may be quantized."""
     return (
         _part(_portable(infos, config, precision))
-        + fingerprint(parameters)
+        + weights
         + _part(_machine(precision, device))
         + _part(_graph(graph_module, config))
     )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
+import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -39,6 +41,10 @@ class Sensitivity:
     mae: float
     mse: float
 
+    def __post_init__(self) -> None:
+        # As precise as the cache keeps them, so that decisions do not depend on where a figure comes from.
+        self.relative, self.mae, self.mse = (ctypes.c_float(x).value for x in (self.relative, self.mae, self.mse))
+
 
 class Layer:
     """One conv or linear weight: what was observed of its inputs, and its 8-bit copy.
@@ -50,6 +56,7 @@ class Layer:
         freed: whether the float weight is gone, so that the 8-bit copy cannot be made anew.
         in_use: whether a graph runs on the 8-bit copy.
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
+        lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
         weight, weight_scale: the 8-bit copy, or None.
     """
@@ -63,6 +70,7 @@ class Layer:
         self.freed = False
         self.in_use = False
         self.calibrated_for = ""
+        self.lock = threading.RLock()
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
         self.weight: torch.Tensor | None = None
@@ -86,13 +94,17 @@ class Layer:
         self._qparams = qparams if self._qparams is None else self._qparams.copy_(qparams)
         self._ranged = True
 
-    def freeze(self, calibrated_for: str) -> None:
-        """Observing is over; what was observed with the weights of that fingerprint decides from now on."""
+    def count_call(self, fingerprint: str) -> None:
+        """Count one observed call of a model whose weights have this fingerprint."""
         if self.frozen:
             return
-        if self.range_refusal() is None:
+        self.calibrated_for = fingerprint if self.calls == 0 or self.calibrated_for == fingerprint else ""
+        self.calls += 1
+
+    def freeze(self) -> None:
+        """Observing is over; what was observed decides from now on."""
+        if not self.frozen and self.range_refusal() is None:
             _ = self.qparams
-        self.calibrated_for = calibrated_for
         self.frozen = True
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
@@ -103,7 +115,8 @@ class Layer:
                 self._set_qparams(torch.tensor(saved.qparams))
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
         self.calls = calls
-        self.freeze(calibrated_for)
+        self.calibrated_for = calibrated_for
+        self.freeze()
 
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""

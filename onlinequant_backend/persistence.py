@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Sequence
 
 import torch
 
@@ -16,8 +17,12 @@ from .layers import Layer
 from .locks import Lock
 from .passes import LayerInfo
 from .report import Report
+from .trouble import going_on
 
 _log = logging.getLogger("onlinequant")
+
+
+_entries: weakref.WeakSet[Entry] = weakref.WeakSet()
 
 
 class Entry:
@@ -33,10 +38,13 @@ class Entry:
         self._infos = infos
         self._lock_timeout = lock_timeout
         self._lock: Lock | None = None
+        self._waited = False
+        _entries.add(self)
 
     def claim(self) -> None:
         """Wait for the right to make this entry, unless it is there."""
-        if self._lock is None and not self._cache.has(self.key):
+        if not self._waited and not self._cache.has(self.key):
+            self._waited = True
             self._lock = self._cache.lock(self.key, self._lock_timeout)
             if self._lock is not None and self._cache.has(self.key):
                 self.release()
@@ -54,19 +62,22 @@ class Entry:
                 layer.restore(layer_saved, saved.calls, keys.weights_part(self.key))
         return True
 
-    def publish(self, layers: Sequence[Layer], parameters: Mapping[str, torch.Tensor], report: Report) -> None:
-        """Save what was observed, and the report beside it, and let others in."""
-        try:
-            weights = keys.weights_part(self.key)
-            # A LoRA may have come since: then these are not the ranges of the weights that the key stands for.
-            known = all(layer.calibrated_for == weights for layer in layers)
-            if known and keys.fingerprint(parameters) == weights:
-                report.key = self.key
+    def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report) -> None:
+        """Save what was observed, and the report beside it, and let others in; ``fingerprint``: of the weights now."""
+        weights = keys.weights_part(self.key)
+        # A LoRA may have come since: then these are not the ranges of the weights that the key stands for.
+        known = all(layer.calibrated_for == weights for layer in layers)
+        report.stats_path = None
+        if known and fingerprint == weights:
+            report.key = self.key
+            with going_on("cannot save the calibration"):
                 stats = json.dumps(report.to_dict(), indent=2, default=repr) + "\n"
                 path = self._cache.publish(self.key, self._calibration(layers, report), stats)
                 report.stats_path = None if path is None else str(path)
-        finally:
-            self.release()
+        # Also where calibrating was begun at another size, whose graph may never be called again.
+        for entry in list(_entries):
+            if entry._cache.root == self._cache.root and entry.key[:48] == self.key[:48]:
+                entry.release()
 
     def release(self) -> None:
         """Let others make the entry."""

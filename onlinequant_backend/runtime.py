@@ -130,7 +130,8 @@ class QuantizedGraph:
     def _find_set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
         with self._lock:
-            known = registry.predecessor(dict(zip(self._names, parameters, strict=True)))
+            named = dict(zip(self._names, parameters, strict=True))
+            known = registry.predecessor(named)
             layers = [
                 registry.layer(
                     parameters[candidate],
@@ -145,13 +146,17 @@ class QuantizedGraph:
             number = self._layouts.setdefault(layout, len(self._layouts))
             weights = WeightSet(parameters, self._names, self._candidates, layers, number)
             registry.add(weights)
-            self._sets = {key: old for key, old in self._sets.items() if old is not known and not old.is_dead()}
+            for key, old in list(self._sets.items()):
+                if old.is_dead() or registry.is_successor(named, old):
+                    del self._sets[key]
+                    if old in self._entries:
+                        self._entries.pop(old).release()
             self._sets[id(parameters[0])] = weights
             return weights
 
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
-        with self._lock:
+        with self._lock, weights.layers[0].lock:
             if weights.selection is not None:
                 return None
             if not weights.is_calibrated() and weights not in self._entries:
@@ -171,24 +176,29 @@ class QuantizedGraph:
         floats = [parameters[position] for position in self._candidates] if last else None
         with torch.no_grad():
             result = self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
-        weights.count_call()
+        weights.count_call(self._fingerprint(weights, parameters))
         self._report.calls_observed = max(self._report.calls_observed, weights.calls())
         if last:
             if self._config.sensitivity == "end_to_end":
                 measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
-            known = keys.weights_part(self._entries[weights].key)
-            weights.freeze(known if self._fingerprint(parameters) == known else "")
+            weights.freeze()
         return result
 
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:
-            named = dict(zip(self._names, parameters, strict=True))
-            key = keys.entry_key(self._graph, self._infos, named, self._config, self._precision, self._device)
+            known = self._fingerprint(weights, parameters)
+            key = keys.entry_key(self._graph, self._infos, known, self._config, self._precision, self._device)
             self._report.key = key
-            self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
+            entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
+            weakref.finalize(parameters[0], entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
-    def _fingerprint(self, parameters: Sequence[torch.Tensor]) -> str:
+    def _publish(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+        self._entries[weights].publish(weights.layers, self._fingerprint(weights, parameters), self._report)
+
+    def _fingerprint(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> str:
+        if weights.has_freed():  # and so has not changed since it was calibrated
+            return weights.layers[0].calibrated_for
         return keys.fingerprint(dict(zip(self._names, parameters, strict=True)))
 
     def _show_progress(self, missing: int) -> None:
@@ -207,8 +217,9 @@ class QuantizedGraph:
             self._decide(weights, refusals)
         weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
-        if self._compiled:
+        if self._compiled and weights in self._entries:  # no compile will come, after which it would be published
             self._report.phase = "quantized" if weights.selection else "float"
+            self._publish(parameters, weights)
 
     def _decide(self, weights: WeightSet, refusals: Sequence[str | None]) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
@@ -298,9 +309,6 @@ class QuantizedGraph:
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
-            if self._config.free_float_weights:
-                freed = weights.free(parameters)
-                _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         except Exception as error:
             if symbolic:
                 _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
@@ -309,7 +317,10 @@ class QuantizedGraph:
             compiled = None
             self._stay_in_float(error)
         self._report.compile_seconds += time.perf_counter() - start
-        entry.publish(weights.layers, dict(zip(self._names, parameters, strict=True)), self._report)
+        self._publish(parameters, weights)
+        if compiled is not None and self._config.free_float_weights:
+            freed = weights.free(parameters)
+            _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
 
     def _stay_in_float(self, error: Exception) -> None:

@@ -138,15 +138,15 @@ class WeightSet:
         """How many calls every layer that is not calibrated yet has been observed for."""
         return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
 
-    def count_call(self) -> None:
-        """Count one observed call."""
+    def count_call(self, fingerprint: str) -> None:
+        """Count one observed call of a model whose weights have this fingerprint."""
         for layer in set(self.layers):
-            layer.calls += not layer.frozen
+            layer.count_call(fingerprint)
 
-    def freeze(self, calibrated_for: str) -> None:
-        """Observing is over; the weights had this fingerprint all the time, or "" if they changed."""
+    def freeze(self) -> None:
+        """Observing is over."""
         for layer in self.layers:
-            layer.freeze(calibrated_for)
+            layer.freeze()
         for layer in self.layers:  # layers that read one tensor share its histograms
             layer.observed.histograms.clear()
 
@@ -164,8 +164,8 @@ class WeightSet:
             self.layers[index].in_use = True
         for layer in self.layers:
             layer.drop_copy()
-        self.selection = tuple(indices)
-        self._take_snapshot(parameters)
+        self._take_snapshot(parameters, indices)
+        self.selection = tuple(indices)  # last: from now on other threads may run
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
         """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""
@@ -175,7 +175,7 @@ class WeightSet:
         for layer, weight in full.items():
             layer.freed = True
             layer.restamp(weight)
-        self._take_snapshot(parameters)
+        self._take_snapshot(parameters, self.selection)
         return freed
 
     def has_freed(self) -> bool:
@@ -191,12 +191,11 @@ class WeightSet:
         """Quantize what has changed again, in place; returns how many layers that were."""
         assert self.selection is not None
         changed = self.quantize(parameters, self.selection)
-        self._take_snapshot(parameters)
+        self._take_snapshot(parameters, self.selection)
         return changed
 
-    def _take_snapshot(self, parameters: Sequence[torch.Tensor]) -> None:
-        assert self.selection is not None
-        positions = [self._candidates[index] for index in self.selection]
+    def _take_snapshot(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> None:
+        positions = [self._candidates[index] for index in selection]
         self._watched = getter(positions)
         # Inference tensors count no versions.
         self._versioned = getter([i for i in positions if not parameters[i].is_inference()])
@@ -204,7 +203,7 @@ class WeightSet:
         self._versions = list(map(_version_of, self._versioned(parameters)))
         self._pointers = list(map(_pointer_of, watched))
         alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for index, weight in zip(self.selection, watched, strict=True):
+        for index, weight in zip(selection, watched, strict=True):
             view = canaries(weight) if self.layers[index].freed else _sample_view(weight)
             alike.setdefault((weight.dtype, weight.device), []).append(view)
         with torch.inference_mode(False):
@@ -235,13 +234,18 @@ class Registry:
         self._lock = threading.Lock()  # models may run in threads of their own
 
     def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
-        """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced.
+        """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""
+        with self._lock:
+            known = max(self._sets, key=lambda weights: weights.overlap(parameters), default=None)
+        return known if known is not None and self.is_successor(parameters, known) else None
+
+    @staticmethod
+    def is_successor(parameters: Mapping[str, torch.Tensor], known: WeightSet) -> bool:
+        """Whether ``parameters`` are of the same model as a set, some of whose weights were replaced.
 
         A LoRA replaces weights and leaves biases and norms; another model may share a tensor or two.
         """
-        with self._lock:
-            known = max(self._sets, key=lambda weights: weights.overlap(parameters), default=None)
-        return known if known is not None and known.overlap(parameters) * 3 >= len(parameters) else None
+        return known.overlap(parameters) * 3 >= len(parameters)
 
     def add(self, weights: WeightSet) -> None:
         """Keep a set in mind for as long as somebody uses it."""

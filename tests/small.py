@@ -52,13 +52,12 @@ def compiled(model: nn.Module, options: Mapping[str, Any] | None = None) -> Call
 
 @torch.no_grad()
 def run(model: nn.Module, x: torch.Tensor = X, options: Mapping[str, Any] | None = None) -> oq.Report:
-    """Call a model until it is in 8 bit, and once more; what it computes on the way is right."""
+    """Call a model until it is in 8 bit; what it computes on the way is right."""
     step, expected = compiled(model, options), model(x)
-    while torch.equal(picture := step(x), expected):
-        assert oq.reports()[-1].phase == "calibrating", oq.reports()[-1].phase_reason
-    assert relative_error(picture, expected) < CLOSE
-    assert oq.reports()[-1].phase == "quantized"
-    assert 0 < relative_error(step(x), expected) < CLOSE
+    pictures = [step(x) for _ in range(4)]
+    assert all(torch.equal(picture, expected) or relative_error(picture, expected) < CLOSE for picture in pictures)
+    assert not torch.equal(pictures[-1], expected)
+    assert oq.reports()[-1].phase == "quantized", oq.reports()[-1].phase_reason
     return oq.reports()[-1]
 
 

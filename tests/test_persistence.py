@@ -38,7 +38,7 @@ from tests.small import (
     small,
 )
 from tests.test_runtime import EagerInductor
-from tests.tiny import noise, relative_error
+from tests.tiny import OPTIONS, noise, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -212,6 +212,22 @@ def test_another_checkpoint_that_is_loaded_has_an_entry_of_its_own(replace: bool
         forget_everything()
         assert outcome(run(small(seed))) == FOUND
     assert not is_locked()
+
+
+def test_every_block_has_an_entry_where_one_graph_serves_many() -> None:
+    """Regional compilation: each block brings weights of its own."""
+    for observed in (True, False):
+        blocks = [small(seed) for seed in range(3)]
+        for block in blocks:
+            block.compile(backend=oq.onlinequant, options=dict(OPTIONS))
+        for block in blocks:
+            assert torch.equal(block(X), block.forward(X)) == observed
+        for block in blocks * 2:
+            assert relative_error(block(X), block.forward(X)) < CLOSE
+        assert len(oq.reports()) == 1
+        assert len(entries()) == 3
+        assert not is_locked()
+        forget_everything()
 
 
 def test_a_model_is_locked_from_its_first_call_until_it_is_compiled() -> None:

@@ -182,9 +182,9 @@ def test_calls_are_those_of_the_layer_that_saw_least() -> None:
     weights = weights_of(linears())
     layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
     first, second = set_of(weights[:2], layers[:2]), set_of(weights[1:], layers[1:])
-    first.count_call()
-    first.count_call()
-    second.count_call()
+    first.count_call("")
+    first.count_call("")
+    second.count_call("")
     assert [layer.calls for layer in layers] == [2, 3, 1]
     assert (first.calls(), second.calls()) == (2, 1)
 
@@ -193,7 +193,7 @@ def test_layer_that_is_called_twice_counts_once() -> None:
     (weight,) = weights_of(linears(1))
     layer = registry.layer(weight, None, BITS, "minmax")
     made = set_of([weight], [layer, layer], [0, 0])
-    made.count_call()
+    made.count_call("")
     assert made.calls() == 1
 
 
