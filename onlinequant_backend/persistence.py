@@ -7,6 +7,7 @@ import json
 import logging
 import weakref
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -23,6 +24,7 @@ _log = logging.getLogger("onlinequant")
 
 
 _entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+_in_vain: set[tuple[Path | None, str]] = set()
 
 
 class Entry:
@@ -45,7 +47,11 @@ class Entry:
         """Wait for the right to make this entry, unless it is there."""
         if not self._waited and not self._cache.has(self.key):
             self._waited = True
-            self._lock = self._cache.lock(self.key, self._lock_timeout)
+            place = (self._cache.root, self.key[:48])
+            # Who waited in vain once does not wait again for the model's next size.
+            self._lock = self._cache.lock(self.key, 0 if place in _in_vain else self._lock_timeout)
+            if self._lock is None:
+                _in_vain.add(place)
             if self._lock is not None and self._cache.has(self.key):
                 self.release()
 
