@@ -17,6 +17,10 @@ set_up() {
     echo "Setting up .venv; the first time takes some minutes."
     "${PYTHON:-python3}" -m venv .venv
     .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+    # CPU builds of torch bring no Triton, whose interpreter runs the tests of the GPU's kernels.
+    if [[ "$(uname)" == Linux ]] && ! .venv/bin/python -c 'import triton' 2>/dev/null; then
+        .venv/bin/python -m pip install --quiet --no-deps triton==3.8.0
+    fi
     echo "$wanted" >.venv/made-from
 }
 

@@ -4,7 +4,7 @@ downloaded."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -48,42 +48,56 @@ SVD = {
     "num_attention_heads": [5, 10, 20, 20],
 }
 MODELS = ("sd15", "sdxl", "sdxl-small", "svd")
+# Height and width of the latent image at which each was trained.
+NATIVE = {"sd15": (64, 64), "sdxl": (128, 128), "sdxl-small": (32, 32), "svd": (72, 128)}
 
 
 def build(
-    name: str, device: str, dtype: torch.dtype, batch: int, seed: int = 0
+    name: str,
+    device: str,
+    dtype: torch.dtype,
+    batch: int,
+    seed: int = 0,
+    size: tuple[int, int] | None = None,
+    config: Mapping[str, Any] | None = None,
 ) -> tuple[torch.nn.Module, dict[str, Any]]:
-    """A denoiser of ``MODELS`` and the keyword arguments of one step at its native size.
+    """A denoiser of ``MODELS`` and the keyword arguments of one step.
 
-    "meta" is an allowed device: shapes without values.
+    ``size``: height and width of the latent image, an eighth of the picture's; None for the native size. ``config``:
+    entries that replace those of the published configuration. "meta" is an allowed device: shapes without values.
     """
     from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
 
     torch.manual_seed(seed)
+    height, width = size or NATIVE.get(name, (0, 0))
+    changes = dict(config or {})
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
     timestep = torch.full((1,), 500.0, device=device)
     with torch.device(device), _default_dtype(dtype):
-        model: torch.nn.Module
+        model: Any  # diffusers' types say nothing of Module
+        # SDXL is told the size of the original, the corner of the crop and the size of the picture, in pixels.
+        pixels = [8.0 * height, 8.0 * width]
+        time_ids = torch.tensor([[*pixels, 0.0, 0.0, *pixels]] * batch)
         if name == "sd15":
-            model = UNet2DConditionModel(**SD15)
-            inputs: dict[str, Any] = {"sample": noise(batch, 4, 64, 64), "timestep": timestep}
+            model = UNet2DConditionModel(**{**SD15, **changes})
+            inputs: dict[str, Any] = {"sample": noise(batch, 4, height, width), "timestep": timestep}
             inputs["encoder_hidden_states"] = noise(batch, 77, 768)
         elif name == "sdxl":
-            model = UNet2DConditionModel(**SDXL)
-            inputs = {"sample": noise(batch, 4, 128, 128), "timestep": timestep}
+            model = UNet2DConditionModel(**{**SDXL, **changes})
+            inputs = {"sample": noise(batch, 4, height, width), "timestep": timestep}
             inputs["encoder_hidden_states"] = noise(batch, 77, 2048)
-            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": noise(batch, 6)}
+            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": time_ids}
         elif name == "sdxl-small":
-            model = UNet2DConditionModel(**SDXL_SMALL)
-            inputs = {"sample": noise(batch, 4, 32, 32), "timestep": timestep}
+            model = UNet2DConditionModel(**{**SDXL_SMALL, **changes})
+            inputs = {"sample": noise(batch, 4, height, width), "timestep": timestep}
             inputs["encoder_hidden_states"] = noise(batch, 77, 512)
-            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": noise(batch, 6)}
+            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": time_ids}
         elif name == "svd":
-            model = UNetSpatioTemporalConditionModel(**SVD)
-            inputs = {"sample": noise(batch, 25, 8, 72, 128), "timestep": timestep}
+            model = UNetSpatioTemporalConditionModel(**{**SVD, **changes})
+            inputs = {"sample": noise(batch, 25, 8, height, width), "timestep": timestep}
             inputs["encoder_hidden_states"] = noise(batch, 1, 1024)
             inputs["added_time_ids"] = noise(batch, 3)
         else:

@@ -3,10 +3,10 @@
     python benchmarks/requantize.py --dtype float32
 
 No graph is compiled and no step is run: what is timed is the backend's own ``Layer`` for each conv and linear weight,
-brought up to date as it is before a step (``Layer.refresh``). "Values and scales" is the part of it that runs on any
-device, without packing for the CPU's kernels. The LoRA goes through diffusers and PEFT. Times are medians with their
-spread, GB/s count float weights, and extra memory is the peak above what was in use before: the first time, that is
-the 8-bit copies too.
+brought up to date as it is before a step (``Layer.refresh``). "Values and scales" is the part of it that is the same
+on every device, without packing for the CPU's kernels or laying out for the GPU's. The LoRA goes through diffusers
+and PEFT. Times are medians with their spread, GB/s count float weights, and extra memory is the peak above what was in
+use before: the first time, that is the 8-bit copies too.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.models import build
-from onlinequant_backend import errors, precision
+from onlinequant_backend import errors, formats, precision
+from onlinequant_backend.formats import Format
 from onlinequant_backend.layers import Layer, quantize_weight
 from onlinequant_backend.passes import ConvGeometry
 
@@ -73,10 +74,10 @@ def refresh(layers: list[tuple[Layer, torch.Tensor]], expected: int) -> None:
     assert changed == expected, f"{changed} weights were quantized instead of {expected}"
 
 
-def quantize_values(weights: list[torch.Tensor], bits: int) -> None:
+def quantize_values(weights: list[torch.Tensor], format: Format) -> None:
     """Quantize one weight after the other, and keep none."""
     for weight in weights:
-        quantize_weight(weight, bits)
+        quantize_weight(weight, format)
 
 
 def peak_bytes(device: str, reset: bool = False) -> int:
@@ -126,7 +127,7 @@ def attention_lora(model: nn.Module, rank: int) -> dict[str, torch.Tensor]:
     return state_dict
 
 
-def measure_layers(model: nn.Module, bits: int) -> list[Measurement]:
+def measure_layers(model: nn.Module, format: Format, device: str) -> list[Measurement]:
     """All weights for the first time, after a change of all, after none, and after a LoRA."""
     pairs = quantizable(model)
     weights = [weight for weight, _ in pairs]
@@ -134,7 +135,7 @@ def measure_layers(model: nn.Module, bits: int) -> list[Measurement]:
 
     def forget() -> None:
         layers.clear()
-        layers.extend((Layer(geometry, bits, "mse"), weight) for weight, geometry in pairs)
+        layers.extend((Layer(geometry, format, "mse", weight.device), weight) for weight, geometry in pairs)
 
     def change() -> None:
         for weight in weights:
@@ -142,9 +143,9 @@ def measure_layers(model: nn.Module, bits: int) -> list[Measurement]:
 
     count = len(weights)
     rows = [
-        measure("all, for the first time", weights, "cpu", lambda: refresh(layers, count), before=forget),
-        measure("all, changed in place", weights, "cpu", lambda: refresh(layers, count), before=change),
-        measure("none, only looking for changes", [], "cpu", lambda: refresh(layers, 0)),
+        measure("all, for the first time", weights, device, lambda: refresh(layers, count), before=forget),
+        measure("all, changed in place", weights, device, lambda: refresh(layers, count), before=change),
+        measure("none, only looking for changes", [], device, lambda: refresh(layers, 0)),
     ]
     lora = attention_lora(model, rank=16)
     adapted = [module.weight for name, module in model.named_modules() if f"{name}.lora_A.weight" in lora]
@@ -153,7 +154,7 @@ def measure_layers(model: nn.Module, bits: int) -> list[Measurement]:
     fused = measure(
         "those of a LoRA, fused or unfused",
         adapted,
-        "cpu",
+        device,
         lambda: refresh(layers, len(adapted)),
         before=lambda: next(switch)(),
     )
@@ -170,14 +171,14 @@ def main() -> None:
     model, _ = build("sd15", options.device, getattr(torch, options.dtype), batch=1)
     weights = [weight for weight, _ in quantizable(model)]
     try:
-        bits = precision.resolve("int8", torch.device(options.device)).weight_bits
+        format = precision.resolve("int8", torch.device(options.device)).format
     except errors.PrecisionUnavailableError as error:
         console.print(f"There is nothing to requantize on {options.device}, where models stay in float: {error}")
-        bits = None
+        format = None
     values = "all, values and scales alone"
-    rows = [measure(values, weights, options.device, lambda: quantize_values(weights, bits or 8))]
-    if bits is not None:
-        rows += measure_layers(model, bits)
+    rows = [measure(values, weights, options.device, lambda: quantize_values(weights, format or formats.INT8))]
+    if format is not None:
+        rows += measure_layers(model, format, options.device)
     where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
     table = Table(title=f"Quantizing the weights of the SD1.5 UNet, {options.dtype}, {where}")
     for heading in ("which", "weights", "parameters", "seconds (min-max)", "parameters/s", "GB/s", "extra MiB"):

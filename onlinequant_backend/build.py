@@ -18,6 +18,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from . import compat, graph, keys
 from .config import QuantConfig
+from .cuda_graphs import GraphedCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
 from .shapes import SymbolicInputs
@@ -27,26 +28,40 @@ _log = logging.getLogger("onlinequant")
 
 
 class CompiledGraph:
-    """One Inductor-compiled 8-bit graph: which of a call's arguments it takes, and which extra inputs."""
+    """One Inductor-compiled 8-bit graph: which of a call's arguments it takes, and which extra inputs.
+
+    ``moved``: positions among what it takes of CPU tensors that are handed over on the GPU. ``graphed``: makes a
+    function that is replayed as a CUDA graph out of the compiled one; None leaves that as it is.
+    """
 
     def __init__(
         self,
         function: Callable[..., Any],
         taken: Sequence[int],
-        extra_inputs: Sequence[tuple[str, int]],
+        extra_inputs: Sequence[tuple[str, int | tuple[int, ...]]],
         symbolic: SymbolicInputs | None = None,
+        moved: Sequence[int] = (),
+        graphed: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None,
     ) -> None:
         self.function = function
+        self._moved = moved
+        self._graphed = graphed
         self._take = getter(taken)
         self._extra_inputs = extra_inputs
         self._symbolic = symbolic
 
     def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
-        extras = weights.extras.get(self)
-        if extras is None:
-            extras = tuple(getattr(weights.layers[index], what) for what, index in self._extra_inputs)
-            weights.extras[self] = extras
-        return self.function(*self._take(args), *extras)
+        known = weights.extras.get(self)
+        if known is None:
+            extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
+            # A CUDA graph is made for certain addresses, so every set of weights has its own.
+            function = self.function if self._graphed is None else self._graphed(self.function)
+            known = weights.extras[self] = function, extras
+        function, extras = known
+        taken = self._take(args)
+        if self._moved:
+            taken = tuple(arg.cuda() if i in self._moved else arg for i, arg in enumerate(taken))
+        return function(*taken, *extras)
 
     @property
     def is_symbolic(self) -> bool:
@@ -95,23 +110,42 @@ def _build(
     inputs = SymbolicInputs(graph_module, args) if symbolic else None
     rewritten = graph.copy_graph(graph_module)
     graph.specialize(rewritten, args, sizes=not symbolic)
-    context = PassContext(config, precision, selection=weights.selection)
+    device = weights.layers[0].device
+    context = PassContext(
+        config,
+        precision,
+        selection=weights.selection,
+        device=device,
+        merge=lambda indices: weights.merge(indices) is not None,
+    )
     run_passes(rewritten, REWRITE, context)
     positions = {node.name: position for position, node in enumerate(graph.placeholders(graph_module))}
     names = [node.name for node in graph.placeholders(rewritten)]
     taken = [positions[name] for name in names if name in positions]
-    extras = [getattr(weights.layers[index], what) for what, index in context.extra_inputs]
+    extras = [weights.extra(what, of) for what, of in context.extra_inputs]
     values = args if inputs is None else inputs.values
+    examples = [values[i] for i in taken]
+    moved = [i for i, value in enumerate(examples) if device.type == "cuda" and _is_cpu_number(value)]
+    for i in moved:
+        examples[i] = examples[i].to(device)
+    options = {"force_layout_optimization": True, **config.inductor_options()}
+    graphed = None
+    if device.type == "cuda":
+        options["triton.cudagraphs"] = False  # ours take their place
+        if config.cuda_graphs and not any(map(graph.writes_in_place, rewritten.graph.nodes)):
+            parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
+            fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
+            graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
     with _compilation(inputs), compile_caches(directory):
-        function = compat.compile_fx(
-            rewritten,
-            [*(values[i] for i in taken), *extras],
-            {"force_layout_optimization": True, **config.inductor_options()},
-            outside_dynamo=True,
-        )
+        function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
     if inputs is not None:
         inputs.finish()
-    return CompiledGraph(function, taken, context.extra_inputs, inputs)
+    return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
+
+
+def _is_cpu_number(value: Any) -> bool:
+    """A time step on the CPU, say: a CUDA graph would replay the one that it was captured with."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() == 1
 
 
 def _can_be_written(directory: Path) -> bool:

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from .formats import Format
+
 if TYPE_CHECKING:
     from .layers import Layer
 
@@ -59,12 +61,12 @@ def _histogram(x: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, 
         step += 1
     flat = flat[::step].float()
     if low == high:  # histc would take its own range
-        return torch.ones(1), torch.tensor([low])
+        return torch.ones(1, device=x.device), torch.tensor([low], device=x.device)
     edges = torch.linspace(low, high, BINS + 1, device=x.device)
     return torch.histc(flat, BINS, low, high) / flat.numel(), (edges[1:] + edges[:-1]) / 2
 
 
-def freeze(observed: ActivationRange, bits: int, method: str) -> torch.Tensor:
+def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:
     """The float32 [3] ``qparams`` of ``ops.quantize``: 1 / scale, zero point and scale.
 
     Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "mse" clips
@@ -73,24 +75,36 @@ def freeze(observed: ActivationRange, bits: int, method: str) -> torch.Tensor:
     """
     assert observed.minimum is not None and observed.maximum is not None
     low, high = min(float(observed.minimum), 0.0), max(float(observed.maximum), 0.0)
-    if method == "mse" and observed.histograms:
-        shares, centres = (torch.cat(parts) for parts in zip(*observed.histograms, strict=True))
-        high = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low, high * ratio, bits)) * high
-        low = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high, bits)) * low
-    return _qparams(low, high, bits)
-
-
-def _qparams(low: float, high: float, bits: int) -> torch.Tensor:
-    levels = 2**bits - 1
+    lowest, highest = format.limits
+    if lowest:  # symmetric
+        low, high = min(low, -high), max(high, -low)
+    # A floating format rounds relative to each value, so clipping would gain nothing.
+    if method == "mse" and observed.histograms and not format.activation.is_floating_point:
+        shares, centres = (torch.cat(parts).cpu() for parts in zip(*observed.histograms, strict=True))
+        low, high = _clipped(shares, centres, low, high, format)
+    low, high = low * format.headroom, high * format.headroom
     # A layer that only ever saw zeros still needs a scale that is positive.
-    scale = max((high - low) / levels, 1e-30)
-    zero_point = min(max(round(-low / scale), 0), levels)
-    return torch.tensor([1 / scale, zero_point, scale])
+    scale = max((high - low) / (highest - lowest), 1e-30)
+    zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
+    return torch.tensor([1 / scale, zero_point, scale], device=observed.minimum.device)
 
 
-def _squared_error(shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, bits: int) -> float:
+def _clipped(
+    shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, format: Format
+) -> tuple[float, float]:
+    """The range whose squared error is least: first of its upper ends, then of its lower ones; of both if symmetric."""
+    levels = format.limits[1] - format.limits[0]
+    if format.limits[0]:
+        ratio = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high * ratio, levels))
+        return low * ratio, high * ratio
+    high = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low, high * ratio, levels)) * high
+    low = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high, levels)) * low
+    return low, high
+
+
+def _squared_error(shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, levels: float) -> float:
     """Rounding spreads evenly over a step, so it costs step**2 / 12 within the range; clipping costs its distance."""
-    step = (high - low) / (2**bits - 1)
+    step = (high - low) / levels
     beyond = centres - centres.clamp(low, high)
     return float((shares * torch.where(beyond == 0, step**2 / 12, beyond.square())).sum())
 

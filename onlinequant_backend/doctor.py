@@ -53,12 +53,12 @@ def examine(cache_dir: str | None = None) -> Findings:
     lines += _device_lines()
     obstacles: list[str] = []
     try:
-        bits = precision.resolve("int8", torch.device("cpu")).weight_bits
-        lines.append(('precision="int8" on cpu', f"available, with {bits}-bit weights"))
+        limit = round(precision.resolve("int8", torch.device("cpu")).format.weight_limit)
+        lines.append(('precision="int8" on cpu', f"available, with {(limit + 1).bit_length()}-bit weights"))
     except OnlineQuantError as error:
         obstacles.append(str(error))
     else:
-        outcomes = {name: _outcome(check, bits) for name, check in _KERNELS.items()}
+        outcomes = {name: _outcome(check, limit) for name, check in _KERNELS.items()}
         lines += [(f"kernel {name}", outcome) for name, outcome in outcomes.items()]
         obstacles += [f"The kernel {name} fails: {outcome}." for name, outcome in outcomes.items() if outcome != "ok"]
     compiler = _cpp_compiler()
@@ -155,34 +155,34 @@ def _outcome(check: Callable[[int], float], bits: int) -> str:
 _Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def _operands(bits: int, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Operands:
-    """Random ``xq``, ``qparams``, and an int8 weight of ``bits`` bits, its scales and a bias, as the ops take them."""
+def _operands(limit: int, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Operands:
+    """Random ``xq``, ``qparams``, and an int8 weight within ``limit`` of zero, its scales and a bias, as the ops take them."""
     generator = torch.Generator().manual_seed(0)
     scale = 0.02
     return (
         torch.randint(0, 256, x_shape, dtype=torch.uint8, generator=generator),
         torch.tensor([1 / scale, 128, scale]),
-        torch.randint(1 - 2 ** (bits - 1), 2 ** (bits - 1), weight_shape, dtype=torch.int8, generator=generator),
+        torch.randint(-limit, limit + 1, weight_shape, dtype=torch.int8, generator=generator),
         torch.rand(weight_shape[0], generator=generator) + 0.5,
         torch.randn(weight_shape[0], generator=generator),
     )
 
 
-def _check_quantize(_bits: int) -> float:
+def _check_quantize(_limit: int) -> float:
     x = torch.linspace(-1, 1, 64)
     scale = 2 / 255
     qparams = torch.tensor([1 / scale, 128, scale])
-    error = (reference.dequantize(ops.quantize(x, qparams, ops.ACTIVATION_BITS, False), qparams) - x).abs().max()
+    error = (reference.dequantize(ops.quantize(x, qparams, torch.uint8, False), qparams) - x).abs().max()
     return 0.0 if error <= scale else float(error)
 
 
-def _check_linear(bits: int) -> float:
-    operands = _operands(bits, (5, 32), (16, 32))
+def _check_linear(limit: int) -> float:
+    operands = _operands(limit, (5, 32), (16, 32))
     return _relative_error(ops.linear(*operands, torch.float32), reference.linear(*operands, torch.float64))
 
 
-def _check_conv(bits: int, dimensions: int) -> float:
-    operands = _operands(bits, (1, 16, *(6,) * dimensions), (16, 16, *(3,) * dimensions))
+def _check_conv(limit: int, dimensions: int) -> float:
+    operands = _operands(limit, (1, 16, *(6,) * dimensions), (16, 16, *(3,) * dimensions))
     ones = [1] * dimensions
     got = ops.conv(*operands, ones, ones, ones, torch.float32)
     return _relative_error(got, reference.conv(*operands, ones, ones, ones, torch.float64))
@@ -195,6 +195,6 @@ def _relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
 _KERNELS: dict[str, Callable[[int], float]] = {
     "quantize": _check_quantize,
     "linear": _check_linear,
-    "conv2d": lambda bits: _check_conv(bits, 2),
-    "conv3d": lambda bits: _check_conv(bits, 3),
+    "conv2d": lambda limit: _check_conv(limit, 2),
+    "conv3d": lambda limit: _check_conv(limit, 3),
 }

@@ -68,7 +68,9 @@ def _part(text: str) -> str:
 
 def _portable(infos: Sequence[LayerInfo], config: QuantConfig, precision: Precision) -> str:
     layers = [(info.name, info.kind, info.weight_shape, repr(info.geometry)) for info in infos]
-    how = (precision.name, config.calibration_method, config.calibration_steps, config.sensitivity)
+    # A zero point means nothing where activations are symmetric: int8 on CPUs and on GPUs are calibrated apart.
+    stored = str(precision.format.activation)
+    how = (precision.name, stored, config.calibration_method, config.calibration_steps, config.sensitivity)
     return json.dumps([layers, how])
 
 
@@ -103,7 +105,7 @@ def _sample(tensor: torch.Tensor) -> torch.Tensor:
 
 def _machine(precision: Precision, device: torch.device) -> str:
     able = compat.device_capability(device)
-    return f"{source_digest()} {torch.__version__} {_triton_version()} {device.type} {able} {precision.weight_bits}"
+    return f"{source_digest()} {torch.__version__} {_triton_version()} {device.type} {able} {precision.format.name}"
 
 
 def _triton_version() -> str:

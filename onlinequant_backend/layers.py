@@ -16,9 +16,11 @@ from . import ops
 from .calibration import ActivationRange, freeze
 from .entry import LayerCalibration
 from .errors import FreedWeightsError
+from .formats import ONEDNN, Format
 from .kernels import cpu
 
 if TYPE_CHECKING:
+    from .merged import MergedWeight
     from .passes.layer import ConvGeometry
 
 
@@ -50,7 +52,7 @@ class Layer:
     """One conv or linear weight: what was observed of its inputs, and its 8-bit copy.
 
     Attributes:
-        geometry, weight_bits, method: what its state depends on beside the weight.
+        geometry, format, method, device: what its state depends on beside the weight.
         calls: how many calls its input was observed for.
         frozen: whether observing is over and the input's quantization parameters are fixed for good.
         freed: whether the float weight is gone, so that the 8-bit copy cannot be made anew.
@@ -59,12 +61,16 @@ class Layer:
         lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
         weight, weight_scale: the 8-bit copy, or None.
+        merged: what the 8-bit copy is a part of, or None.
     """
 
-    def __init__(self, geometry: ConvGeometry | None, weight_bits: int, method: str) -> None:
+    def __init__(
+        self, geometry: ConvGeometry | None, format: Format, method: str, device: torch.device | str = "cpu"
+    ) -> None:
         self.geometry = geometry
-        self.weight_bits = weight_bits
+        self.format = format
         self.method = method
+        self.device = torch.device(device)
         self.calls = 0
         self.frozen = False
         self.freed = False
@@ -75,6 +81,7 @@ class Layer:
         self.sensitivity: Sensitivity | None = None
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
+        self.merged: MergedWeight | None = None
         self._source: Callable[[], torch.Tensor | None] = lambda: None
         self._stamp: _Stamp | None = None
         self._qparams: torch.Tensor | None = None
@@ -85,13 +92,16 @@ class Layer:
         """The input's quantization parameters (``ops.quantize``), fixed from what was observed at the first use."""
         if self._qparams is None or not self._ranged:
             with torch.inference_mode(False), torch.no_grad():
-                self._set_qparams(freeze(self.observed, ops.ACTIVATION_BITS, self.method))
+                self._set_qparams(freeze(self.observed, self.format, self.method))
         assert self._qparams is not None
         return self._qparams
 
     def _set_qparams(self, qparams: torch.Tensor) -> None:
         # Into the same tensor as before, if there is one: compiled graphs were given it.
-        self._qparams = qparams if self._qparams is None else self._qparams.copy_(qparams)
+        if self._qparams is None:
+            # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
+            self._qparams = torch.empty(5, device=qparams.device)[2:]
+        self._qparams.copy_(qparams)
         self._ranged = True
 
     def count_call(self, fingerprint: str) -> None:
@@ -110,9 +120,10 @@ class Layer:
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""
         with torch.inference_mode(False):
-            self.observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
+            low, high = (torch.tensor(bound, device=self.device) for bound in (saved.minimum, saved.maximum))
+            self.observed = ActivationRange(low, high)
             if saved.qparams is not None:
-                self._set_qparams(torch.tensor(saved.qparams))
+                self._set_qparams(torch.tensor(saved.qparams, device=self.device))
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
         self.calls = calls
         self.calibrated_for = calibrated_for
@@ -150,19 +161,30 @@ class Layer:
     def requantize(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change."""
         with torch.inference_mode(False), torch.no_grad():
-            q, scale = quantize_weight(weight, self.weight_bits)
+            merged = self.merged
+            q, scale = quantize_weight(weight, self.format, None if merged is None else merged.least_scale())
+            if merged is not None:
+                merged.change_scale(self, scale)
             if self.weight is None or self.weight_scale is None:
-                self.weight, self.weight_scale = cpu.new_handle(q.shape), scale
+                self.weight, self.weight_scale = self._new_copy(q), scale
             else:
                 self.weight_scale.copy_(scale)
             geometry = self.geometry
-            if geometry is None:
+            if not self.format.is_packed:
+                self.weight.copy_(q)
+            elif geometry is None:
                 cpu.pack(self.weight, q)
             else:
                 cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
         self._source = weakref.ref(weight)
         self._stamp = _Stamp.of(weight)
         Generation.number += 1
+
+    def _new_copy(self, q: torch.Tensor) -> torch.Tensor:
+        if self.format.is_packed:
+            return cpu.new_handle(q.shape)
+        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+        return torch.empty_like(q, memory_format=formats.get(q.dim(), torch.contiguous_format))
 
     def refusal(self) -> str | None:
         """What rules 8 bit out, or None."""
@@ -206,7 +228,7 @@ class Layer:
         if self.weight is None or self.weight_scale is None:
             return y
         qparams = self.qparams
-        xq = ops.quantize(x, qparams, ops.ACTIVATION_BITS, self.geometry is not None)
+        xq = ops.quantize(x, qparams, self.format.activation, self.geometry is not None)
         if self.geometry is None:
             return ops.linear(xq, qparams, self.weight, self.weight_scale, bias, y.dtype)
         g = self.geometry
@@ -221,32 +243,45 @@ class Layer:
         self.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
 
 
-def quantize_weight(weight: torch.Tensor, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit weights, one scale for each output channel: ``weight`` is about ``q * scale``.
+def quantize_weight(
+    weight: torch.Tensor, format: Format = ONEDNN, least_scale: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
 
-    ``weight``: any float dtype, [N, ...]. Returns int8 of the same shape within 127 of zero (63 for 7 bits) and float32
-    [N]. A channel with NaN or infinity gets a scale that is not finite, so that the layer's output is not finite
-    either, as in float.
+    ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
+    [1] for a linear weight (or that of a 1x1 convolution) if
+    ``format.linear_per_tensor``. A channel with NaN or infinity gets a scale that is not
+    finite, so that the layer's output is not finite either, as in float. ``least_scale``: what a scale for all
+    channels must not be below.
     """
-    top = 2 ** (bits - 1) - 1
     weight = weight.detach()
-    q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
+    per_tensor = format.linear_per_tensor and weight[0].numel() == weight.shape[1]
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    least = torch.finfo(torch.float32).tiny * 2**20
+    if per_tensor:
+        low, high = (bound.float() for bound in torch.aminmax(weight))
+        exact = torch.maximum(-low, high).clamp_(min=least) / format.weight_limit
+        # A power of two: rounding stays the same, and small changes of the weight leave the scale alone.
+        scale.copy_(torch.exp2(torch.ceil(torch.log2(exact))))
+        if least_scale is not None:
+            scale = torch.maximum(scale, least_scale)
     # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
-    rows = max(1, _BLOCK // weight.shape[1:].numel())
+    rows = max(1, (_BLOCK if weight.device.type == "cpu" else 64 * _BLOCK) // weight.shape[1:].numel())
     scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
     for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
         block = scratch[: len(source)].copy_(source)  # any dtype and memory format
         flat = block.flatten(1)
-        largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
-        scale_block.copy_(largest.clamp_(min=torch.finfo(torch.float32).tiny * 2**20).div_(top))
-        # No clamping: with such a scale nothing rounds to more than top.
-        flat.div_(scale_block[:, None]).round_()
-        q_block.copy_(block)
+        if not per_tensor:
+            largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
+            scale_block.copy_(largest.clamp_(min=least).div_(format.weight_limit))
+        # No clamping: with such a scale nothing rounds to more than the limit.
+        flat.div_(scale_block[:, None])
+        q_block.copy_(block if format.weight.is_floating_point else block.round_())
     finite = torch.isfinite(scale)
     if not finite.all():
-        q[~finite] = 0
-    return q, scale
+        q.view(torch.uint8)[~finite] = 0
+    return q, scale[:1].clone() if per_tensor else scale
 
 
 @dataclasses.dataclass

@@ -1,8 +1,8 @@
 """The ops that rewritten graphs are made of.
 
 ``onlinequant::quantize`` is a composite: AOTAutograd decomposes it, and Inductor fuses it into whatever produced its
-input (GroupNorm and SiLU, LayerNorm, a residual add). ``onlinequant::linear`` and ``onlinequant::conv`` are opaque: one
-kernel each, with scale and bias in its epilogue. Scales are tensors, never Python numbers, so that equal layers share
+input (GroupNorm and SiLU, LayerNorm, a residual add). ``onlinequant::linear``, ``onlinequant::geglu`` and
+``onlinequant::conv`` are opaque: one kernel each, with scale, bias and what else there is in its epilogue. Scales are tensors, never Python numbers, so that equal layers share
 one generated kernel and a changed scale needs no new compile.
 """
 
@@ -12,34 +12,39 @@ from collections.abc import Sequence
 
 import torch
 
-from .kernels import cpu
-
-# All of an activation's bits are used; weights may have to spare one, see ``precision.Precision``.
-ACTIVATION_BITS = 8
+from . import formats
+from .kernels import cpu, cuda
 
 _library = torch.library.Library("onlinequant", "DEF")
 # Inductor must hand a kernel the memory layout that the graph was traced with.
 _tags = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),)
+_WEIGHTED = "Tensor xq, Tensor qparams, Tensor weight, Tensor weight_scale, Tensor? bias"
 
-_library.define("quantize(Tensor x, Tensor qparams, int bits, bool channels_last) -> Tensor")
+_library.define("quantize(Tensor x, Tensor qparams, ScalarType dtype, bool channels_last, bool clamp=True) -> Tensor")
+_library.define(f"linear({_WEIGHTED}, ScalarType dtype) -> Tensor", tags=_tags)
+_library.define(f"geglu({_WEIGHTED}, Tensor? out_qparams, ScalarType dtype) -> Tensor", tags=_tags)
 _library.define(
-    "linear(Tensor xq, Tensor qparams, Tensor weight, Tensor weight_scale, Tensor? bias, ScalarType dtype) -> Tensor",
+    f"conv({_WEIGHTED}, int[] stride, int[] padding, int[] dilation, ScalarType dtype, "
+    "Tensor? residual=None, Tensor? channel_add=None) -> Tensor",
     tags=_tags,
 )
-_library.define(
-    "conv(Tensor xq, Tensor qparams, Tensor weight, Tensor weight_scale, Tensor? bias, int[] stride, int[] padding, "
-    "int[] dilation, ScalarType dtype) -> Tensor",
-    tags=_tags,
-)
 
 
-def _quantize(x: torch.Tensor, qparams: torch.Tensor, bits: int, channels_last: bool) -> torch.Tensor:
-    """Affine quantization to uint8: clamp(round(x / scale + zero_point), 0, 2**bits - 1).
+def _quantize(
+    x: torch.Tensor, qparams: torch.Tensor, dtype: torch.dtype, channels_last: bool, clamp: bool = True
+) -> torch.Tensor:
+    """Affine quantization: clamp(round(x / scale + zero_point), *limits of the dtype); float8 rounds by itself.
 
-    ``x``: any float dtype, any shape. ``qparams``: float32 [3], holding 1 / scale, zero point and scale.
-    ``channels_last``: whether the result (four or five dimensions) is laid out for a convolution.
+    ``x``: any float dtype, any shape. ``qparams``: float32 [3], holding 1 / scale, zero point and scale; the zero point
+    of int8 and float8 is 0. ``channels_last``: whether the result (four or five dimensions) is laid out for a
+    convolution. ``clamp=False`` leaves it to the conversion to saturate, as that of compiled CUDA graphs does.
     """
-    q = torch.clamp(torch.round(x.float() * qparams[0] + qparams[1]), 0, 2**bits - 1).to(torch.uint8)
+    q = x.float() * qparams[0]
+    if dtype is torch.uint8:
+        q = q + qparams[1]
+    if not dtype.is_floating_point:
+        q = torch.round(q)
+    q = (torch.clamp(q, *formats.LIMITS[dtype]) if clamp else q).to(dtype)
     if not channels_last:
         return q.contiguous()
     return q.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
@@ -56,6 +61,18 @@ def _linear_fake(
     return xq.new_empty((*xq.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
+def _geglu_fake(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_qparams: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    return xq.new_empty((*xq.shape[:-1], weight.shape[0] // 2), dtype=dtype)
+
+
 def _conv_fake(
     xq: torch.Tensor,
     qparams: torch.Tensor,
@@ -66,6 +83,8 @@ def _conv_fake(
     padding: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    channel_add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     spatial = [
         (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
@@ -77,11 +96,12 @@ def _conv_fake(
 
 
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
-_library.impl("linear", cpu.linear, "CPU")
-_library.impl("conv", cpu.conv, "CPU")
-torch.library.register_fake("onlinequant::linear", _linear_fake, lib=_library)
-torch.library.register_fake("onlinequant::conv", _conv_fake, lib=_library)
+for _name, _fake in (("linear", _linear_fake), ("geglu", _geglu_fake), ("conv", _conv_fake)):
+    _library.impl(_name, getattr(cpu, _name), "CPU")
+    _library.impl(_name, getattr(cuda, _name), "CUDA")
+    torch.library.register_fake(f"onlinequant::{_name}", _fake, lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default
 linear = torch.ops.onlinequant.linear.default
+geglu = torch.ops.onlinequant.geglu.default
 conv = torch.ops.onlinequant.conv.default

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 
 import torch
 
-from . import compat, errors
+from . import compat, errors, formats
+from .formats import Format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,16 +16,14 @@ class Precision:
     """What layers on a device are computed in.
 
     Attributes:
-        name: "int8" or "float".
+        name: "int8", "fp8" or "float".
         reason: why this one; never empty.
-        weight_bits: bits of an 8-bit weight that are used. 7 on CPUs without VNNI or AMX, whose multiply-add sums two
-            products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 would saturate. Weights spread more evenly over
-            their range than activations do, so they can better spare the bit.
+        format: how 8-bit numbers are stored.
     """
 
     name: str
     reason: str
-    weight_bits: int = 8
+    format: Format = formats.ONEDNN
 
 
 def resolve(requested: str, device: torch.device) -> Precision:
@@ -32,27 +32,56 @@ def resolve(requested: str, device: torch.device) -> Precision:
         return Precision("float", 'precision="float" was asked for')
     if requested == "auto":
         return _automatic(device)
-    if requested == "int8" and device.type == "cpu" and _onednn_has_int8():
-        return Precision("int8", 'precision="int8" was asked for', _cpu_weight_bits())
+    format = _format(requested, device)
+    if isinstance(format, Format):
+        return Precision(requested, f'precision="{requested}" was asked for', format)
     raise errors.PrecisionUnavailableError(
-        f"precision={requested!r} has no kernels for {device.type}. "
-        'There are int8 kernels for x86 CPUs; use precision="auto" to run in float where there are none.'
+        f"precision={requested!r} has no kernels here: {format}. "
+        'precision="auto" takes what this device is fast at, and float where there is nothing.'
     )
 
 
-def _automatic(device: torch.device) -> Precision:
+def _format(precision: str, device: torch.device) -> Format | str:
+    """The format that "int8" or "fp8" stands for on a device, or what is missing."""
+    if device.type == "cuda":
+        return _cuda_format(precision, device)
     if device.type != "cpu":
-        return Precision("float", f"there are no 8-bit kernels for {device.type} yet")
+        return f"there are 8-bit kernels for CUDA and for x86 CPUs, and this is {device.type}"
+    if precision == "fp8":
+        return formats.FP8  # emulated in float: to see what fp8 does to a picture
+    return _cpu_format() if _onednn_has_int8() else "this torch has no oneDNN int8 kernels for this CPU"
+
+
+def _cuda_format(precision: str, device: torch.device) -> Format | str:
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed, which CUDA builds of torch bring along"
+    capability = torch.cuda.get_device_capability(device)
+    needed = (8, 9) if precision == "fp8" else (7, 5)
+    if capability < needed:
+        have, need = (".".join(map(str, version)) for version in (capability, needed))
+        return f"this GPU's compute capability is {have}, and {precision} needs {need}"
+    return formats.FP8 if precision == "fp8" else formats.INT8
+
+
+def _automatic(device: torch.device) -> Precision:
+    if device.type == "cuda":
+        for name in ("fp8", "int8"):
+            format = _cuda_format(name, device)
+            if isinstance(format, Format):
+                return Precision(name, f"this GPU has {name} matrix instructions", format)
+        return Precision("float", str(format))
+    if device.type != "cpu":
+        return Precision("float", f"there are no 8-bit kernels for {device.type}")
     if not _onednn_has_int8():
         return Precision("float", "this torch has no oneDNN int8 kernels for this CPU")
     instructions = compat.int8_instructions()
     if instructions is None:
         return Precision("float", 'this CPU has no VNNI or AMX 8-bit instructions (precision="int8" forces 8 bit)')
-    return Precision("int8", f"this CPU has {instructions}", _cpu_weight_bits())
+    return Precision("int8", f"this CPU has {instructions}", _cpu_format())
 
 
-def _cpu_weight_bits() -> int:
-    return 7 if compat.int8_instructions() is None else 8
+def _cpu_format() -> Format:
+    return formats.ONEDNN_7 if compat.int8_instructions() is None else formats.ONEDNN
 
 
 def _onednn_has_int8() -> bool:

@@ -136,7 +136,7 @@ class QuantizedGraph:
                 registry.layer(
                     parameters[candidate],
                     info.geometry,
-                    self._precision.weight_bits,
+                    self._precision.format,
                     self._config.calibration_method,
                     old=known.layer(self._names[candidate]) if known else None,
                 )

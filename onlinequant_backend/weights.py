@@ -30,10 +30,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .formats import Format
 from .hollow import canaries, hollow_out
 from .layers import Generation, Layer
+from .merged import MergedWeight
 
 if TYPE_CHECKING:
+    from .kernels import samples
     from .passes.layer import ConvGeometry
 
 # Values compared of each weight at every call. Merging a LoRA moves nearly every value of many weights at once.
@@ -61,9 +64,23 @@ def _sample_view(weight: torch.Tensor) -> torch.Tensor:
     return flat[step // 2 :: step][:_SAMPLES]
 
 
-def _bits(views: list[torch.Tensor]) -> torch.Tensor:
-    # NaN is not equal to NaN, its bits are.
-    return torch.cat(views).view(torch.uint8)
+class _Samples:
+    """A snapshot of ``views`` of one dtype; see ``kernels.samples``."""
+
+    def __init__(self, views: list[torch.Tensor]) -> None:
+        self._views = views
+        self._bits = torch.cat(views).view(torch.uint8)  # NaN is not equal to NaN, its bits are
+
+    def have_changed(self) -> bool:
+        return not torch.equal(torch.cat(self._views).view(torch.uint8), self._bits)
+
+
+def _samples(views: list[torch.Tensor]) -> _Samples | samples.Samples:
+    if views[0].device.type != "cuda":
+        return _Samples(views)
+    from .kernels import samples
+
+    return samples.Samples(views)
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
@@ -78,7 +95,7 @@ class WeightSet:
         layers: one ``Layer`` for each candidate node, in the order of their indices.
         layout: stands for the strides and dtypes of all parameters.
         selection: indices of the layers that run in 8 bit; None until they do.
-        extras: the extra inputs of each compiled graph.
+        extras: of each compiled graph, how it is called with these weights, and its extra inputs.
         ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
             references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
     """
@@ -94,7 +111,7 @@ class WeightSet:
         self.layers = layers
         self.layout = layout
         self.selection: tuple[int, ...] | None = None
-        self.extras: dict[object, tuple[torch.Tensor, ...]] = {}
+        self.extras: dict[object, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {}
         self.ids = list(map(id, parameters))
         self.alive = True
         self._candidates = candidates
@@ -153,9 +170,32 @@ class WeightSet:
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
         changed = 0
-        for index in indices:
-            changed += self.layers[index].refresh(parameters[self._candidates[index]])
+        # Twice: a merged weight that has become finite again marks the other layers' parts as stale.
+        for layers in (indices, [index for index in indices if self.layers[index].merged is not None]):
+            for index in layers:
+                changed += self.layers[index].refresh(parameters[self._candidates[index]])
         return changed
+
+    def merge(self, indices: Sequence[int]) -> MergedWeight | None:
+        """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
+        layers = [self.layers[index] for index in indices]
+        known = layers[0].merged
+        if known is not None and list(known.layers) == layers:
+            return known
+        if len(set(layers)) < len(layers) or any(layer.merged is not None for layer in layers):
+            return None
+        merged = MergedWeight(layers)
+        registry.forget_extras()  # compiled graphs were given the tensors that the merged one has replaced
+        return merged
+
+    def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
+        """An extra input of a compiled graph: what rewriting calls ``what``, of a layer or of a merged weight."""
+        if isinstance(of, int):
+            found = getattr(self.layers[of], what)
+        else:
+            found = getattr(self.merge(of), what.removeprefix("merged_"))
+        assert isinstance(found, torch.Tensor)
+        return found
 
     def select(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
         """Run the layers at ``indices`` in 8 bit from now on; the others' 8-bit copies are freed."""
@@ -207,7 +247,7 @@ class WeightSet:
             view = canaries(weight) if self.layers[index].freed else _sample_view(weight)
             alike.setdefault((weight.dtype, weight.device), []).append(view)
         with torch.inference_mode(False):
-            self._samples = [(views, _bits(views)) for views in alike.values()]
+            self._samples = [_samples(views) for views in alike.values()]
         self._generation = Generation.number
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -222,7 +262,7 @@ class WeightSet:
             return False
         if list(map(_pointer_of, self._watched(parameters))) != self._pointers:
             return False
-        return all(torch.equal(_bits(views), values) for views, values in self._samples)
+        return not any(samples.have_changed() for samples in self._samples)
 
 
 class Registry:
@@ -256,20 +296,26 @@ class Registry:
         self,
         weight: torch.Tensor,
         geometry: ConvGeometry | None,
-        weight_bits: int,
+        format: Format,
         method: str,
         old: Layer | None = None,
     ) -> Layer:
         """The layer of ``weight``. Where there is none, ``weight`` takes over ``old``, the layer of the weight
         whose place in the model it has taken, if that fits, or else gets a new one."""
-        kind = (geometry, weight_bits, method)
+        kind = (geometry, format, method, weight.device)
         with self._lock:
             layers = self._layers.setdefault(kind, WeakIdKeyDictionary())
             if weight not in layers:
-                fits = old is not None and (old.geometry, old.weight_bits, old.method) == kind
+                fits = old is not None and (old.geometry, old.format, old.method, old.device) == kind
                 layers[weight] = old if fits else Layer(*kind)
             found: Layer = layers[weight]
             return found
+
+    def forget_extras(self) -> None:
+        """Have all sets look their compiled graphs' extra inputs up again."""
+        with self._lock:
+            for known in self._sets:
+                known.extras.clear()
 
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""

@@ -10,9 +10,11 @@ import torch.fx as fx
 
 from .annotate_density import annotate_density
 from .drop_unused_inputs import drop_unused_inputs
+from .fuse_geglu import fuse_geglu
 from .insert_observers import insert_observers
 from .keep_output_layout import keep_output_layout
 from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes
+from .merge_linears import merge_linears
 from .name_layers import name_layers
 from .quantize_inputs import quantize_inputs
 from .rewrite_conv import rewrite_conv
@@ -37,7 +39,15 @@ Pass = Callable[[fx.GraphModule, PassContext], int]
 ANALYZE: tuple[Pass, ...] = (name_layers, annotate_density, select_nodes)
 OBSERVE: tuple[Pass, ...] = (insert_observers,)
 SELECT: tuple[Pass, ...] = (select_nodes,)
-REWRITE: tuple[Pass, ...] = (quantize_inputs, rewrite_linear, rewrite_conv, keep_output_layout, drop_unused_inputs)
+REWRITE: tuple[Pass, ...] = (
+    quantize_inputs,
+    rewrite_linear,
+    rewrite_conv,
+    merge_linears,
+    fuse_geglu,
+    keep_output_layout,
+    drop_unused_inputs,
+)
 
 _log = logging.getLogger("onlinequant")
 

@@ -17,7 +17,7 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
 
     After::
 
-        %quantize = call_function[target=onlinequant.quantize](args = (%x, %onlinequant_qparams_0, 8, False))
+        %quantize = call_function[target=onlinequant.quantize](args = (%x, %onlinequant_qparams_0, torch.uint8, False, True))
         %q = call_function[target=torch._C._nn.linear](args = (%quantize, %wq))
         %k = call_function[target=torch._C._nn.linear](args = (%quantize, %wk))
 
@@ -34,7 +34,8 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
             context.extra_inputs.append(("qparams", info.index))
             qparams = graph.add_placeholder(graph_module, f"onlinequant_qparams_{info.index}")
             with graph_module.graph.inserting_before(node):
-                args = (x, qparams, ops.ACTIVATION_BITS, info.kind == "conv")
+                dtype = context.precision.format.activation
+                args = (x, qparams, dtype, info.kind == "conv", not context.saturates)
                 shared[key] = graph_module.graph.call_function(ops.quantize, args)
         node.replace_input_with(x, shared[key])
     return len(shared)

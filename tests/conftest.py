@@ -23,6 +23,10 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"
+    # Without a GPU, Triton's kernels run in its interpreter. Triton reads this once, at its first import; torch would
+    # know better whether there is a GPU, but is slow to ask.
+    if not Path("/dev/nvidiactl").exists():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -41,3 +45,19 @@ def _fresh_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         sys.modules["onlinequant_backend"].reset()
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
+
+
+@pytest.fixture(params=["interpreter", "cuda"])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where a test of a Triton kernel has its tensors: "cpu" (under Triton's interpreter) or "cuda"."""
+    pytest.importorskip("triton", reason="there is no triton: pip install --no-deps triton")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if request.param == "interpreter":
+        if not interpreted:
+            pytest.skip("TRITON_INTERPRET=1 is not set: kernels run on the GPU")
+        return "cpu"
+    if interpreted:
+        pytest.skip("TRITON_INTERPRET=1 is set: kernels run in Triton's interpreter")
+    if not pytest.importorskip("torch").cuda.is_available():
+        pytest.skip("torch sees no GPU")
+    return "cuda"

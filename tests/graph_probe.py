@@ -18,12 +18,12 @@ from onlinequant_backend.layers import Layer, Sensitivity
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from onlinequant_backend.precision import Precision
 
-EIGHT_BITS = Precision("int8", "the test says so", 8)
+EIGHT_BITS = Precision("int8", "the test says so")
 EVERY_LAYER: dict[str, Any] = {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}
 
 
 def host_precision() -> Precision:
-    """int8 as this machine's kernels need it: 7 bits of a weight without VNNI, else 8."""
+    """int8 as this machine's kernels need it: weights of 7 bits without VNNI, else of 8."""
     return precision.resolve("int8", torch.device("cpu"))
 
 
@@ -146,7 +146,7 @@ class GraphProbe:
     def new_layers(self) -> list[Layer]:
         """The state of every candidate, with nothing observed yet."""
         candidates = [info for info in self.infos if info.index is not None]
-        return [Layer(info.geometry, self.context.precision.weight_bits, "minmax") for info in candidates]
+        return [Layer(info.geometry, self.context.precision.format, "minmax") for info in candidates]
 
     @torch.no_grad()
     def call(self, *extras: Any) -> Any:

@@ -7,11 +7,14 @@ import torch
 
 from onlinequant_backend import ops
 from onlinequant_backend.calibration import ActivationRange, Observation, freeze
+from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.kernels import reference
 from onlinequant_backend.layers import Layer
 from tests.tiny import noise, relative_error
 
 METHODS = ["minmax", "mse"]
+FORMATS = [pytest.param(format, id=format.name) for format in (ONEDNN, INT8, FP8)]
+INTEGERS = FORMATS[:2]
 
 
 def observed(*calls: torch.Tensor) -> ActivationRange:
@@ -21,9 +24,10 @@ def observed(*calls: torch.Tensor) -> ActivationRange:
     return seen
 
 
-def squared_error(x: torch.Tensor, bits: int, method: str) -> float:
-    qparams = freeze(observed(*x.split(2048)), bits, method)
-    return float((reference.dequantize(ops.quantize(x, qparams, bits, False), qparams) - x).square().mean())
+def squared_error(x: torch.Tensor, format: Format, method: str) -> float:
+    qparams = freeze(observed(*x.split(2048)), format, method)
+    xq = ops.quantize(x, qparams, format.activation, False)
+    return float((reference.dequantize(xq, qparams) - x).square().mean())
 
 
 def heavy_tailed(count: int) -> torch.Tensor:
@@ -45,13 +49,13 @@ def test_range_is_exact_over_all_calls(dtype: torch.dtype) -> None:
     assert seen.is_finite()
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("format", [ONEDNN, ONEDNN_7], ids=lambda format: format.name)
 @pytest.mark.parametrize(
     ("low", "high", "zero_point"), [(-1.0, 3.0, 0.25), (0.5, 3.0, 0.0), (-3.0, -0.5, 1.0), (-2.0, 2.0, 0.5)]
 )
-def test_minmax_covers_the_range_and_zero(low: float, high: float, zero_point: float, bits: int) -> None:
-    levels = 2**bits - 1
-    qparams = freeze(observed(torch.tensor([low, high])), bits, "minmax")
+def test_minmax_covers_the_range_and_zero(low: float, high: float, zero_point: float, format: Format) -> None:
+    levels = 255
+    qparams = freeze(observed(torch.tensor([low, high])), format, "minmax")
     inverse, zero, scale = qparams.tolist()
     assert (qparams.dtype, qparams.shape) == (torch.float32, (3,))
     assert scale == pytest.approx((max(high, 0) - min(low, 0)) / levels, rel=1e-6)
@@ -60,47 +64,73 @@ def test_minmax_covers_the_range_and_zero(low: float, high: float, zero_point: f
     assert abs(zero - zero_point * levels) <= 0.5001
 
 
+@pytest.mark.parametrize(("format", "top"), [(INT8, 127), (FP8, 448 / 2)], ids=["int8", "fp8"])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (-3.0, 1.0), (0.5, 3.0), (-3.0, -0.5)])
+def test_minmax_of_a_symmetric_format_covers_the_range_on_both_sides(
+    low: float, high: float, format: Format, top: float
+) -> None:
+    qparams = freeze(observed(torch.tensor([low, high])), format, "minmax")
+    inverse, zero, scale = qparams.tolist()
+    assert (qparams.dtype, qparams.shape, zero) == (torch.float32, (3,), 0)
+    assert scale == pytest.approx(3 / top, rel=1e-6)
+    assert inverse * scale == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("bits", [7, 8])
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("x", [noise(1000), noise(1000) + 20, noise(1000) - 20, noise(1000).abs(), heavy_tailed(1000)])
-def test_zero_is_representable(x: torch.Tensor, bits: int, method: str) -> None:
-    qparams = freeze(observed(x), bits, method)
-    assert 0 <= qparams[1] <= 2**bits - 1
-    assert reference.dequantize(ops.quantize(torch.zeros(1), qparams, bits, False), qparams).item() == 0
+def test_zero_is_representable(x: torch.Tensor, format: Format, method: str) -> None:
+    qparams = freeze(observed(x), format, method)
+    assert 0 <= qparams[1] <= (255 if format is ONEDNN else 0)
+    xq = ops.quantize(torch.zeros(1), qparams, format.activation, False)
+    assert reference.dequantize(xq, qparams).item() == 0
 
 
-@pytest.mark.parametrize("bits", [4, 7, 8])
-def test_mse_clips_outliers(bits: int) -> None:
+@pytest.mark.parametrize("format", INTEGERS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_mse_clips_outliers(sign: int, format: Format) -> None:
     x = heavy_tailed(16384)
-    minmax, mse = (freeze(observed(*x.split(2048)), bits, method) for method in METHODS)
+    x = sign * torch.cat([x, x[x > 0]])  # more of them on one side
+    minmax, mse = (freeze(observed(*x.split(2048)), format, method) for method in METHODS)
     assert mse[2] < 0.98 * minmax[2]
-    assert squared_error(x, bits, "mse") < 0.98 * squared_error(x, bits, "minmax")
+    assert squared_error(x, format, "mse") < 0.98 * squared_error(x, format, "minmax")
 
 
-@pytest.mark.parametrize("bits", [7, 8])
+def test_nothing_is_clipped_in_fp8() -> None:
+    seen = observed(torch.cat([noise(65535), torch.tensor([100.0])]))
+    for format, clipped in ((FP8, False), (INT8, True)):
+        minmax, mse = (freeze(seen, format, method) for method in METHODS)
+        assert torch.equal(minmax, mse) != clipped
+
+
+@pytest.mark.parametrize("format", INTEGERS)
 @pytest.mark.parametrize(
     "make", [lambda x: x, lambda x: x + 0.5, lambda x: -x, lambda x: x * 1e-6], ids=["mixed", "positive", "-", "tiny"]
 )
-def test_mse_is_no_worse_where_nothing_is_an_outlier(make: Callable[[torch.Tensor], torch.Tensor], bits: int) -> None:
+def test_mse_is_no_worse_where_nothing_is_an_outlier(
+    make: Callable[[torch.Tensor], torch.Tensor], format: Format
+) -> None:
     torch.manual_seed(0)
     x = make(torch.rand(8192) - 0.5)
-    assert squared_error(x, bits, "mse") <= squared_error(x, bits, "minmax") * 1.01
+    assert squared_error(x, format, "mse") <= squared_error(x, format, "minmax") * 1.01
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_input_that_is_always_zero(method: str) -> None:
+@pytest.mark.parametrize("format", FORMATS)
+def test_input_that_is_always_zero(format: Format, method: str) -> None:
     x = torch.zeros(2, 16)
-    qparams = freeze(observed(x, x), 8, method)
+    qparams = freeze(observed(x, x), format, method)
     assert torch.isfinite(qparams).all()
     assert qparams[2] > 0
-    assert ops.quantize(x, qparams, 8, False).eq(qparams[1]).all()
+    assert ops.quantize(x, qparams, format.activation, False).float().eq(qparams[1]).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("value", [3.0, -3.0, 1e-30, 6e4])
-def test_input_that_is_always_the_same(method: str, value: float) -> None:
+def test_input_that_is_always_the_same(value: float, format: Format, method: str) -> None:
     x = torch.full((2, 16), value)
-    assert squared_error(x, 8, method) ** 0.5 <= abs(value) / 255
+    assert squared_error(x, format, method) ** 0.5 <= abs(value) / 254
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -129,7 +159,9 @@ def test_no_channel_is_overlooked_where_channels_come_last(shape: tuple[int, ...
     x = noise(*shape)
     x[:, 1::5] *= 6  # wide enough to keep the scale from being clipped to what the other channels need
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    rows_of_pixels, channels_last = (freeze(observed(y), 8, "mse")[2] for y in (x, x.contiguous(memory_format=layout)))
+    rows_of_pixels, channels_last = (
+        freeze(observed(y), ONEDNN, "mse")[2] for y in (x, x.contiguous(memory_format=layout))
+    )
     assert channels_last == pytest.approx(float(rows_of_pixels), rel=0.25)
 
 
@@ -138,9 +170,9 @@ def test_no_channel_is_overlooked_where_channels_come_last(shape: tuple[int, ...
 def test_what_is_kept_of_an_activation_is_small_and_a_copy(size: int, dtype: torch.dtype) -> None:
     x = noise(size, dtype=dtype)
     seen = observed(x)
-    before = freeze(seen, 8, "mse")
+    before = freeze(seen, ONEDNN, "mse")
     x.zero_()
-    assert torch.equal(freeze(seen, 8, "mse"), before)
+    assert torch.equal(freeze(seen, ONEDNN, "mse"), before)
     held = sum(part.untyped_storage().nbytes() for parts in seen.histograms for part in parts)
     assert held <= 16384
 
@@ -148,7 +180,7 @@ def test_what_is_kept_of_an_activation_is_small_and_a_copy(size: int, dtype: tor
 class TestObservation:
     @pytest.fixture
     def layers(self) -> list[Layer]:
-        return [Layer(None, 7, "minmax") for _ in range(3)]
+        return [Layer(None, ONEDNN_7, "minmax") for _ in range(3)]
 
     def test_hands_the_output_on(self, layers: list[Layer]) -> None:
         y = noise(2, 4)

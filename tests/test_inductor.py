@@ -50,6 +50,37 @@ def test_bfloat16() -> None:
 
 
 @torch.no_grad()
+def test_fp8() -> None:
+    """On a CPU it is emulated. The next process, which this one plays, finds everything."""
+    model, x, other = net(), noise(1, 4, 8, 8), noise(1, 4, 8, 8, seed=2)
+    options = {**OPTIONS, "precision": "fp8"}
+    pictures = []
+    for calls_observed in (2, 0):
+        step = torch.compile(model, backend=oq.onlinequant, options=options)
+        for _ in range(3):
+            y = step(x)
+            assert relative_error(y, model(x)) < CLOSE
+        assert not torch.equal(y, model(x))
+        assert relative_error(step(other), model(other)) < CLOSE
+        (report,) = oq.reports()
+        assert (report.phase, report.precision, report.cache_hit) == ("quantized", "fp8", calls_observed == 0)
+        assert report.calls_observed == calls_observed
+        assert all(decision.quantized for decision in report.decisions) and len(report.decisions) == 7
+        pictures.append(y)
+        oq.reset()
+        torch._dynamo.reset()
+    assert torch.equal(*pictures)
+    step = torch.compile(model, backend=oq.onlinequant, options=options)
+    before = step(x)
+    torch._dynamo.utils.counters.clear()
+    for layer in (model.conv_in, model.blocks[0].conv, model.blocks[0].to_v):
+        layer.weight.copy_(layer.weight.flip(0))
+    assert relative_error(before, model(x)) > 3 * CLOSE
+    assert relative_error(step(x), model(x)) < CLOSE
+    assert not torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@torch.no_grad()
 def test_autocast() -> None:
     """Layers compute in the dtype of autocast, not in their weights'."""
     model = net()

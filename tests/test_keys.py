@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, keys
+from onlinequant_backend import compat, keys, precision
+from onlinequant_backend.formats import INT8, ONEDNN, ONEDNN_7, Format
 from tests.model_process import ModelProcess
 from tests.small import WIDE, X, compiled, forget_everything, small
 from tests.test_runtime import EagerInductor
@@ -164,21 +165,22 @@ def test_another_layout_of_the_weights() -> None:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"calibration_steps": 3}, {"portable", "graph"}),
-        ({"calibration_method": "minmax"}, {"portable", "graph"}),
-        ({"sensitivity": "end_to_end"}, {"portable", "graph"}),
-        ({"quantized_conv_percentage": 50}, {"graph"}),
-        ({"linear_compute_density_threshold": 1}, {"graph"}),
-        ({"shapes": "static"}, {"graph"}),
-        ({"inductor": {"epilogue_fusion": False}}, {"graph"}),
-        ({"mode": "max-autotune-no-cudagraphs"}, {"graph"}),
-        ({"cache_size_limit": 1}, set()),
-        ({"lock_timeout": 1}, set()),
+        ({"calibration_steps": 3}, ("portable", "graph")),
+        ({"calibration_method": "minmax"}, ("portable", "graph")),
+        ({"sensitivity": "end_to_end"}, ("portable", "graph")),
+        ({"precision": "fp8"}, ("portable", "machine", "graph")),
+        ({"quantized_conv_percentage": 50}, ("graph",)),
+        ({"linear_compute_density_threshold": 1}, ("graph",)),
+        ({"shapes": "static"}, ("graph",)),
+        ({"inductor": {"epilogue_fusion": False}}, ("graph",)),
+        ({"mode": "max-autotune-no-cudagraphs"}, ("graph",)),
+        ({"cache_size_limit": 1}, ()),
+        ({"lock_timeout": 1}, ()),
     ],
     ids=str,
 )
-def test_options(options: dict[str, Any], parts: set[str]) -> None:
-    assert changed(key(), key(**options)) == parts
+def test_options(options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    assert changed(key(), key(**options)) == set(parts)
 
 
 def test_another_cache_directory(tmp_path: Path) -> None:
@@ -198,6 +200,22 @@ def test_another_machine(name: str, value: object, monkeypatch: pytest.MonkeyPat
     first = key()
     monkeypatch.setattr(name, value)
     assert changed(first, key()) == {"machine"}
+
+
+@pytest.mark.parametrize(
+    ("formats", "parts"),
+    [((ONEDNN, ONEDNN_7), {"machine"}), ((ONEDNN, INT8), {"portable", "machine"})],
+    ids=["another CPU", "a GPU"],
+)
+def test_another_format_of_int8(
+    formats: tuple[Format, Format], parts: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A calibration with zero points serves other weights of the CPU, but no activations that are symmetric."""
+    both = []
+    for format in formats:
+        monkeypatch.setattr(precision, "_cpu_format", lambda format=format: format)
+        both.append(key())
+    assert changed(*both) == parts
 
 
 def test_every_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

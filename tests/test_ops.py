@@ -1,31 +1,47 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from onlinequant_backend import ops
 from onlinequant_backend.calibration import ActivationRange, freeze
+from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.kernels import reference
 from onlinequant_backend.layers import quantize_weight
 from tests.tiny import noise
 
-BITS = [7, 8]
+FORMATS = [pytest.param(format, id=format.name) for format in (ONEDNN, INT8, FP8)]
+INTEGERS = FORMATS[:2]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RANGES = [(-1.0, 1.0), (-0.3, 6.0), (0.0, 2.0), (-5.0, 0.0)]
 
 
-def qparams(low: float, high: float, bits: int) -> torch.Tensor:
-    return freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), bits, "minmax")
+def check(op: Any, arguments: tuple[Any, ...]) -> None:
+    """``opcheck``, which cannot compare fp8 on a CPU: what it compares so is left to int8."""
+    fp8 = any(getattr(argument, "dtype", argument) is torch.float8_e4m3fn for argument in arguments)
+    dispatch = ("test_aot_dispatch_static", "test_aot_dispatch_dynamic")
+    no_comparison = ("test_autograd_registration", "test_faketensor", *dispatch)
+    torch.library.opcheck(op, arguments, test_utils=no_comparison if fp8 else ("test_schema", *no_comparison))
+
+
+def qparams(low: float, high: float, format: Format = ONEDNN) -> torch.Tensor:
+    return freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), format, "minmax")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (-0.3, 6.0), (0.0, 2.0), (-5.0, 0.0)])
-def test_quantize_rounds_to_the_nearest(low: float, high: float, bits: int, dtype: torch.dtype) -> None:
-    scales = qparams(low, high, bits)
+@pytest.mark.parametrize("format", INTEGERS)
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_quantize_rounds_to_the_nearest(low: float, high: float, format: Format, dtype: torch.dtype) -> None:
+    scales = qparams(low, high, format)
     x = torch.linspace(low, high, 1001).to(dtype).clamp(low, high)
-    xq = ops.quantize(x, scales, bits, False)
-    assert xq.dtype is torch.uint8
-    assert int(xq.max()) - int(xq.min()) >= 2**bits - 2
+    xq = ops.quantize(x, scales, format.activation, False)
+    assert xq.dtype is format.activation
+    if format is ONEDNN:
+        assert int(xq.max()) - int(xq.min()) >= 254
+    else:
+        assert int(xq.abs().max()) == 127
     # Half a step, and at the ends another half that rounding the zero point may have moved the range by.
     error = (reference.dequantize(xq, scales) - x.double()).abs()
     inside = (x > low + scales[2] / 2) & (x < high - scales[2] / 2)
@@ -33,56 +49,106 @@ def test_quantize_rounds_to_the_nearest(low: float, high: float, bits: int, dtyp
     assert error.max() <= scales[2] * 1.0001
 
 
-@pytest.mark.parametrize("bits", BITS)
-def test_quantize_clips_outside_of_the_range(bits: int) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_fp8_rounds_to_the_nearest(low: float, high: float, dtype: torch.dtype) -> None:
+    """Half of the last of three bits of mantissa; near zero, half of the smallest number."""
+    scales = qparams(low, high, FP8)
+    x = torch.cat([torch.linspace(low, high, 1001), torch.linspace(low, high, 1001) / 5000]).to(dtype).clamp(low, high)
+    xq = ops.quantize(x, scales, FP8.activation, False)
+    assert xq.dtype is torch.float8_e4m3fn
+    assert xq.float().abs().max() == 448 / 2  # of which half is kept free
+    error = (reference.dequantize(xq, scales) - x.double()).abs()
+    assert (error <= (x.double().abs() / 16).clamp(min=float(scales[2]) * 2**-10) * 1.0001).all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_quantize_clips_outside_of_the_range(format: Format) -> None:
     x = torch.tensor([-1e30, -9.0, 9.0, 1e30, torch.inf, -torch.inf])
-    top = 2**bits - 1
-    assert ops.quantize(x, qparams(-1, 1, bits), bits, False).tolist() == [0, 0, top, top, top, 0]
+    low, high = format.limits
+    xq = ops.quantize(x, qparams(-1, 1, format), format.activation, False)
+    assert xq.tolist() == [low, low, high, high, high, low]
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (2.0, 3.0), (-3.0, -2.0), (0.0, 0.0)])
-def test_zero_is_exact(low: float, high: float, bits: int) -> None:
-    scales = qparams(low, high, bits)
-    assert reference.dequantize(ops.quantize(torch.zeros(3), scales, bits, False), scales).tolist() == [0, 0, 0]
-
-
-@pytest.mark.parametrize(
-    ("shape", "layout"), [((2, 6, 4, 5), torch.channels_last), ((2, 6, 3, 4, 5), torch.channels_last_3d)]
-)
-def test_layout_of_a_quantized_image(shape: tuple[int, ...], layout: torch.memory_format) -> None:
-    image = noise(*shape)
-    scales = qparams(-3, 3, 8)
-    for x in (image, image.contiguous(memory_format=layout)):
-        for_conv, for_linear = (ops.quantize(x, scales, 8, channels_last) for channels_last in (True, False))
-        assert for_conv.is_contiguous(memory_format=layout)
-        assert for_linear.is_contiguous()
-        assert torch.equal(for_conv, for_linear)
+def test_fp8_does_not_clip_up_to_twice_the_range() -> None:
+    x = torch.tensor([-2.0, -1.5, 1.5, 2.0])
+    for format, fits in ((FP8, True), (INT8, False), (ONEDNN, False)):
+        scales = qparams(-1, 1, format)
+        result = reference.dequantize(ops.quantize(x, scales, format.activation, False), scales)
+        assert torch.allclose(result, x.double(), rtol=1 / 15) == fits
+    scales = qparams(-1, 1, FP8)
+    assert ops.quantize(x * 1.1, scales, FP8.activation, False)[[0, 3]].tolist() == [-448, 448]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_opcheck_quantize(dtype: torch.dtype, channels_last: bool) -> None:
-    torch.library.opcheck(ops.quantize, (noise(1, 4, 3, 3, dtype=dtype), qparams(-3, 3, 7), 7, channels_last))
+def test_nan_stays_nan_in_fp8(dtype: torch.dtype) -> None:
+    x = torch.tensor([0.5, torch.nan, -0.5], dtype=dtype)
+    scales = qparams(-1, 1, FP8)
+    xq = ops.quantize(x, scales, FP8.activation, False)
+    assert reference.dequantize(xq, scales).isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize(("shape", "dtype"), list(zip([(8,), (3, 8), (2, 3, 8)], DTYPES, strict=True)))
-def test_opcheck_linear(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    scales = qparams(-3, 3, 7)
-    weight, weight_scale = quantize_weight(noise(5, 8))
-    bias = None if dtype is torch.float32 else noise(5, dtype=dtype)
-    xq = ops.quantize(noise(*shape), scales, 7, False)
-    torch.library.opcheck(ops.linear, (xq, scales, weight, weight_scale, bias, dtype))
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (2.0, 3.0), (-3.0, -2.0), (0.0, 0.0)])
+def test_zero_is_exact(low: float, high: float, format: Format) -> None:
+    scales = qparams(low, high, format)
+    xq = ops.quantize(torch.zeros(3), scales, format.activation, False)
+    assert reference.dequantize(xq, scales).tolist() == [0, 0, 0]
 
 
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
-    ("shape", "weight_shape", "stride", "padding", "dilation", "dtype"),
+    ("shape", "layout"), [((2, 6, 4, 5), torch.channels_last), ((2, 6, 3, 4, 5), torch.channels_last_3d)]
+)
+def test_layout_of_a_quantized_image(shape: tuple[int, ...], layout: torch.memory_format, format: Format) -> None:
+    image = noise(*shape)
+    scales = qparams(-3, 3, format)
+    for x in (image, image.contiguous(memory_format=layout)):
+        for_conv, for_linear = (ops.quantize(x, scales, format.activation, last) for last in (True, False))
+        assert for_conv.is_contiguous(memory_format=layout)
+        assert for_linear.is_contiguous()
+        assert torch.equal(for_conv.float(), for_linear.float())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_opcheck_quantize(dtype: torch.dtype, channels_last: bool, format: Format) -> None:
+    x = noise(1, 4, 3, 3, dtype=dtype)
+    check(ops.quantize, (x, qparams(-3, 3, format), format.activation, channels_last))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip([(8,), (3, 8), (2, 3, 8)], DTYPES, strict=True)))
+def test_opcheck_linear(shape: tuple[int, ...], dtype: torch.dtype, format: Format) -> None:
+    scales = qparams(-3, 3, format)
+    weight, weight_scale = quantize_weight(noise(5, 8), format)
+    bias = None if dtype is torch.float32 else noise(5, dtype=dtype)
+    xq = ops.quantize(noise(*shape), scales, format.activation, False)
+    check(ops.linear, (xq, scales, weight, weight_scale, bias, dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip([(8,), (3, 8), (2, 3, 8)], DTYPES, strict=True)))
+@pytest.mark.parametrize("quantized", [False, True])
+def test_opcheck_geglu(shape: tuple[int, ...], dtype: torch.dtype, quantized: bool, format: Format) -> None:
+    scales = qparams(-3, 3, format)
+    weight, weight_scale = quantize_weight(noise(10, 8), format)
+    bias = None if dtype is torch.float32 else noise(10, dtype=dtype)
+    xq = ops.quantize(noise(*shape), scales, format.activation, False)
+    out_qparams, out_dtype = (scales, format.activation) if quantized else (None, dtype)
+    check(ops.geglu, (xq, scales, weight, weight_scale, bias, out_qparams, out_dtype))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("shape", "weight_shape", "stride", "padding", "dilation", "dtype", "added"),
     [
-        ((2, 4, 6, 6), (5, 4, 3, 3), [1, 1], [1, 1], [1, 1], torch.float32),
-        ((1, 4, 7, 6), (5, 4, 3, 2), [2, 1], [0, 1], [2, 1], torch.bfloat16),
-        ((2, 4, 6, 6), (1, 4, 1, 1), [1, 1], [0, 0], [1, 1], torch.float16),
-        ((1, 4, 3, 3), (5, 4, 3, 3), [1, 1], [0, 0], [1, 1], torch.float32),
-        ((1, 4, 5, 3, 3), (5, 4, 3, 1, 1), [1, 1, 1], [1, 0, 0], [1, 1, 1], torch.bfloat16),
+        ((2, 4, 6, 6), (5, 4, 3, 3), [1, 1], [1, 1], [1, 1], torch.float32, True),
+        ((1, 4, 7, 6), (5, 4, 3, 2), [2, 1], [0, 1], [2, 1], torch.bfloat16, False),
+        ((2, 4, 6, 6), (1, 4, 1, 1), [1, 1], [0, 0], [1, 1], torch.float16, True),
+        ((1, 4, 3, 3), (5, 4, 3, 3), [1, 1], [0, 0], [1, 1], torch.float32, False),
+        ((1, 4, 5, 3, 3), (5, 4, 3, 1, 1), [1, 1, 1], [1, 0, 0], [1, 1, 1], torch.bfloat16, True),
     ],
 )
 def test_opcheck_conv(
@@ -92,9 +158,15 @@ def test_opcheck_conv(
     padding: list[int],
     dilation: list[int],
     dtype: torch.dtype,
+    added: bool,
+    format: Format,
 ) -> None:
-    scales = qparams(-3, 3, 7)
-    weight, weight_scale = quantize_weight(noise(*weight_shape))
+    scales = qparams(-3, 3, format)
+    weight, weight_scale = quantize_weight(noise(*weight_shape), format)
     bias = None if dtype is torch.float32 else noise(weight_shape[0], dtype=dtype)
-    xq = ops.quantize(noise(*shape), scales, 7, True)
-    torch.library.opcheck(ops.conv, (xq, scales, weight, weight_scale, bias, stride, padding, dilation, dtype))
+    xq = ops.quantize(noise(*shape), scales, format.activation, True)
+    arguments = (xq, scales, weight, weight_scale, bias, stride, padding, dilation, dtype)
+    if added:
+        residual = torch.ones_like(ops.conv(*arguments)).contiguous()
+        arguments = (*arguments, residual, noise(*residual.shape[:2], dtype=dtype))
+    check(ops.conv, arguments)

@@ -66,6 +66,15 @@ def test_the_next_process_finds_everything() -> None:
     assert not is_locked()
 
 
+def test_each_precision_has_a_calibration_of_its_own() -> None:
+    for expected in (MADE, FOUND):
+        for precision in ("int8", "fp8"):
+            report = run(small(), options={"precision": precision})
+            assert (outcome(report), report.precision) == (expected, precision)
+            forget_everything()
+    assert len(entries()) == 2
+
+
 def test_another_resolution_is_found_too() -> None:
     assert outcome(run(small())) == MADE
     for x in (WIDE, noise(1, 4, 16, 16)):

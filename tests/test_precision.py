@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import importlib.machinery
+import importlib.util
 import unittest.mock
 from collections.abc import Callable
 
@@ -7,10 +9,11 @@ import pytest
 import torch
 
 from onlinequant_backend import compat, errors, precision
+from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.kernels import cpu
 from onlinequant_backend.precision import Precision
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SetFlags = Callable[..., None]
 
 
@@ -26,12 +29,29 @@ def has(monkeypatch: pytest.MonkeyPatch) -> SetFlags:
     return set_flags
 
 
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``gpu((8, 9))``: a GPU of this compute capability, with or without Triton."""
+    find_spec = importlib.util.find_spec
+
+    def set_gpu(capability: tuple[int, int], triton: bool = True) -> None:
+        def find(name: str, package: str | None = None) -> importlib.machinery.ModuleSpec | None:
+            if name == "triton":
+                return importlib.machinery.ModuleSpec("triton", None) if triton else None
+            return find_spec(name, package)
+
+        monkeypatch.setattr(importlib.util, "find_spec", find)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return set_gpu
+
+
 @pytest.mark.parametrize("requested", ["auto", "int8"])
 @pytest.mark.parametrize("flag", ["avx512_vnni", "avx_vnni", "amx_int8"])
 def test_fast_cpu_gets_8_bits(has: SetFlags, flag: str, requested: str) -> None:
     has("avx2", flag)
     resolved = precision.resolve(requested, CPU)
-    assert (resolved.name, resolved.weight_bits) == ("int8", 8)
+    assert (resolved.name, resolved.format) == ("int8", ONEDNN)
     assert resolved.reason == (f"this CPU has {flag}" if requested == "auto" else 'precision="int8" was asked for')
 
 
@@ -40,7 +60,7 @@ def test_cpu_without_vnni_is_left_alone_unless_asked(has: SetFlags) -> None:
     automatic = precision.resolve("auto", CPU)
     assert automatic.name == "float"
     assert "VNNI" in automatic.reason
-    assert precision.resolve("int8", CPU) == Precision("int8", 'precision="int8" was asked for', 7)
+    assert precision.resolve("int8", CPU) == Precision("int8", 'precision="int8" was asked for', ONEDNN_7)
 
 
 @pytest.mark.parametrize("flags", [(), ("avx512_vnni",)])
@@ -49,19 +69,74 @@ def test_float_is_float(has: SetFlags, flags: tuple[str, ...]) -> None:
     assert precision.resolve("float", CPU) == Precision("float", 'precision="float" was asked for')
 
 
-@pytest.mark.parametrize(
-    ("requested", "device"), [("fp8", "cpu"), ("fp8", "meta"), ("int8", "meta"), ("int8", "cuda"), ("fp8", "mps")]
-)
+@pytest.mark.parametrize(("requested", "device"), [("fp8", "meta"), ("int8", "meta"), ("int8", "mps"), ("fp8", "mps")])
 def test_precision_that_is_not_there_is_an_error(has: SetFlags, requested: str, device: str) -> None:
     has("avx512_vnni")
-    with pytest.raises(errors.PrecisionUnavailableError, match=f"precision='{requested}' has no kernels for {device}"):
+    with pytest.raises(errors.PrecisionUnavailableError, match=f"precision='{requested}' .*, and this is {device}"):
         precision.resolve(requested, torch.device(device))
 
 
+@pytest.mark.parametrize("flags", [(), ("avx512_vnni",)])
+def test_fp8_on_a_cpu_is_emulated_if_asked_for(has: SetFlags, flags: tuple[str, ...]) -> None:
+    has(*flags)
+    assert precision.resolve("fp8", CPU) == Precision("fp8", 'precision="fp8" was asked for', FP8)
+
+
+@pytest.mark.parametrize(
+    ("capability", "automatic", "possible"),
+    [
+        ((7, 0), "float", ()),
+        ((7, 5), "int8", ("int8",)),
+        ((8, 6), "int8", ("int8",)),
+        ((8, 9), "fp8", ("int8", "fp8")),
+        ((9, 0), "fp8", ("int8", "fp8")),
+        ((12, 0), "fp8", ("int8", "fp8")),
+    ],
+    ids=["Volta", "Turing", "Ampere", "Ada", "Hopper", "Blackwell"],
+)
+def test_what_a_gpu_can_do(
+    gpu: Callable[..., None], capability: tuple[int, int], automatic: str, possible: tuple[str, ...]
+) -> None:
+    gpu(capability)
+    formats: dict[str, Format] = {"int8": INT8, "fp8": FP8}
+    resolved = precision.resolve("auto", CUDA)
+    assert resolved.name == automatic
+    if automatic == "float":
+        assert resolved.reason == "this GPU's compute capability is 7.0, and int8 needs 7.5"
+    else:
+        assert resolved == Precision(automatic, f"this GPU has {automatic} matrix instructions", formats[automatic])
+    for requested, format in formats.items():
+        if requested in possible:
+            asked = precision.resolve(requested, CUDA)
+            assert asked == Precision(requested, f'precision="{requested}" was asked for', format)
+        else:
+            have, need = ".".join(map(str, capability)), "8.9" if requested == "fp8" else "7.5"
+            with pytest.raises(errors.PrecisionUnavailableError, match=f"is {have}, and {requested} needs {need}"):
+                precision.resolve(requested, CUDA)
+    assert precision.resolve("float", CUDA).name == "float"
+
+
+def test_a_gpu_without_triton_stays_in_float(gpu: Callable[..., None]) -> None:
+    gpu((9, 0), triton=False)
+    automatic = precision.resolve("auto", CUDA)
+    assert automatic.name == "float"
+    assert "Triton is not installed" in automatic.reason
+    for requested in ("int8", "fp8"):
+        with pytest.raises(errors.PrecisionUnavailableError, match=f"'{requested}' .*Triton is not installed"):
+            precision.resolve(requested, CUDA)
+
+
+def test_the_gpu_asked_about_is_the_one_that_is_meant(
+    gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu((9, 0))
+    capabilities = {torch.device("cuda", 0): (9, 0), torch.device("cuda", 1): (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert [precision.resolve("auto", device).name for device in capabilities] == ["fp8", "int8"]
+
+
 def test_other_devices_stay_in_float() -> None:
-    assert precision.resolve("auto", torch.device("meta")) == Precision(
-        "float", "there are no 8-bit kernels for meta yet"
-    )
+    assert precision.resolve("auto", torch.device("meta")) == Precision("float", "there are no 8-bit kernels for meta")
 
 
 def test_torch_without_onednn_stays_in_float(has: SetFlags, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,7 +144,7 @@ def test_torch_without_onednn_stays_in_float(has: SetFlags, monkeypatch: pytest.
     monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
     automatic = precision.resolve("auto", CPU)
     assert (automatic.name, automatic.reason) == ("float", "this torch has no oneDNN int8 kernels for this CPU")
-    with pytest.raises(errors.PrecisionUnavailableError, match="no kernels for cpu"):
+    with pytest.raises(errors.PrecisionUnavailableError, match="no oneDNN int8 kernels"):
         precision.resolve("int8", CPU)
 
 
@@ -87,4 +162,4 @@ def test_kernels_ask_for_the_flags_once(monkeypatch: pytest.MonkeyPatch) -> None
     answers = {cpu.has_vnni() for _ in range(3)}
     assert flags.call_count == len(answers) == 1
     # Kernels and calibration must agree: 8 bits of a weight saturate without VNNI.
-    assert answers == {precision._cpu_weight_bits() == 8}
+    assert answers == {precision._cpu_format() == ONEDNN}

@@ -86,6 +86,21 @@ def test_observed_calls_are_exact_then_one_compile_then_8_bit(inductor: EagerInd
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("factor", [1, 1.9])
+def test_fp8_has_room_for_activations_that_grow(factor: float, inductor: EagerInductor) -> None:
+    """A LoRA makes them larger than what was observed: an 8-bit integer would clip them."""
+    errors = {}
+    for precision in ("fp8", "int8"):
+        model = net()
+        step = compiled(model, precision=precision, calibration_method="minmax")
+        for _ in range(3):
+            step(X)
+        errors[precision] = relative_error(step(X * factor), model(X * factor))
+    assert errors["fp8"] < CLOSE
+    assert (errors["int8"] < CLOSE) == (factor == 1)
+
+
+@torch.no_grad()
 def test_fifty_steps_neither_recompile_nor_break(inductor: EagerInductor) -> None:
     step = compiled(net())
     for seed in range(50):
@@ -256,10 +271,13 @@ def deltas(model: Net) -> list[tuple[nn.Module, torch.Tensor]]:
 
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("inference", [False, True])
-def test_changed_weights_are_followed(change: Callable[..., None], inference: bool, inductor: EagerInductor) -> None:
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_changed_weights_are_followed(
+    precision: str, change: Callable[..., None], inference: bool, inductor: EagerInductor
+) -> None:
     with torch.inference_mode(inference), torch.no_grad():
         model = net()
-        step = compiled(model)
+        step = compiled(model, precision=precision)
         for _ in range(3):
             step(X)
         before = model(X)

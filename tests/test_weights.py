@@ -9,13 +9,14 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
+from onlinequant_backend.formats import FP8
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.weights import WeightSet, registry
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
 
-BITS = host_precision().weight_bits
+FORMAT = host_precision().format
 PADDED = ConvGeometry((1, 1), (1, 1), (1, 1))
 
 
@@ -38,7 +39,7 @@ def named(weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def selected(weights: Sequence[torch.Tensor], selection: Sequence[int] | None = None) -> WeightSet:
     """A set whose layers have seen an input and run in 8 bit."""
-    layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
+    layers = [registry.layer(weight, None, FORMAT, "minmax") for weight in weights]
     for layer in layers:
         layer.observed.update(noise(16, 24))
     made = set_of(weights, layers)
@@ -147,8 +148,9 @@ def test_new_parameter_takes_over_the_layer_of_the_old() -> None:
 
     old = made.layer("1")
     assert old is made.layers[1]
-    assert registry.layer(patched[1], None, BITS, "minmax", old=old) is old
-    assert registry.layer(patched[1], None, BITS, "mse", old=old) is not old
+    assert registry.layer(patched[1], None, FORMAT, "minmax", old=old) is old
+    assert registry.layer(patched[1], None, FORMAT, "mse", old=old) is not old
+    assert registry.layer(patched[1], None, FP8, "minmax", old=old) is not old
     following = set_of(patched, made.layers)
     handle = old.weight
     following.select(patched, range(3))
@@ -180,7 +182,7 @@ def test_same_values_elsewhere_are_not_quantized_again_in_vain() -> None:
 
 def test_calls_are_those_of_the_layer_that_saw_least() -> None:
     weights = weights_of(linears())
-    layers = [registry.layer(weight, None, BITS, "minmax") for weight in weights]
+    layers = [registry.layer(weight, None, FORMAT, "minmax") for weight in weights]
     first, second = set_of(weights[:2], layers[:2]), set_of(weights[1:], layers[1:])
     first.count_call("")
     first.count_call("")
@@ -191,7 +193,7 @@ def test_calls_are_those_of_the_layer_that_saw_least() -> None:
 
 def test_layer_that_is_called_twice_counts_once() -> None:
     (weight,) = weights_of(linears(1))
-    layer = registry.layer(weight, None, BITS, "minmax")
+    layer = registry.layer(weight, None, FORMAT, "minmax")
     made = set_of([weight], [layer, layer], [0, 0])
     made.count_call("")
     assert made.calls() == 1

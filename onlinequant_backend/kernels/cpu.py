@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from .. import compat
+from . import emulated
 
 _packed_weights: dict[int, torch.Tensor] = {}
 
@@ -56,6 +57,8 @@ def linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See ``reference.linear``; ``weight`` may be a handle."""
+    if xq.dtype is not torch.uint8:
+        return emulated.linear(xq, qparams, weight, weight_scale, bias, dtype)
     packed = _packed_weights.get(weight.data_ptr())
     if packed is None:
         packed = _pack_linear(weight)
@@ -85,8 +88,44 @@ def conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    channel_add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.conv``; ``weight`` may be a handle, the result is channels last."""
+    y = _conv(xq, qparams, weight, weight_scale, bias, stride, padding, dilation, dtype)
+    if channel_add is not None:
+        y = y + channel_add.reshape(*channel_add.shape, *[1] * (y.dim() - channel_add.dim()))
+    return y if residual is None else y + residual
+
+
+def geglu(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_qparams: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference.geglu``."""
+    value, gate = linear(xq, qparams, weight, weight_scale, bias, torch.float32).chunk(2, dim=-1)
+    y = value * torch.nn.functional.gelu(gate)
+    return y.to(dtype) if out_qparams is None else torch.ops.onlinequant.quantize(y, out_qparams, dtype, False)
+
+
+def _conv(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    if xq.dtype is not torch.uint8:
+        return emulated.conv(xq, qparams, weight, weight_scale, bias, stride, padding, dilation, dtype)
     packed = _packed_weights.get(weight.data_ptr())
     if packed is None:
         packed = _pack_conv(weight, stride, padding, dilation)

@@ -1,6 +1,6 @@
 """What every kernel must compute, in plain torch and float64: the oracle that the tests compare against.
 
-An activation is stored as unsigned integers q with x = (q - zero_point) * scale, a weight as signed
+An activation is stored as unsigned integers (or, with zero point 0, signed ones or 8-bit floats) q with x = (q - zero_point) * scale, a weight as signed
 integers w_q with w = w_q * weight_scale, one scale for each output channel (Jacob et al., "Quantization and
 Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2017, section 2).
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 
 def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """Turn uint8 ``xq`` of any shape back into float64; ``qparams`` is as in ``ops.quantize``."""
+    """Turn 8-bit ``xq`` of any shape back into float64; ``qparams`` is as in ``ops.quantize``."""
     _, zero_point, scale = qparams.double()
     return (xq.double() - zero_point) * scale
 
@@ -48,3 +48,16 @@ def conv(
     w = weight.double() * weight_scale.double().view(-1, *[1] * (weight.dim() - 1))
     b = None if bias is None else bias.double()
     return convolve(dequantize(xq, qparams), w, b, list(stride), list(padding), list(dilation)).to(dtype)
+
+
+def geglu(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``linear`` whose first half of columns is multiplied by GELU of the second; ``weight`` [2 N, K]."""
+    value, gate = linear(xq, qparams, weight, weight_scale, bias, torch.float64).chunk(2, dim=-1)
+    return (value * F.gelu(gate)).to(dtype)

@@ -12,7 +12,7 @@ from onlinequant_backend.kernels import cpu, reference
 from tests.graph_probe import host_precision
 
 TOP = 255  # of an activation
-WEIGHT_TOP = 2 ** (host_precision().weight_bits - 1) - 1
+WEIGHT_TOP = round(host_precision().format.weight_limit)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding of the result, and for float32 that of a few factors.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}

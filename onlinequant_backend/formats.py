@@ -1,0 +1,52 @@
+"""The 8-bit number formats: how activations and weights are stored."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way to store activations and weights in 8 bit.
+
+    Attributes:
+        name: of its own, for keys.
+        activation: dtype of activations. uint8 has a zero point; int8 and float8 are symmetric.
+        weight: dtype of weights, which are always symmetric.
+        weight_limit: largest magnitude of a stored weight.
+        headroom: what observed ranges are widened by before they are laid onto the format's.
+        linear_per_tensor: whether a linear weight has one scale instead of one for each output channel: cuBLAS is fast
+            with these only, and a floating format loses nothing by it.
+    """
+
+    name: str
+    activation: torch.dtype
+    weight: torch.dtype
+    weight_limit: float
+    headroom: float = 1
+    linear_per_tensor: bool = False
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        """The least and the largest stored activation."""
+        return LIMITS[self.activation]
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether weights live behind a handle, in oneDNN's own layout."""
+        return self.activation is torch.uint8
+
+
+# Of stored activations. -128 is spared, so that int8 is symmetric.
+LIMITS = {torch.uint8: (0.0, 255.0), torch.int8: (-127.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
+
+ONEDNN = Format("onednn", torch.uint8, torch.int8, 127)
+# For CPUs without VNNI or AMX, whose multiply-add sums two products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 would
+# saturate. Weights spread more evenly over their range than activations do, so they can better spare the bit.
+ONEDNN_7 = Format("onednn 7-bit weights", torch.uint8, torch.int8, 63)
+INT8 = Format("int8", torch.int8, torch.int8, 127)
+# A floating format rounds small and large numbers alike: half of its range kept free costs next to nothing, and an
+# activation that grows beyond what was observed, by a LoRA or another prompt, is not clipped.
+FP8 = Format("fp8", torch.float8_e4m3fn, torch.float8_e4m3fn, 448, headroom=2, linear_per_tensor=True)

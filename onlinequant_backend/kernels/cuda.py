@@ -1,0 +1,166 @@
+"""8-bit linear and convolution on NVIDIA GPUs: cuBLAS or Triton, whichever ``tuning`` knows to be faster for a shape."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import tuning
+from .tuning import CUBLAS, Tile
+
+
+def linear(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference.linear``."""
+    rows = xq.reshape(-1, xq.shape[-1])
+    tile = tuning.linear_tile(rows.shape[0], *weight.shape, xq.dtype)
+    y = run_linear(rows, qparams, weight, weight_scale, bias, dtype, tile)
+    return y.view(*xq.shape[:-1], weight.shape[0])
+
+
+def run_linear(
+    rows: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    tile: Tile,
+) -> torch.Tensor:
+    """``linear`` of [M, K] with the given tile."""
+    if tile.kernel == CUBLAS:
+        return _cublas(rows, qparams, weight, weight_scale, bias, dtype)
+    out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
+    if tile.kernel == "tma":
+        from .matmul import matmul
+
+        matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile)
+    else:
+        from .gather import gather_conv
+
+        gather_conv(rows, qparams[2:], weight, weight_scale, bias, (), (), (), out, tile)
+    return out
+
+
+def _cublas(
+    rows: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    fused = None if bias is None or dtype is torch.float32 else bias.to(dtype)
+    # Sums in the tensor cores' own precision: those of fp8 are of 14 bits of mantissa, plenty beside 3 of each factor.
+    y = torch._scaled_mm(
+        rows, weight.t(), qparams[2], weight_scale[0], bias=fused, out_dtype=dtype, use_fast_accum=True
+    )
+    return y if bias is None or fused is not None else y + bias
+
+
+def geglu(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_qparams: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``reference.geglu``; quantized to ``dtype`` by ``out_qparams`` if there are some."""
+    from .matmul import matmul
+
+    rows = xq.reshape(-1, xq.shape[-1])
+    out = rows.new_empty((rows.shape[0], weight.shape[0] // 2), dtype=dtype)
+    tile = tuning.geglu_tile(rows.shape[0], *weight.shape, xq.dtype)
+    matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile, out_qparams=out_qparams, geglu=True)
+    return out.view(*xq.shape[:-1], out.shape[1])
+
+
+def conv(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    dtype: torch.dtype,
+    residual: torch.Tensor | None = None,
+    channel_add: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See ``reference.conv``; channels last, as ``xq`` and ``weight`` are."""
+    geometry = (tuple(stride), tuple(padding), tuple(dilation))
+    tile = tuning.conv_tile(xq.shape, weight.shape, geometry, xq.dtype)
+    return run_conv(xq, qparams, weight, weight_scale, bias, geometry, dtype, residual, channel_add, tile)
+
+
+def run_conv(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    geometry: tuning.Geometry,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None,
+    channel_add: torch.Tensor | None,
+    tile: Tile,
+) -> torch.Tensor:
+    """``conv`` with the given tile."""
+    if tuning.is_pointwise(weight.shape, geometry):
+        return _pointwise_conv(xq, qparams, weight, weight_scale, bias, dtype, residual, channel_add, tile)
+    stride, padding, dilation = geometry
+    spatial = tuning.output_size(xq.shape[2:], weight.shape[2:], geometry)
+    layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
+    shape = (xq.shape[0], weight.shape[0], *spatial)
+    out = torch.empty(shape, dtype=dtype, device=xq.device, memory_format=layout)
+    if residual is not None:
+        residual = _channels_inside(residual.expand(shape).contiguous(memory_format=layout))
+    x, w, y = _channels_inside(xq), _channels_inside(weight), _channels_inside(out)
+    if channel_add is not None:
+        channel_add = channel_add.expand(shape[:2]).contiguous()
+    if tile.kernel == "tma":
+        from .conv import conv as tma_conv
+
+        if x.dim() == 5:  # temporal: frames are rows, pixels are columns
+            x, y, residual = (None if t is None else t.flatten(2, 3) for t in (x, y, residual))
+            w = w.flatten(2, 3)
+        tma_conv(x, qparams[2:], w, weight_scale, bias, padding[:2], y, tile, residual, channel_add)
+        return out
+    from .gather import gather_conv
+
+    gather_conv(x, qparams[2:], w, weight_scale, bias, stride, padding, dilation, y, tile, residual, channel_add)
+    return out
+
+
+def _pointwise_conv(
+    xq: torch.Tensor,
+    qparams: torch.Tensor,
+    weight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    residual: torch.Tensor | None,
+    channel_add: torch.Tensor | None,
+    tile: Tile,
+) -> torch.Tensor:
+    x = _channels_inside(xq)
+    y = run_linear(x.flatten(0, -2), qparams, weight.flatten(1), weight_scale, bias, dtype, tile)
+    y = y.view(*x.shape[:-1], y.shape[1]).movedim(-1, 1)
+    if channel_add is not None:
+        y = y + channel_add.view(*channel_add.shape, *[1] * (y.dim() - 2))
+    return y if residual is None else y + residual
+
+
+def _channels_inside(tensor: torch.Tensor) -> torch.Tensor:
+    """A channels-last tensor with its dimensions as they lie in memory."""
+    return tensor.permute(0, *range(2, tensor.dim()), 1)

@@ -1,0 +1,43 @@
+"""Whether any of many values, scattered over a GPU's memory, has changed: one kernel and one answer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 256
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+@triton.jit
+def _compare_kernel(addresses, expected, changed, n, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    address = tl.load(addresses + i, mask=i < n, other=0)
+    known = tl.load(expected + i, mask=i < n, other=0)
+    value = tl.load(address.to(tl.pointer_type(expected.dtype.element_ty)), mask=i < n, other=0)
+    tl.store(changed + tl.zeros_like(i), 1, mask=(i < n) & (value != known))
+
+
+class Samples:
+    """A snapshot of ``views``, of one dtype and on one GPU, that must live for as long as this does."""
+
+    def __init__(self, views: Sequence[torch.Tensor]) -> None:
+        device, size = views[0].device, views[0].element_size()
+        self._expected = torch.cat([view.flatten() for view in views]).view(_BITS[size])
+        offsets = [
+            view.data_ptr() + size * i * (view.stride(0) if view.dim() else 0)
+            for view in views
+            for i in range(view.numel())
+        ]
+        self._addresses = torch.tensor(offsets, dtype=torch.int64, device=device)
+        self._changed = torch.zeros(1, dtype=torch.int32, device=device)
+
+    def have_changed(self) -> bool:
+        """Whether any value is another one now, be it by a bit; waits for the GPU."""
+        n = len(self._addresses)
+        with torch.cuda.device(self._changed.device):
+            _compare_kernel[(triton.cdiv(n, _BLOCK),)](self._addresses, self._expected, self._changed, n, BLOCK=_BLOCK)
+        return bool(self._changed.item())

@@ -1,0 +1,177 @@
+"""Which kernel each shape runs on, and how that divides its work.
+
+Every shape has a few candidates, the first of which is a good guess. ``onlinequant_backend.selection`` times them and
+tells ``choose`` which is best; the choices are kept in the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+CUBLAS, TMA, GATHER = "cublas", "tma", "gather"
+# Stride, padding and dilation of a convolution.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel and how it divides the work.
+
+    Attributes:
+        kernel: "cublas" (the rest is its own affair), "tma" (operands fetched by the tensor memory accelerator, compute
+            capability 9.0 and later) or "gather" (any GPU, any geometry).
+        rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels.
+        warps, stages: of a Triton launch.
+        splits: programs that share the sum of one block, where there are too few blocks to fill the GPU.
+    """
+
+    kernel: str
+    rows: int = 0
+    columns: int = 0
+    depth: int = 0
+    warps: int = 0
+    stages: int = 0
+    splits: int = 1
+
+    pixels = property(lambda self: self.rows)
+    outputs = property(lambda self: self.columns)
+    inputs = property(lambda self: self.depth)
+
+
+_LINEAR = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_GEGLU = (Tile(TMA, 128, 64, 128, 4, 3), Tile(TMA, 128, 128, 128, 8, 3), Tile(TMA, 64, 64, 128, 4, 4))
+_CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
+_MAX_SPLITS = 16
+
+_chosen: dict[str, Tile] = {}
+
+
+def choose(choices: Mapping[str, Tile]) -> None:
+    """Run these shapes on these tiles from now on."""
+    _chosen.update(choices)
+
+
+def chosen() -> dict[str, Tile]:
+    """Every choice that was made in this process."""
+    return dict(_chosen)
+
+
+def linear_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """Names the shape of a linear layer."""
+    return f"linear {dtype} {M}x{K} {N}"
+
+
+def geglu_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """Names the shape of a linear layer with GEGLU."""
+    return f"geglu {dtype} {M}x{K} {N}"
+
+
+def conv_key(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> str:
+    """Names the shapes of a convolution."""
+    numbers = " ".join("x".join(map(str, part)) for part in (x, weight, *geometry))
+    return f"conv {dtype} {numbers}"
+
+
+def linear_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
+    """The tile of a linear layer: [M, K] by [N, K]."""
+    return _chosen.get(linear_key(M, N, K, dtype)) or linear_tiles(M, N, K, dtype)[0]
+
+
+def geglu_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
+    """The tile of a linear layer with GEGLU: [M, K] by [N, K]."""
+    return _chosen.get(geglu_key(M, N, K, dtype)) or geglu_tiles(M, N, K, dtype)[0]
+
+
+def conv_tile(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> Tile:
+    """The tile of a convolution: [N, C, *spatial] by [K, C, *kernel]."""
+    known = _chosen.get(conv_key(x, weight, geometry, dtype))
+    return known or conv_tiles(tuple(x), tuple(weight), geometry, dtype)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The candidates of a linear layer, the best guess first."""
+    if K % 16 or not _has_tma():
+        return _by_blocks(_GATHER, M, N)
+    own = _by_blocks(_LINEAR, M, N)
+    # cuBLAS has no fp8 product for a handful of rows.
+    return (Tile(CUBLAS), *own) if dtype.is_floating_point and N % 16 == 0 and M >= 16 else own
+
+
+@functools.lru_cache(maxsize=4096)
+def geglu_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The candidates of a linear layer with GEGLU; none where the kernel cannot run."""
+    return () if K % 16 or not _has_tma() else _by_blocks(_GEGLU, M, N // 2)
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_tiles(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype
+) -> tuple[Tile, ...]:
+    """The candidates of a convolution, the best guess first."""
+    pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
+    if is_pointwise(weight, geometry):
+        return linear_tiles(pixels, weight[0], weight[1], dtype)
+    tiles = _CONV if _fits_tma(weight, geometry) and _has_tma() else _GATHER
+    by_blocks = _by_blocks(tiles, pixels, weight[0])
+    blocks = _blocks(by_blocks[0], pixels, weight[0])
+    depth = math.ceil(weight[1] / 128) * math.prod(weight[2:])
+    splits = min(_processors() // max(blocks, 1), depth // 4, _MAX_SPLITS)
+    if tiles is _CONV and splits > 1:
+        wide = dataclasses.replace(_CONV[1], splits=min(_processors() // _blocks(_CONV[1], pixels, weight[0]), splits))
+        return (dataclasses.replace(by_blocks[0], splits=splits), wide, *by_blocks)
+    return by_blocks
+
+
+def is_pointwise(weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution is a linear layer over pixels."""
+    stride, padding, _ = geometry
+    return all(size == 1 for size in (*weight[2:], *stride)) and not any(padding)
+
+
+def output_size(spatial: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """The spatial dimensions of a convolution's result."""
+    return tuple(
+        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, dil in zip(spatial, kernel, *geometry, strict=True)
+    )
+
+
+def _fits_tma(weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution is one of stride 1 over rows and columns, or over frames alone."""
+    stride, padding, dilation = geometry
+    plain = all(number == 1 for number in (*stride, *dilation)) and weight[1] % 16 == 0
+    return plain and (len(weight) == 4 or (tuple(weight[3:]) == (1, 1) and tuple(padding[1:]) == (0, 0)))
+
+
+def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int) -> tuple[Tile, ...]:
+    """``tiles``, quickest first by a guess.
+
+    Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty. A block
+    takes a time that grows with its area, and a part that does not (fitted to convolutions on an H200).
+    """
+
+    def time(tile: Tile) -> float:
+        return math.ceil(_blocks(tile, rows, columns) / _processors()) * (tile.rows * tile.columns + 6500)
+
+    return tuple(sorted(tiles, key=time))
+
+
+def _blocks(tile: Tile, rows: int, columns: int) -> int:
+    return math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
+
+
+@functools.lru_cache(maxsize=1)
+def _processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@functools.lru_cache(maxsize=1)
+def _has_tma() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (9, 0)

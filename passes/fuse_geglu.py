@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph, ops
+from onlinequant_backend.kernels import tuning
+
+from .layer import PassContext, info_of
+
+
+def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Multiply by GELU, and quantize for the next layer, inside the 8-bit linear whose result is split in two.
+
+    Before::
+
+        %linear = call_function[target=onlinequant.linear](args = (%x, %qparams_0, %weight, %scale, %b, torch.float16))
+        %chunk = call_method[target=chunk](args = (%linear, 2), kwargs = {dim: -1})
+        %value = call_function[target=operator.getitem](args = (%chunk, 0))
+        %gate = call_function[target=operator.getitem](args = (%chunk, 1))
+        %gelu = call_function[target=torch._C._nn.gelu](args = (%gate,))
+        %mul = call_function[target=operator.mul](args = (%value, %gelu))
+        %quantize = call_function[target=onlinequant.quantize](args = (%mul, %qparams_1, torch.float8_e4m3fn, False))
+
+    After::
+
+        %quantize = call_function[target=onlinequant.geglu](
+            args = (%x, %qparams_0, %weight, %scale, %b, %qparams_1, torch.float8_e4m3fn))
+
+    The wide result never reaches memory. If anything but the quantize node reads ``%mul``, the fused op returns that.
+    Leaves alone what differs: the tanh approximation, more readers of a part, formats without a fused kernel.
+    """
+    if context.precision.format.is_packed:
+        return 0
+    fused = 0
+    for linear in list(graph_module.graph.nodes):
+        product = _product(linear) if linear.target is ops.linear and info_of(linear) is not None else None
+        if product is None or not _has_kernel(linear, context):
+            continue
+        result = _without_dropout(product)
+        x, qparams, weight, scale, bias, dtype = linear.args
+        quantize = _only_user(result)
+        if quantize is not None and quantize.target is ops.quantize and not quantize.args[3]:
+            result, out_qparams, dtype = quantize, quantize.args[1], quantize.args[2]
+        else:
+            out_qparams = None
+        with graph_module.graph.inserting_before(result):
+            geglu = graph_module.graph.call_function(
+                ops.geglu, (x, qparams, weight, scale, bias, out_qparams, dtype)
+            )
+        geglu.meta = dict(result.meta)
+        result.replace_all_uses_with(geglu)
+        _erase_back_to(graph_module, result, x)
+        fused += 1
+    return fused
+
+
+def _has_kernel(linear: fx.Node, context: PassContext) -> bool:
+    if context.device.type != "cuda":
+        return True
+    info = info_of(linear)
+    assert info is not None
+    N, K = info.weight_shape
+    return bool(tuning.geglu_tiles(info.flops // (2 * N * K), N, K, context.precision.format.activation))
+
+
+def _product(linear: fx.Node) -> fx.Node | None:
+    """The product of one half of ``linear`` with GELU of the other, if that is all that becomes of it."""
+    chunk = _only_user(linear)
+    if chunk is None or not _is_halving(chunk) or len(chunk.users) != 2:
+        return None
+    halves = {user.args[1]: user for user in chunk.users if user.target is operator.getitem}
+    value, gate = halves.get(0), halves.get(1)
+    gelu = None if gate is None else _only_user(gate)
+    if gelu is None or gelu.target is not torch._C._nn.gelu or graph.argument(gelu, 1, "approximate", "none") != "none":
+        return None
+    product = _only_user(gelu)
+    if product is None or product.target not in (operator.mul, operator.imul, torch.mul):
+        return None
+    return product if set(product.args) == {value, gelu} and value is not None and len(value.users) == 1 else None
+
+
+def _is_halving(node: fx.Node) -> bool:
+    if node.target not in ("chunk", torch.chunk) or graph.argument(node, 1, "chunks") != 2:
+        return False
+    last = graph.example(node.all_input_nodes[0]).dim() - 1
+    return graph.argument(node, 2, "dim", 0) in (-1, last)
+
+
+def _without_dropout(node: fx.Node) -> fx.Node:
+    """What a dropout that does nothing makes of ``node``, if it is the only reader."""
+    user = _only_user(node)
+    if user is not None and user.target is torch.nn.functional.dropout:
+        does_nothing = graph.argument(user, 1, "p", 0.5) == 0 or not graph.argument(user, 2, "training", True)
+        return user if does_nothing else node
+    return node
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _erase_back_to(graph_module: fx.GraphModule, node: Any, stop: Any) -> None:
+    """Erase ``node`` and everything before it that nothing reads any more, as far as ``stop``."""
+    if not isinstance(node, fx.Node) or node is stop or node.users or node.op == "placeholder":
+        return
+    inputs = node.all_input_nodes
+    graph_module.graph.erase_node(node)
+    for input in inputs:
+        _erase_back_to(graph_module, input, stop)

@@ -1,0 +1,90 @@
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph, ops
+
+from .layer import LayerInfo, PassContext, layer_nodes
+
+
+def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Make one product of 8-bit linears that read the same tensor: q, k and v, and k and v of all cross-attentions.
+
+    Before::
+
+        %q = call_function[target=onlinequant.linear](args = (%x, %qparams, %weight_0, %scale_0, None, torch.float16))
+        %k = call_function[target=onlinequant.linear](args = (%x, %qparams, %weight_1, %scale_1, None, torch.float16))
+
+    After::
+
+        %all = call_function[target=onlinequant.linear](args = (%x, %qparams, %merged_0, %scale, None, torch.float16))
+        %split = call_function[target=aten.split_with_sizes](args = (%all, [640, 640], -1))
+        %q = call_function[target=operator.getitem](args = (%split, 0))
+        %k = call_function[target=operator.getitem](args = (%split, 1))
+
+    One product of many columns fills the GPU where several of few do not, and it starts once. Leaves alone linears that
+    differ in dtype or in whether they have a bias, and any that ``context.merge`` refuses. Runs after
+    ``rewrite_linear``; every input of the replaced products that nothing else reads goes.
+    """
+    groups: dict[tuple[Any, ...], list[tuple[fx.Node, LayerInfo]]] = {}
+    for node, info in layer_nodes(graph_module):
+        if node.target is ops.linear:
+            x, qparams, _, _, bias, dtype = node.args
+            groups.setdefault((x, qparams, bias is None, dtype), []).append((node, info))
+    merged = 0
+    for members in groups.values():
+        indices = tuple(_index(info) for _, info in members)
+        if len(members) > 1 and context.merge(indices):
+            _merge(graph_module, members, indices, context)
+            merged += len(members)
+    return merged
+
+
+def _merge(
+    graph_module: fx.GraphModule,
+    members: list[tuple[fx.Node, LayerInfo]],
+    indices: tuple[int, ...],
+    context: PassContext,
+) -> None:
+    nodes = [node for node, _ in members]
+    first = nodes[0]
+    old_inputs = [node.args[i] for node in nodes for i in (2, 3)]
+    weight = graph.add_placeholder(graph_module, f"onlinequant_merged_weight_{indices[0]}")
+    scale = graph.add_placeholder(graph_module, f"onlinequant_merged_scale_{indices[0]}")
+    context.extra_inputs += [("merged_weight", indices), ("merged_weight_scale", indices)]
+    x, qparams, _, _, bias, dtype = first.args
+    sizes = [info.weight_shape[0] for _, info in members]
+    with graph_module.graph.inserting_before(first):
+        if bias is not None:
+            bias = graph_module.graph.call_function(torch.ops.aten.cat.default, ([node.args[4] for node in nodes],))
+        args = (x, qparams, weight, scale, bias, dtype)
+        product = graph_module.graph.call_function(ops.linear, args)
+        parts = graph_module.graph.call_function(torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
+        for i, node in enumerate(nodes):
+            part = graph_module.graph.call_function(operator.getitem, (parts, i))
+            part.meta = {key: value for key, value in node.meta.items() if key != "onlinequant"}
+            node.replace_all_uses_with(part)
+    for node in nodes:
+        graph_module.graph.erase_node(node)
+    _drop(graph_module, old_inputs, context)
+
+
+def _drop(graph_module: fx.GraphModule, inputs: list[Any], context: PassContext) -> None:
+    """Take away inputs that this rewriting had appended and that nothing reads any more."""
+    names = [node.name for node in graph.placeholders(graph_module)][-len(context.extra_inputs) :]
+    gone = {node.name for node in inputs if not node.users}
+    context.extra_inputs[:] = [
+        extra for extra, name in zip(context.extra_inputs, names, strict=True) if name not in gone
+    ]
+    for node in inputs:
+        if node.name in gone:
+            graph_module.graph.erase_node(node)
+
+
+def _index(info: LayerInfo) -> int:
+    assert info.index is not None
+    return info.index
