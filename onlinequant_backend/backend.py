@@ -35,7 +35,7 @@ def onlinequant(
     device = _device(example_inputs)
     resolved = precision.resolve(config.precision, device)
     analyzed = graph.copy_graph(graph_module)
-    run_passes(analyzed, ANALYZE, PassContext(config, resolved))
+    run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device))
     infos = [info for _, info in layer_nodes(analyzed)]
     entry = report.Report(
         model=compat.compiled_module_name(),

@@ -131,6 +131,8 @@ def _build(
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if device.type == "cuda":
+        # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
+        options.setdefault("realize_reads_threshold", 1)
         options["triton.cudagraphs"] = False  # ours take their place
         if config.cuda_graphs and not any(map(graph.writes_in_place, rewritten.graph.nodes)):
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}

@@ -28,7 +28,15 @@ from pathlib import Path
 import platformdirs
 
 from . import eviction, listing, locks
-from .entry import CALIBRATION_FILE, MAX_BYTES, STATS_FILE, Calibration, InvalidEntryError, parse_object
+from .entry import (
+    AUTOTUNING_FILE,
+    CALIBRATION_FILE,
+    MAX_BYTES,
+    STATS_FILE,
+    Calibration,
+    InvalidEntryError,
+    parse_object,
+)
 from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
 from .files import TEMPORARY, TRASH, check_private, insecurity, make_private, publish_folder, read_file
 from .files import directory_size as directory_size
@@ -122,20 +130,37 @@ class Cache:
             return stat.S_ISDIR(folder.lstat().st_mode) and stat.S_ISREG((folder / CALIBRATION_FILE).lstat().st_mode)
         return False
 
-    def publish(self, key: str, calibration: Calibration, stats: str) -> Path | None:
+    def publish(self, key: str, calibration: Calibration, stats: str, autotuning: str | None = None) -> Path | None:
         """Make these the entry of ``key``, then evict what is over the limit.
 
-        ``stats``: JSON. Returns where ``quantization_stats.json`` lies; None if it could not be written.
+        ``stats``, ``autotuning``: JSON. Returns where ``quantization_stats.json`` lies; None if it was not written.
         """
         _check_key(key)
         if self.root is None:
             return None
         with going_on("cannot write to the cache %s", self.root):
             files = {CALIBRATION_FILE: calibration.to_bytes(key), STATS_FILE: stats.encode()}
+            if autotuning is not None:
+                files[AUTOTUNING_FILE] = autotuning.encode()
             folder = publish_folder(self.root, ENTRIES, key, files)
             with going_on("cannot make room in the cache %s", self.root):
                 eviction.evict(self.root, self._limit, {folder, _inductor_folder(self.root, key), *_in_use})
             return folder / STATS_FILE
+        return None
+
+    def load_autotuning(self, key: str) -> str | None:
+        """What was measured for ``key``, or for another checkpoint or size of its model on such a machine: JSON that
+        has not been checked. None if there is nothing."""
+        _check_key(key)
+        if self.root is None:
+            return None
+        with going_on("cannot read the cache %s", self.root):
+            alike = [path for path in eviction.paths(self.root, ENTRIES) if path.name[:16] == key[:16]]
+            alike = [path for path in alike if path.name[32:48] == key[32:48]]
+            for path in sorted(alike, key=lambda path: path.name != key):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+                    if insecurity(path, path.lstat()) is None:
+                        return read_file(path / AUTOTUNING_FILE, MAX_BYTES).decode()
         return None
 
     def lock(self, key: str, timeout: float) -> Lock | None:

@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("local", "end_to_end")
 CALIBRATION_METHODS = ("mse", "minmax")
 CUDA_GRAPHS = ("auto", True, False)
+SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
 # Options that cannot change the result.
 _HOUSEKEEPING = ("cache_dir", "cache_size_limit", "lock_timeout")
@@ -36,6 +37,8 @@ class QuantConfig:
         calibration_method: "mse" clips each range where the squared error is least; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float.
         sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
+        selection: "density" keeps layers below the thresholds in float; "measured" those that are not faster in 8 bit
+            when timed at their real shapes, whatever the thresholds (CUDA only); "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
         free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
@@ -56,6 +59,7 @@ class QuantConfig:
     calibration_method: str = "mse"
     exclude: tuple[str, ...] = ()
     sensitivity: str = "local"
+    selection: str = "auto"
     shapes: str = "auto"
     free_float_weights: bool = False
     cache_dir: str | None = None
@@ -83,6 +87,7 @@ class QuantConfig:
         _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
+        _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("shapes", self.shapes, SHAPES)
         _check_choice("free_float_weights", self.free_float_weights, (True, False))
         for name, unit in (("cache_size_limit", "GB"), ("lock_timeout", "seconds")):

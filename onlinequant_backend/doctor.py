@@ -144,9 +144,9 @@ def _describe_cache(cache_dir: str | None) -> str:
     return f"{directory}, {listing.human_size(cache.directory_size(directory))}, {state}"
 
 
-def _outcome(check: Callable[[int], float], bits: int) -> str:
+def _outcome(check: Callable[[int], float], limit: int) -> str:
     try:
-        error = check(bits)
+        error = check(limit)
     except Exception as exception:
         return f"{type(exception).__name__}: {exception}".splitlines()[0]
     return "ok" if error < _TOLERANCE else f"relative error {error:.2g} against the reference"
@@ -156,7 +156,7 @@ _Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.
 
 
 def _operands(limit: int, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Operands:
-    """Random ``xq``, ``qparams``, and an int8 weight within ``limit`` of zero, its scales and a bias, as the ops take them."""
+    """What the ops take: random ``xq``, ``qparams``, an int8 weight within ``limit`` of zero, its scales and a bias."""
     generator = torch.Generator().manual_seed(0)
     scale = 0.02
     return (

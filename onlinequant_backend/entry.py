@@ -17,6 +17,7 @@ from typing import Any
 
 # The files of an entry.
 CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
+AUTOTUNING_FILE = "autotuning.json"  # on GPUs
 FORMAT, VERSION = "onlinequant-calibration", "1"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20

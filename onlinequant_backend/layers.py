@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 # Values of a weight that are quantized at a time: 4 MiB as float32.
 _BLOCK = 2**20
+# No weight is taken for smaller than this, so that scales are normal numbers.
+_LEAST = torch.finfo(torch.float32).tiny * 2**20
 
 
 class Generation:
@@ -161,13 +163,13 @@ class Layer:
     def requantize(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change."""
         with torch.inference_mode(False), torch.no_grad():
-            merged = self.merged
-            q, scale = quantize_weight(weight, self.format, None if merged is None else merged.least_scale())
-            if merged is not None:
-                merged.change_scale(self, scale)
+            shared = None
+            if self.merged is not None and self.merged.shares_scale:
+                shared = self.merged.lay(self, float(scale_of(weight, self.format)))
+            q, scale = quantize_weight(weight, self.format, shared)
             if self.weight is None or self.weight_scale is None:
                 self.weight, self.weight_scale = self._new_copy(q), scale
-            else:
+            elif shared is None:
                 self.weight_scale.copy_(scale)
             geometry = self.geometry
             if not self.format.is_packed:
@@ -243,29 +245,30 @@ class Layer:
         self.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
 
 
+def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
+    """The scale of a whole weight, a 0-d float32 power of two: rounding stays the same as with any other, and small
+    changes of the weight leave it alone. Not finite if the weight is not."""
+    low, high = (bound.float() for bound in torch.aminmax(weight.detach()))
+    exact = torch.maximum(-low, high).clamp_(min=_LEAST) / format.weight_limit
+    return torch.exp2(torch.ceil(torch.log2(exact)))
+
+
 def quantize_weight(
-    weight: torch.Tensor, format: Format = ONEDNN, least_scale: torch.Tensor | None = None
+    weight: torch.Tensor, format: Format = ONEDNN, scale_of_all: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
 
     ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
-    [1] for a linear weight (or that of a 1x1 convolution) if
-    ``format.linear_per_tensor``. A channel with NaN or infinity gets a scale that is not
-    finite, so that the layer's output is not finite either, as in float. ``least_scale``: what a scale for all
-    channels must not be below.
+    [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
+    infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
+    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``.
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
     per_tensor = format.linear_per_tensor and weight[0].numel() == weight.shape[1]
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    least = torch.finfo(torch.float32).tiny * 2**20
     if per_tensor:
-        low, high = (bound.float() for bound in torch.aminmax(weight))
-        exact = torch.maximum(-low, high).clamp_(min=least) / format.weight_limit
-        # A power of two: rounding stays the same, and small changes of the weight leave the scale alone.
-        scale.copy_(torch.exp2(torch.ceil(torch.log2(exact))))
-        if least_scale is not None:
-            scale = torch.maximum(scale, least_scale)
+        scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
     # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
     rows = max(1, (_BLOCK if weight.device.type == "cpu" else 64 * _BLOCK) // weight.shape[1:].numel())
     scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
@@ -274,7 +277,7 @@ def quantize_weight(
         flat = block.flatten(1)
         if not per_tensor:
             largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
-            scale_block.copy_(largest.clamp_(min=least).div_(format.weight_limit))
+            scale_block.copy_(largest.clamp_(min=_LEAST).div_(format.weight_limit))
         # No clamping: with such a scale nothing rounds to more than the limit.
         flat.div_(scale_block[:, None])
         q_block.copy_(block if format.weight.is_floating_point else block.round_())

@@ -2,8 +2,8 @@
 
 ``onlinequant::quantize`` is a composite: AOTAutograd decomposes it, and Inductor fuses it into whatever produced its
 input (GroupNorm and SiLU, LayerNorm, a residual add). ``onlinequant::linear``, ``onlinequant::geglu`` and
-``onlinequant::conv`` are opaque: one kernel each, with scale, bias and what else there is in its epilogue. Scales are tensors, never Python numbers, so that equal layers share
-one generated kernel and a changed scale needs no new compile.
+``onlinequant::conv`` are opaque: one kernel each, with scale, bias and what else there is in its epilogue. Scales are
+tensors, never Python numbers, so that equal layers share one generated kernel and a changed scale needs no new compile.
 """
 
 from __future__ import annotations
@@ -23,6 +23,16 @@ _WEIGHTED = "Tensor xq, Tensor qparams, Tensor weight, Tensor weight_scale, Tens
 _library.define("quantize(Tensor x, Tensor qparams, ScalarType dtype, bool channels_last, bool clamp=True) -> Tensor")
 _library.define(f"linear({_WEIGHTED}, ScalarType dtype) -> Tensor", tags=_tags)
 _library.define(f"geglu({_WEIGHTED}, Tensor? out_qparams, ScalarType dtype) -> Tensor", tags=_tags)
+_library.define(
+    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor qparams, ScalarType dtype) "
+    "-> (Tensor, Tensor)",
+    tags=_tags,
+)
+_library.define(
+    "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor qparams, "
+    "ScalarType dtype) -> Tensor",
+    tags=_tags,
+)
 _library.define(
     f"conv({_WEIGHTED}, int[] stride, int[] padding, int[] dilation, ScalarType dtype, "
     "Tensor? residual=None, Tensor? channel_add=None) -> Tensor",
@@ -73,6 +83,33 @@ def _geglu_fake(
     return xq.new_empty((*xq.shape[:-1], weight.shape[0] // 2), dtype=dtype)
 
 
+def _layer_norm_fake(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    total = x.new_empty(x.shape if residual is not None else (0,))
+    return total, x.new_empty(x.shape, dtype=dtype)
+
+
+def _group_norm_fake(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    silu: bool,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+
+
 def _conv_fake(
     xq: torch.Tensor,
     qparams: torch.Tensor,
@@ -96,12 +133,20 @@ def _conv_fake(
 
 
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
-for _name, _fake in (("linear", _linear_fake), ("geglu", _geglu_fake), ("conv", _conv_fake)):
+for _name, _fake in (
+    ("linear", _linear_fake),
+    ("geglu", _geglu_fake),
+    ("layer_norm", _layer_norm_fake),
+    ("group_norm", _group_norm_fake),
+    ("conv", _conv_fake),
+):
     _library.impl(_name, getattr(cpu, _name), "CPU")
     _library.impl(_name, getattr(cuda, _name), "CUDA")
     torch.library.register_fake(f"onlinequant::{_name}", _fake, lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default
 linear = torch.ops.onlinequant.linear.default
+layer_norm = torch.ops.onlinequant.layer_norm.default
+group_norm = torch.ops.onlinequant.group_norm.default
 geglu = torch.ops.onlinequant.geglu.default
 conv = torch.ops.onlinequant.conv.default

@@ -68,8 +68,15 @@ class Entry:
                 layer.restore(layer_saved, saved.calls, keys.weights_part(self.key))
         return True
 
-    def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report) -> None:
-        """Save what was observed, and the report beside it, and let others in; ``fingerprint``: of the weights now."""
+    def load_autotuning(self) -> str | None:
+        """What another process has measured of this model's layers; see ``Cache.load_autotuning``."""
+        return self._cache.load_autotuning(self.key)
+
+    def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
+        """Save what was observed and measured, and the report beside it, and let others in.
+
+        ``fingerprint``: of the weights now.
+        """
         weights = keys.weights_part(self.key)
         # A LoRA may have come since: then these are not the ranges of the weights that the key stands for.
         known = all(layer.calibrated_for == weights for layer in layers)
@@ -78,7 +85,7 @@ class Entry:
             report.key = self.key
             with going_on("cannot save the calibration"):
                 stats = json.dumps(report.to_dict(), indent=2, default=repr) + "\n"
-                path = self._cache.publish(self.key, self._calibration(layers, report), stats)
+                path = self._cache.publish(self.key, self._calibration(layers, report), stats, autotuning)
                 report.stats_path = None if path is None else str(path)
         # Also where calibrating was begun at another size, whose graph may never be called again.
         for entry in list(_entries):

@@ -56,7 +56,7 @@ def _cuda_format(precision: str, device: torch.device) -> Format | str:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, which CUDA builds of torch bring along"
     capability = torch.cuda.get_device_capability(device)
-    needed = (8, 9) if precision == "fp8" else (7, 5)
+    needed = (8, 9) if precision == "fp8" else (8, 0)  # Triton has no int8 products for older ones
     if capability < needed:
         have, need = (".".join(map(str, version)) for version in (capability, needed))
         return f"this GPU's compute capability is {have}, and {precision} needs {need}"

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import graph, keys, shapes
+from . import graph, keys, selection, shapes
 from .build import CompiledGraph, build
 from .cache import Cache
 from .calibration import Observation
@@ -194,7 +194,9 @@ class QuantizedGraph:
         return self._entries[weights]
 
     def _publish(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
-        self._entries[weights].publish(weights.layers, self._fingerprint(weights, parameters), self._report)
+        autotuning = selection.dump(self._infos, self._precision.format) if self._device.type == "cuda" else None
+        fingerprint = self._fingerprint(weights, parameters)
+        self._entries[weights].publish(weights.layers, fingerprint, self._report, autotuning)
 
     def _fingerprint(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> str:
         if weights.has_freed():  # and so has not changed since it was calibrated
@@ -214,14 +216,14 @@ class QuantizedGraph:
         weights.quantize(parameters, [i for i, info in enumerate(self._infos) if info.quantized])
         refusals = [layer.refusal() for layer in weights.layers]
         if not self._decided:
-            self._decide(weights, refusals)
+            self._decide(parameters, weights, refusals)
         weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
         if self._compiled and weights in self._entries:  # no compile will come, after which it would be published
             self._report.phase = "quantized" if weights.selection else "float"
             self._publish(parameters, weights)
 
-    def _decide(self, weights: WeightSet, refusals: Sequence[str | None]) -> None:
+    def _decide(self, parameters: Sequence[torch.Tensor], weights: WeightSet, refusals: Sequence[str | None]) -> None:
         for info, layer in zip(self._infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
         context = PassContext(
@@ -230,7 +232,12 @@ class QuantizedGraph:
             measured=True,
             unusable={info.name: why for info, why in zip(self._infos, refusals, strict=True) if why is not None},
             freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.freed),
+            device=self._device,
         )
+        if context.measures_speed:
+            selection.restore(self._entry(weights, parameters).load_autotuning())
+            slow = selection.measure(self._graph, self._precision.format, self._device)
+            context.unusable = {**slow, **context.unusable}
         run_passes(self._graph, SELECT, context)
         self._decided = True
         self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]

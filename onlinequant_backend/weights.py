@@ -169,12 +169,13 @@ class WeightSet:
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
-        changed = 0
-        # Twice: a merged weight that has become finite again marks the other layers' parts as stale.
-        for layers in (indices, [index for index in indices if self.layers[index].merged is not None]):
-            for index in layers:
-                changed += self.layers[index].refresh(parameters[self._candidates[index]])
-        return changed
+        stale: set[Layer] = set()
+        # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
+        for some in (indices, [index for index in indices if self.layers[index].merged is not None]):
+            for index in some:
+                if self.layers[index].refresh(parameters[self._candidates[index]]):
+                    stale.add(self.layers[index])
+        return len(stale)
 
     def merge(self, indices: Sequence[int]) -> MergedWeight | None:
         """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
@@ -182,6 +183,8 @@ class WeightSet:
         known = layers[0].merged
         if known is not None and list(known.layers) == layers:
             return known
+        if layers[0].format.is_packed:  # these are handles, of one byte
+            return None
         if len(set(layers)) < len(layers) or any(layer.merged is not None for layer in layers):
             return None
         merged = MergedWeight(layers)

@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 import torch.fx as fx
 
 from .annotate_density import annotate_density
+from .drop_identities import drop_identities
 from .drop_unused_inputs import drop_unused_inputs
+from .fuse_channel_add import fuse_channel_add
 from .fuse_geglu import fuse_geglu
+from .fuse_group_norm import fuse_group_norm
+from .fuse_layer_norm import fuse_layer_norm
 from .insert_observers import insert_observers
 from .keep_output_layout import keep_output_layout
-from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes
+from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes, layer_reads
 from .merge_linears import merge_linears
 from .name_layers import name_layers
 from .quantize_inputs import quantize_inputs
@@ -31,6 +35,7 @@ __all__ = [
     "PassContext",
     "info_of",
     "layer_nodes",
+    "layer_reads",
     "run_passes",
 ]
 
@@ -43,6 +48,10 @@ REWRITE: tuple[Pass, ...] = (
     quantize_inputs,
     rewrite_linear,
     rewrite_conv,
+    drop_identities,
+    fuse_group_norm,
+    fuse_layer_norm,
+    fuse_channel_add,
     merge_linears,
     fuse_geglu,
     keep_output_layout,

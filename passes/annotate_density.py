@@ -29,6 +29,7 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
             info.reason = "its shapes are not known"
             continue
         info.input_shape, info.weight_shape, info.output_shape = (_shape(tensor) for tensor in (x, weight, y))
+        info.dtype = y.dtype
         info.flops = _flops(node, info)
         info.bytes = sum(math.prod(_shape(tensor)) * tensor.element_size() for tensor in (x, weight, y))
         changed += 1

@@ -48,9 +48,7 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
         else:
             out_qparams = None
         with graph_module.graph.inserting_before(result):
-            geglu = graph_module.graph.call_function(
-                ops.geglu, (x, qparams, weight, scale, bias, out_qparams, dtype)
-            )
+            geglu = graph_module.graph.call_function(ops.geglu, (x, qparams, weight, scale, bias, out_qparams, dtype))
         geglu.meta = dict(result.meta)
         result.replace_all_uses_with(geglu)
         _erase_back_to(graph_module, result, x)
@@ -63,8 +61,9 @@ def _has_kernel(linear: fx.Node, context: PassContext) -> bool:
         return True
     info = info_of(linear)
     assert info is not None
-    N, K = info.weight_shape
-    return bool(tuning.geglu_tiles(info.flops // (2 * N * K), N, K, context.precision.format.activation))
+    outputs, inputs = info.weight_shape
+    rows = info.flops // (2 * outputs * inputs)
+    return bool(tuning.geglu_tiles(rows, outputs, inputs, context.precision.format.activation))
 
 
 def _product(linear: fx.Node) -> fx.Node | None:
@@ -107,7 +106,7 @@ def _erase_back_to(graph_module: fx.GraphModule, node: Any, stop: Any) -> None:
     """Erase ``node`` and everything before it that nothing reads any more, as far as ``stop``."""
     if not isinstance(node, fx.Node) or node is stop or node.users or node.op == "placeholder":
         return
-    inputs = node.all_input_nodes
+    read = node.all_input_nodes
     graph_module.graph.erase_node(node)
-    for input in inputs:
-        _erase_back_to(graph_module, input, stop)
+    for before in read:
+        _erase_back_to(graph_module, before, stop)

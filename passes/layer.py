@@ -60,6 +60,8 @@ class LayerInfo:
         geometry: of a convolution that could be quantized, else None.
         index: position among the layers that could be quantized, which are observed; None for all others.
         sensitivity: error that 8 bit costs, once measured.
+        dtype: of its output.
+        float_us, quantized_us: microseconds in float and in 8 bit, where they were measured.
         quantized: whether it runs in 8 bit.
         reason: why, or why not.
     """
@@ -75,6 +77,9 @@ class LayerInfo:
     geometry: ConvGeometry | None = None
     index: int | None = None
     sensitivity: Sensitivity | None = None
+    dtype: torch.dtype = torch.float32
+    float_us: float | None = None
+    quantized_us: float | None = None
     quantized: bool = False
     reason: str = "not decided yet"
 
@@ -96,6 +101,8 @@ class LayerInfo:
             sensitivity=self.sensitivity.relative if self.sensitivity else None,
             mae=self.sensitivity.mae if self.sensitivity else None,
             mse=self.sensitivity.mse if self.sensitivity else None,
+            float_us=self.float_us,
+            quantized_us=self.quantized_us,
             quantized=self.quantized,
             reason=self.reason,
         )
@@ -113,7 +120,7 @@ class PassContext:
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         device: where the graph runs.
         merge: makes one weight of those of several layers, by their indices; returns whether it could.
-        extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of the merged ones).
+        extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
     """
 
     config: QuantConfig
@@ -125,6 +132,11 @@ class PassContext:
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
+
+    @property
+    def measures_speed(self) -> bool:
+        """Whether layers are selected by measured times instead of by their compute density."""
+        return self.device.type == "cuda" and self.config.selection != "density"
 
     @property
     def saturates(self) -> bool:

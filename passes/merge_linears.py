@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -9,6 +10,9 @@ import torch.fx as fx
 from onlinequant_backend import graph, ops
 
 from .layer import LayerInfo, PassContext, layer_nodes
+
+# Tensor methods whose result shares its memory with their input.
+_VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
 
 
 def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -27,14 +31,16 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
         %k = call_function[target=operator.getitem](args = (%split, 1))
 
     One product of many columns fills the GPU where several of few do not, and it starts once. Leaves alone linears that
-    differ in dtype or in whether they have a bias, and any that ``context.merge`` refuses. Runs after
-    ``rewrite_linear``; every input of the replaced products that nothing else reads goes.
+    differ in dtype or in whether they have a bias, those with a bias that is computed or that the graph returns (Dynamo
+    guards on strides, and these are views now), and any that ``context.merge`` refuses. Runs after ``rewrite_linear``;
+    every input of the replaced products that nothing else reads goes.
     """
     groups: dict[tuple[Any, ...], list[tuple[fx.Node, LayerInfo]]] = {}
     for node, info in layer_nodes(graph_module):
-        if node.target is ops.linear:
+        if node.target is ops.linear and not _is_returned(node):
             x, qparams, _, _, bias, dtype = node.args
-            groups.setdefault((x, qparams, bias is None, dtype), []).append((node, info))
+            if bias is None or (isinstance(bias, fx.Node) and bias.op == "placeholder"):
+                groups.setdefault((x, qparams, bias is None, dtype), []).append((node, info))
     merged = 0
     for members in groups.values():
         indices = tuple(_index(info) for _, info in members)
@@ -42,6 +48,18 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
             _merge(graph_module, members, indices, context)
             merged += len(members)
     return merged
+
+
+def _readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything that reads ``node`` or what shares its memory."""
+    for user in node.users:
+        yield user
+        if (user.op == "call_method" and user.target in _VIEWS) or graph.writes_in_place(user):
+            yield from _readers(user)
+
+
+def _is_returned(node: fx.Node) -> bool:
+    return any(reader.op == "output" for reader in _readers(node))
 
 
 def _merge(
@@ -65,6 +83,9 @@ def _merge(
         product = graph_module.graph.call_function(ops.linear, args)
         parts = graph_module.graph.call_function(torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         for i, node in enumerate(nodes):
+            for reader in _readers(node):
+                if reader.op == "call_method" and reader.target == "view":
+                    reader.target = "reshape"  # rows of a part do not lie one behind the other: there may be no view
             part = graph_module.graph.call_function(operator.getitem, (parts, i))
             part.meta = {key: value for key, value in node.meta.items() if key != "onlinequant"}
             node.replace_all_uses_with(part)

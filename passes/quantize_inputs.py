@@ -17,7 +17,8 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
 
     After::
 
-        %quantize = call_function[target=onlinequant.quantize](args = (%x, %onlinequant_qparams_0, torch.uint8, False, True))
+        %quantize = call_function[target=onlinequant.quantize](
+            args = (%x, %onlinequant_qparams_0, torch.uint8, False, True))
         %q = call_function[target=torch._C._nn.linear](args = (%quantize, %wq))
         %k = call_function[target=torch._C._nn.linear](args = (%quantize, %wk))
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
+import operator
 
 import torch
 import torch.fx as fx
@@ -19,6 +20,8 @@ from .layer import (
     weight_parameter,
 )
 
+# Nodes from the input of a residual block to its end, at most.
+_BLOCK_LENGTH = 32
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -26,7 +29,8 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     """Decide for every layer whether it runs in 8 bit, and write down why.
 
     Before: ``LayerInfo(quantized=False, reason="not decided yet")``. After: ``quantized`` and ``reason`` are set, in
-    this order: what cannot be quantized, density thresholds, percentages (least sensitive first), ``exclude``.
+    this order: what cannot be quantized, density thresholds (or, on GPUs, measured times), percentages (least sensitive
+    first), ``exclude``.
 
     Runs twice: before observing, when percentages rule nothing out but 0, and again once the sensitivities are
     measured. The first time numbers all layers that could be quantized (``LayerInfo.index``), wanted or not: they are
@@ -40,7 +44,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
         if impossible is None and not context.measured:
             info.index = possible
             possible += 1
-        refusal = impossible or _refused_by_options(info, context)
+        refusal = impossible or _refused_by_options(info, context) or _refused_for_quality(node, info, context)
         info.quantized, info.reason = (
             refusal is None,
             refusal or ("selected" if context.measured else "candidate, being observed"),
@@ -63,11 +67,40 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
     if context.precision.name == "float":
         return f"float: {context.precision.reason}"
     threshold = getattr(config, f"{info.kind}_compute_density_threshold")
-    if info.density < threshold:
+    if info.density < threshold and not context.measures_speed:
         return f"density {info.density:.4g} is below the threshold of {threshold:g} FLOPs per byte"
     if getattr(config, f"quantized_{info.kind}_percentage") == 0:
         return f"quantized_{info.kind}_percentage is 0"
     return context.unusable.get(info.name)
+
+
+def _refused_for_quality(node: fx.Node, info: LayerInfo, context: PassContext) -> str | None:
+    if context.precision.format.activation.is_floating_point and _is_shortcut(node, info):
+        return "a shortcut around a residual block: its error would be the whole picture's, and it takes little time"
+    return None
+
+
+def _is_shortcut(node: fx.Node, info: LayerInfo) -> bool:
+    """Whether a 1x1 convolution is added to what other layers have made of its own input."""
+    if info.kind != "conv" or any(size != 1 for size in info.weight_shape[2:]) or len(node.users) != 1:
+        return False
+    add = next(iter(node.users))
+    if add.target not in (operator.add, operator.iadd, torch.add):
+        return False
+    x = graph.argument(node, 0, "input")
+    return any(other is not node and _is_made_of(other, x) for other in add.all_input_nodes)
+
+
+def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
+    """Whether ``source`` is among what ``node`` was computed from, a residual block back at most."""
+    seen = {node}
+    front = [node]
+    for _ in range(_BLOCK_LENGTH):
+        front = [value for reader in front for value in reader.all_input_nodes if value not in seen]
+        if source in front:
+            return True
+        seen.update(front)
+    return False
 
 
 def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassContext) -> None:

@@ -11,14 +11,20 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from onlinequant_backend import graph, precision
+from onlinequant_backend import formats, graph, precision
 from onlinequant_backend.calibration import Observation
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.layers import Layer, Sensitivity
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from onlinequant_backend.precision import Precision
+from onlinequant_backend.weights import WeightSet
 
 EIGHT_BITS = Precision("int8", "the test says so")
+# What a GPU computes in, and a CPU emulates: formats without packed weights, for which there are fused kernels.
+SYMMETRIC = (
+    Precision("int8", "the test says so", formats.INT8),
+    Precision("fp8", "the test says so", formats.FP8),
+)
 EVERY_LAYER: dict[str, Any] = {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}
 
 
@@ -164,8 +170,18 @@ class GraphProbe:
         for info in self.infos:
             if info.index is not None:
                 layers[info.index].refresh(self.inputs[info.weight])
+        weights = _set_of(layers)
+        self.context.merge = lambda indices: weights.merge(indices) is not None
         return layers
 
     def call_quantized(self, layers: Sequence[Layer]) -> Any:
         """Run a rewritten graph eagerly; ``layers`` hold what the rewriting passes asked for."""
-        return self.call(*(getattr(layers[index], what) for what, index in self.context.extra_inputs))
+        weights = _set_of(layers)
+        return self.call(*(weights.extra(what, of) for what, of in self.context.extra_inputs))
+
+
+def _set_of(layers: Sequence[Layer]) -> WeightSet:
+    """The set of weights of ``layers``, as far as rewriting asks for it."""
+    weights = WeightSet((), (), (), (), layout=0)
+    weights.layers = layers
+    return weights

@@ -22,6 +22,7 @@ DEFAULTS = {
     "calibration_method": "mse",
     "exclude": [],
     "sensitivity": "local",
+    "selection": "auto",
     "shapes": "auto",
     "free_float_weights": False,
     "cache_dir": None,

@@ -141,6 +141,27 @@ def test_opcheck_geglu(shape: tuple[int, ...], dtype: torch.dtype, quantized: bo
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("shape", "dtype"), list(zip([(2, 8, 3, 4), (1, 8, 1, 1), (2, 8, 2, 3, 4)], DTYPES, strict=True)))
+@pytest.mark.parametrize("affine", [False, True])
+def test_opcheck_group_norm(shape: tuple[int, ...], dtype: torch.dtype, affine: bool, format: Format) -> None:
+    weight, bias = noise(2, 8, dtype=dtype) if affine else (None, None)
+    x = noise(*shape, dtype=dtype)
+    check(ops.group_norm, (x, 4, weight, bias, 1e-5, affine, qparams(-3, 3, format), format.activation))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("silu", [False, True])
+@pytest.mark.parametrize("shape", [(2, 12, 5, 4), (1, 12, 2, 3, 4)])
+def test_group_norm_matches_the_reference(shape: tuple[int, ...], silu: bool, format: Format) -> None:
+    x, weight, bias, scales = noise(*shape), noise(12, seed=2), noise(12, seed=3), qparams(-3, 3, format)
+    expected = reference.group_norm(x, 3, weight, bias, 1e-5, silu)
+    xq = ops.group_norm(x, 3, weight, bias, 1e-5, silu, scales, format.activation)
+    assert xq.is_contiguous(memory_format=torch.channels_last if len(shape) == 4 else torch.channels_last_3d)
+    same = xq.float() == ops.quantize(expected, scales, format.activation, True).float()
+    assert same.double().mean() > 0.99  # float32 may round another way
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize(
     ("shape", "weight_shape", "stride", "padding", "dilation", "dtype", "added"),
     [

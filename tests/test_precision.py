@@ -86,13 +86,13 @@ def test_fp8_on_a_cpu_is_emulated_if_asked_for(has: SetFlags, flags: tuple[str, 
     ("capability", "automatic", "possible"),
     [
         ((7, 0), "float", ()),
-        ((7, 5), "int8", ("int8",)),
+        ((8, 0), "int8", ("int8",)),
         ((8, 6), "int8", ("int8",)),
         ((8, 9), "fp8", ("int8", "fp8")),
         ((9, 0), "fp8", ("int8", "fp8")),
         ((12, 0), "fp8", ("int8", "fp8")),
     ],
-    ids=["Volta", "Turing", "Ampere", "Ada", "Hopper", "Blackwell"],
+    ids=["Volta", "Ampere (A100)", "Ampere (RTX 30)", "Ada", "Hopper", "Blackwell"],
 )
 def test_what_a_gpu_can_do(
     gpu: Callable[..., None], capability: tuple[int, int], automatic: str, possible: tuple[str, ...]
@@ -102,7 +102,7 @@ def test_what_a_gpu_can_do(
     resolved = precision.resolve("auto", CUDA)
     assert resolved.name == automatic
     if automatic == "float":
-        assert resolved.reason == "this GPU's compute capability is 7.0, and int8 needs 7.5"
+        assert resolved.reason == "this GPU's compute capability is 7.0, and int8 needs 8.0"
     else:
         assert resolved == Precision(automatic, f"this GPU has {automatic} matrix instructions", formats[automatic])
     for requested, format in formats.items():
@@ -110,7 +110,7 @@ def test_what_a_gpu_can_do(
             asked = precision.resolve(requested, CUDA)
             assert asked == Precision(requested, f'precision="{requested}" was asked for', format)
         else:
-            have, need = ".".join(map(str, capability)), "8.9" if requested == "fp8" else "7.5"
+            have, need = ".".join(map(str, capability)), "8.9" if requested == "fp8" else "8.0"
             with pytest.raises(errors.PrecisionUnavailableError, match=f"is {have}, and {requested} needs {need}"):
                 precision.resolve(requested, CUDA)
     assert precision.resolve("float", CUDA).name == "float"
@@ -130,7 +130,7 @@ def test_the_gpu_asked_about_is_the_one_that_is_meant(
     gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu((9, 0))
-    capabilities = {torch.device("cuda", 0): (9, 0), torch.device("cuda", 1): (7, 5)}
+    capabilities = {torch.device("cuda", 0): (9, 0), torch.device("cuda", 1): (8, 0)}
     monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
     assert [precision.resolve("auto", device).name for device in capabilities] == ["fp8", "int8"]
 

@@ -8,29 +8,13 @@ over [N, T, H, W, C] is the same with T as the rows and H * W as the columns.
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvTile:
-    """How a launch divides the work: output pixels, output and input channels of a block, warps and pipeline stages.
-
-    With ``splits``, that many programs share the sum of one block, for outputs of too few blocks to fill the device.
-    """
-
-    pixels: int
-    outputs: int
-    inputs: int
-    warps: int
-    stages: int
-    splits: int = 1
+from .tuning import Tile
 
 
 @triton.jit
@@ -101,7 +85,25 @@ def _conv_kernel(
     w = w0 + m % BLOCK_W
     rows = (n * H_out + h) * W_out + w
     valid = (n < N) & (h < H_out) & (w < W_out)
-    if SPLITS == 1:
+    if SPLITS == 1 and BLOCK_N == 1 and channel_add is not None:
+        # All pixels are of one image: one row instead of a row for each pixel.
+        finish(
+            accumulator,
+            out,
+            rows,
+            valid,
+            k0,
+            K,
+            scale,
+            weight_scale,
+            bias,
+            residual,
+            channel_add + n0 * K,
+            None,
+            None,
+            weight_stride,
+        )
+    elif SPLITS == 1:
         finish(
             accumulator,
             out,
@@ -219,7 +221,7 @@ def conv(
     bias: torch.Tensor | None,
     padding: tuple[int, int],
     out: torch.Tensor,
-    tile: ConvTile,
+    tile: Tile,
     residual: torch.Tensor | None = None,
     channel_add: torch.Tensor | None = None,
 ) -> None:
@@ -232,13 +234,13 @@ def conv(
     N, _, _, C = xq.shape
     K, kernel_h, kernel_w, _ = weight.shape
     _, H_out, W_out, _ = out.shape
-    n, h, w = pixel_block(tile.pixels, N, H_out, W_out)
+    n, h, w = pixel_block(tile.rows, N, H_out, W_out)
     taps = kernel_h * kernel_w
-    blocks = triton.cdiv(N, n) * triton.cdiv(H_out, h) * triton.cdiv(W_out, w) * triton.cdiv(K, tile.outputs)
+    blocks = triton.cdiv(N, n) * triton.cdiv(H_out, h) * triton.cdiv(W_out, w) * triton.cdiv(K, tile.columns)
     parts = None if tile.splits == 1 else new_parts(xq, out, tile.splits)
     _conv_kernel[blocks, tile.splits](
-        TensorDescriptor.from_tensor(xq, [n, h, w, tile.inputs]),
-        TensorDescriptor.from_tensor(weight.view(K, taps * C), [tile.outputs, tile.inputs]),
+        TensorDescriptor.from_tensor(xq, [n, h, w, tile.depth]),
+        TensorDescriptor.from_tensor(weight.view(K, taps * C), [tile.columns, tile.depth]),
         out if parts is None else parts,
         scale,
         weight_scale,
@@ -258,8 +260,8 @@ def conv(
         BLOCK_N=n,
         BLOCK_H=h,
         BLOCK_W=w,
-        BLOCK_K=tile.outputs,
-        BLOCK_C=tile.inputs,
+        BLOCK_K=tile.columns,
+        BLOCK_C=tile.depth,
         GROUP=8,
         SPLITS=tile.splits,
         num_warps=tile.warps,

@@ -94,8 +94,8 @@ def conv(
     """See ``reference.conv``; ``weight`` may be a handle, the result is channels last."""
     y = _conv(xq, qparams, weight, weight_scale, bias, stride, padding, dilation, dtype)
     if channel_add is not None:
-        y = y + channel_add.reshape(*channel_add.shape, *[1] * (y.dim() - channel_add.dim()))
-    return y if residual is None else y + residual
+        y = y + channel_add.view(*channel_add.shape, *[1] * (y.dim() - 2))
+    return (y if residual is None else y + residual).to(dtype)
 
 
 def geglu(
@@ -111,6 +111,43 @@ def geglu(
     value, gate = linear(xq, qparams, weight, weight_scale, bias, torch.float32).chunk(2, dim=-1)
     y = value * torch.nn.functional.gelu(gate)
     return y.to(dtype) if out_qparams is None else torch.ops.onlinequant.quantize(y, out_qparams, dtype, False)
+
+
+def layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``cuda.layer_norm``."""
+    total = x if residual is None else x + residual
+    y = torch.nn.functional.layer_norm(total.float(), x.shape[-1:], _float(weight), _float(bias), eps)
+    xq = torch.ops.onlinequant.quantize(y, qparams, dtype, False)
+    return x.new_empty(0) if residual is None else total, xq
+
+
+def group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    silu: bool,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """See ``cuda.group_norm``."""
+    y = torch.nn.functional.group_norm(x.float(), groups, _float(weight), _float(bias), eps)
+    if silu:
+        y = torch.nn.functional.silu(y)
+    return torch.ops.onlinequant.quantize(y, qparams, dtype, True)
+
+
+def _float(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    return None if tensor is None else tensor.float()
 
 
 def _conv(

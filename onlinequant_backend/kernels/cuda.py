@@ -1,4 +1,4 @@
-"""8-bit linear and convolution on NVIDIA GPUs: cuBLAS or Triton, whichever ``tuning`` knows to be faster for a shape."""
+"""8-bit linear and convolution on NVIDIA GPUs: cuBLAS or Triton, whichever ``tuning`` knows to be faster."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from . import tuning
-from .tuning import CUBLAS, Tile
+from .tuning import CUBLAS, TMA, Tile
 
 
 def linear(
@@ -20,7 +20,7 @@ def linear(
 ) -> torch.Tensor:
     """See ``reference.linear``."""
     rows = xq.reshape(-1, xq.shape[-1])
-    tile = tuning.linear_tile(rows.shape[0], *weight.shape, xq.dtype)
+    tile = tuning.linear_tile(rows.shape[0], weight.shape[0], weight.shape[1], xq.dtype)
     y = run_linear(rows, qparams, weight, weight_scale, bias, dtype, tile)
     return y.view(*xq.shape[:-1], weight.shape[0])
 
@@ -38,7 +38,7 @@ def run_linear(
     if tile.kernel == CUBLAS:
         return _cublas(rows, qparams, weight, weight_scale, bias, dtype)
     out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
-    if tile.kernel == "tma":
+    if tile.kernel == TMA:
         from .matmul import matmul
 
         matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile)
@@ -79,9 +79,50 @@ def geglu(
 
     rows = xq.reshape(-1, xq.shape[-1])
     out = rows.new_empty((rows.shape[0], weight.shape[0] // 2), dtype=dtype)
-    tile = tuning.geglu_tile(rows.shape[0], *weight.shape, xq.dtype)
+    tile = tuning.geglu_tile(rows.shape[0], weight.shape[0], weight.shape[1], xq.dtype)
     matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile, out_qparams=out_qparams, geglu=True)
     return out.view(*xq.shape[:-1], out.shape[1])
+
+
+def layer_norm(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x`` + ``residual``, [..., C], which is empty without a residual, and its LayerNorm in 8 bit."""
+    from .layer_norm import layer_norm as triton_layer_norm
+
+    rows = x.contiguous().view(-1, x.shape[-1])
+    added = None if residual is None else residual.contiguous().view(-1, x.shape[-1])
+    total = x.new_empty(0) if added is None else torch.empty_like(rows)
+    out = torch.empty_like(rows, dtype=dtype)
+    triton_layer_norm(rows, added, None if added is None else total, weight, bias, eps, qparams, out)
+    return total if added is None else total.view(x.shape), out.view(x.shape)
+
+
+def group_norm(
+    x: torch.Tensor,
+    groups: int,
+    weight: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    eps: float,
+    silu: bool,
+    qparams: torch.Tensor,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """GroupNorm of ``x`` [N, C, *spatial], and SiLU of that if asked for, in 8 bit and channels last."""
+    from .group_norm import group_norm as triton_group_norm
+
+    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
+    shape = (x.shape[0], -1, x.shape[1])
+    pixels = _channels_inside(x).reshape(shape).contiguous()
+    triton_group_norm(pixels, groups, weight, bias, eps, silu, qparams, _channels_inside(out).view(shape))
+    return out
 
 
 def conv(
@@ -127,14 +168,15 @@ def run_conv(
         residual = _channels_inside(residual.expand(shape).contiguous(memory_format=layout))
     x, w, y = _channels_inside(xq), _channels_inside(weight), _channels_inside(out)
     if channel_add is not None:
-        channel_add = channel_add.expand(shape[:2]).contiguous()
-    if tile.kernel == "tma":
+        channel_add = channel_add.contiguous()
+    if tile.kernel == TMA:
         from .conv import conv as tma_conv
 
         if x.dim() == 5:  # temporal: frames are rows, pixels are columns
-            x, y, residual = (None if t is None else t.flatten(2, 3) for t in (x, y, residual))
-            w = w.flatten(2, 3)
-        tma_conv(x, qparams[2:], w, weight_scale, bias, padding[:2], y, tile, residual, channel_add)
+            x, w, y = (tensor.flatten(2, 3) for tensor in (x, w, y))
+            residual = None if residual is None else residual.flatten(2, 3)
+        pad = (padding[0], padding[1])
+        tma_conv(x, qparams[2:], w, weight_scale, bias, pad, y, tile, residual, channel_add)
         return out
     from .gather import gather_conv
 
@@ -158,7 +200,7 @@ def _pointwise_conv(
     y = y.view(*x.shape[:-1], y.shape[1]).movedim(-1, 1)
     if channel_add is not None:
         y = y + channel_add.view(*channel_add.shape, *[1] * (y.dim() - 2))
-    return y if residual is None else y + residual
+    return (y if residual is None else y + residual).to(dtype)
 
 
 def _channels_inside(tensor: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,10 @@ def finish(
 ):
     """Store ``accumulator`` [M, BLOCK_K] into columns ``k0``... of ``out`` [*, K], at ``rows`` [M] where ``valid``.
 
-    ``scale`` points at one number, ``weight_scale`` at K (or at one, with a ``weight_stride`` of 0), ``bias`` at K, ``residual`` at the like of ``out``,
-    ``channel_add`` at a row of K for each of ``images`` [M], ``out_qparams`` at 1 / scale of an 8-bit ``out``. All but
-    the scales may be None.
+    ``scale`` points at one number, ``weight_scale`` at K (or at one, with a ``weight_stride`` of 0), ``bias`` at K,
+    ``residual`` at the like of ``out``, ``channel_add`` at a row of K for each of ``images`` [M] (or at the row of
+    all, with None), ``out_qparams`` at
+    1 / scale of an 8-bit ``out``. All but the scales may be None.
     """
     BLOCK_K: tl.constexpr = accumulator.shape[1]
     k = k0 + tl.arange(0, BLOCK_K)
@@ -38,7 +39,9 @@ def finish(
         y += tl.load(bias + k, mask=inside, other=0.0).to(tl.float32)[None, :]
     places = rows.to(tl.int64)[:, None] * K + k[None, :]
     mask = valid[:, None] & inside[None, :]
-    if channel_add is not None:
+    if channel_add is not None and images is None:
+        y += tl.load(channel_add + k, mask=inside, other=0.0).to(tl.float32)[None, :]
+    elif channel_add is not None:
         y += tl.load(channel_add + images[:, None] * K + k[None, :], mask=mask, other=0.0).to(tl.float32)
     if residual is not None:
         y += tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)

@@ -12,8 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .conv import ConvTile, add_up, new_parts, store_part
+from .conv import add_up, new_parts, store_part
 from .epilogue import finish
+from .tuning import Tile
 
 
 @triton.jit
@@ -129,7 +130,7 @@ def gather_conv(
     padding: Sequence[int],
     dilation: Sequence[int],
     out: torch.Tensor,
-    tile: ConvTile,
+    tile: Tile,
     residual: torch.Tensor | None = None,
     channel_add: torch.Tensor | None = None,
 ) -> None:
@@ -137,7 +138,7 @@ def gather_conv(
     ``out`` [N, *spatial_out, K]. Of three, two or (a linear layer) no spatial dimensions.
 
     ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [K] or [1]. ``residual``: added, like
-    ``out``. ``channel_add`` [N, K]: added to every pixel of its image. ``tile.inputs`` must be at least 32.
+    ``out``. ``channel_add`` [N, K]: added to every pixel of its image. ``tile.depth`` must be at least 32.
     """
     missing = 5 - xq.dim()
     ones, zeros = (1,) * missing, (0,) * missing
@@ -145,7 +146,7 @@ def gather_conv(
     M = out.numel() // K
     parts = None if tile.splits == 1 else new_parts(xq, out, tile.splits)
     kernel_d, kernel_h, kernel_w = (*ones, *weight.shape[1:-1])
-    _gather_kernel[triton.cdiv(M, tile.pixels) * triton.cdiv(K, tile.outputs), tile.splits](
+    _gather_kernel[triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns), tile.splits](
         xq,
         weight,
         out if parts is None else parts,
@@ -170,9 +171,9 @@ def gather_conv(
         KERNEL_D=kernel_d,
         KERNEL_H=kernel_h,
         KERNEL_W=kernel_w,
-        BLOCK_M=tile.pixels,
-        BLOCK_K=tile.outputs,
-        BLOCK_C=tile.inputs,
+        BLOCK_M=tile.rows,
+        BLOCK_K=tile.columns,
+        BLOCK_C=tile.depth,
         GROUP=8,
         SPLITS=tile.splits,
         num_warps=tile.warps,

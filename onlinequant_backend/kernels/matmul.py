@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish, store
-
-
-@dataclasses.dataclass(frozen=True)
-class MatmulTile:
-    """How a launch divides the work: rows, columns and depth of a block, warps and pipeline stages."""
-
-    rows: int
-    columns: int
-    depth: int
-    warps: int
-    stages: int
+from .tuning import Tile
 
 
 @triton.jit
@@ -61,7 +49,8 @@ def _matmul_kernel(
     else:
         accumulator = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
-        accumulator = tl.dot(x_descriptor.load([m0, k]), w_descriptor.load([n0, k]).T, accumulator)
+        x = x_descriptor.load([m0, k])
+        accumulator = tl.dot(x, w_descriptor.load([n0, k]).T, accumulator, out_dtype=accumulator.dtype)
     rows = m0 + tl.arange(0, BLOCK_M)
     finish(
         accumulator,
@@ -109,14 +98,16 @@ def _geglu_kernel(
         gates = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for k in range(0, K, BLOCK_K):
         x = x_descriptor.load([m0, k])
-        values = tl.dot(x, w_descriptor.load([n0, k]).T, values)
-        gates = tl.dot(x, w_descriptor.load([N + n0, k]).T, gates)
+        values = tl.dot(x, w_descriptor.load([n0, k]).T, values, out_dtype=values.dtype)
+        gates = tl.dot(x, w_descriptor.load([N + n0, k]).T, gates, out_dtype=gates.dtype)
     rows = m0 + tl.arange(0, BLOCK_M)
     columns = n0 + tl.arange(0, BLOCK_N)
     inside = columns < N
     x_scale = tl.load(scale)
-    value = values.to(tl.float32) * (x_scale * tl.load(weight_scale + columns * weight_stride, mask=inside, other=0.0))[None, :]
-    gate = gates.to(tl.float32) * (x_scale * tl.load(weight_scale + (N + columns) * weight_stride, mask=inside, other=0.0))[None, :]
+    value_scales = x_scale * tl.load(weight_scale + columns * weight_stride, mask=inside, other=0.0)
+    gate_scales = x_scale * tl.load(weight_scale + (N + columns) * weight_stride, mask=inside, other=0.0)
+    value = values.to(tl.float32) * value_scales[None, :]
+    gate = gates.to(tl.float32) * gate_scales[None, :]
     if bias is not None:
         value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
         gate += tl.load(bias + N + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -132,16 +123,17 @@ def matmul(
     weight_scale: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    tile: MatmulTile,
+    tile: Tile,
     residual: torch.Tensor | None = None,
     out_qparams: torch.Tensor | None = None,
     geglu: bool = False,
 ) -> None:
     """Multiply ``xq`` [M, K] by the transpose of ``weight`` [N, K] (both contiguous, of one 8-bit dtype) into ``out``.
 
-    ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [N] or [1]. ``residual``: added, like ``out``.
-    ``out_qparams``: of an 8-bit ``out``, see ``ops.quantize``. ``geglu``: ``out`` is [M, N / 2], the first half of
-    the columns times GELU of the second (Shazeer, "GLU Variants Improve Transformer", 2020). K must be a multiple of 16.
+    ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [N] or [1]. ``residual``: added, like
+    ``out``. ``out_qparams``: of an 8-bit ``out``, see ``ops.quantize``. ``geglu``: ``out`` is [M, N / 2], the first
+    half of the columns times GELU of the second (Shazeer, "GLU Variants Improve Transformer", 2020). K must be a
+    multiple of 16.
     """
     M, K = xq.shape
     N = out.shape[1]

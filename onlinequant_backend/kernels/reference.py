@@ -1,8 +1,9 @@
 """What every kernel must compute, in plain torch and float64: the oracle that the tests compare against.
 
-An activation is stored as unsigned integers (or, with zero point 0, signed ones or 8-bit floats) q with x = (q - zero_point) * scale, a weight as signed
-integers w_q with w = w_q * weight_scale, one scale for each output channel (Jacob et al., "Quantization and
-Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2017, section 2).
+An activation is stored as unsigned integers (or, with zero point 0, signed ones or 8-bit floats) q with
+x = (q - zero_point) * scale, a weight as signed integers (or 8-bit floats) w_q with w = w_q * weight_scale, one scale
+for each output channel or for all (Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference", 2017, section 2).
 """
 
 from __future__ import annotations
@@ -61,3 +62,13 @@ def geglu(
     """``linear`` whose first half of columns is multiplied by GELU of the second; ``weight`` [2 N, K]."""
     value, gate = linear(xq, qparams, weight, weight_scale, bias, torch.float64).chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(dtype)
+
+
+def group_norm(
+    x: torch.Tensor, groups: int, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, silu: bool
+) -> torch.Tensor:
+    """GroupNorm of ``x`` [N, C, *spatial], and SiLU of that if asked for, in float64: not quantized yet."""
+    y = F.group_norm(
+        x.double(), groups, None if weight is None else weight.double(), None if bias is None else bias.double(), eps
+    )
+    return F.silu(y) if silu else y

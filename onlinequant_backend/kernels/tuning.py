@@ -38,10 +38,6 @@ class Tile:
     stages: int = 0
     splits: int = 1
 
-    pixels = property(lambda self: self.rows)
-    outputs = property(lambda self: self.columns)
-    inputs = property(lambda self: self.depth)
-
 
 _LINEAR = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
 _GEGLU = (Tile(TMA, 128, 64, 128, 4, 3), Tile(TMA, 128, 128, 128, 8, 3), Tile(TMA, 64, 64, 128, 4, 4))
@@ -107,13 +103,11 @@ def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]
 @functools.lru_cache(maxsize=4096)
 def geglu_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The candidates of a linear layer with GEGLU; none where the kernel cannot run."""
-    return () if K % 16 or not _has_tma() else _by_blocks(_GEGLU, M, N // 2)
+    return () if K % 16 or not _has_tma() else _GEGLU
 
 
 @functools.lru_cache(maxsize=4096)
-def conv_tiles(
-    x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype
-) -> tuple[Tile, ...]:
+def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype) -> tuple[Tile, ...]:
     """The candidates of a convolution, the best guess first."""
     pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
     if is_pointwise(weight, geometry):
@@ -127,6 +121,13 @@ def conv_tiles(
         wide = dataclasses.replace(_CONV[1], splits=min(_processors() // _blocks(_CONV[1], pixels, weight[0]), splits))
         return (dataclasses.replace(by_blocks[0], splits=splits), wide, *by_blocks)
     return by_blocks
+
+
+def is_valid(tile: Tile) -> bool:
+    """Whether ``tile`` is among the candidates of any shape."""
+    unsplit = dataclasses.replace(tile, splits=1)
+    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_GEGLU, *_CONV, *_GATHER)
+    return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 
 def is_pointwise(weight: Sequence[int], geometry: Geometry) -> bool:

@@ -50,8 +50,8 @@ def test_convolution_and_linear_that_read_one_tensor_do_not_share() -> None:
     probe = GraphProbe(Readers(), noise(1, 4, 8, 8)).analyze()
     assert probe.run(quantize_inputs) == {"quantize_inputs": 2}
     rows, image = probe.nodes(ops.quantize)
-    assert str(rows.args) == "(l_x_, onlinequant_qparams_0, torch.uint8, False)"
-    assert str(image.args) == "(l_x_, onlinequant_qparams_1, torch.uint8, True)"
+    assert str(rows.args) == "(l_x_, onlinequant_qparams_0, torch.uint8, False, True)"
+    assert str(image.args) == "(l_x_, onlinequant_qparams_1, torch.uint8, True, True)"
     assert [node.args[0] for node in probe.nodes(LINEAR)] == [rows, rows]
     assert probe.nodes(torch.conv2d)[0].args[0] is image
 

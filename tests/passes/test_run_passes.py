@@ -37,7 +37,19 @@ def test_order_of_the_passes() -> None:
         ["name_layers", "annotate_density", "select_nodes"],
         ["insert_observers"],
         ["select_nodes"],
-        ["quantize_inputs", "rewrite_linear", "rewrite_conv", "keep_output_layout", "drop_unused_inputs"],
+        [
+            "quantize_inputs",
+            "rewrite_linear",
+            "rewrite_conv",
+            "drop_identities",
+            "fuse_group_norm",
+            "fuse_layer_norm",
+            "fuse_channel_add",
+            "merge_linears",
+            "fuse_geglu",
+            "keep_output_layout",
+            "drop_unused_inputs",
+        ],
     ]
 
 

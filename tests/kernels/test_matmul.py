@@ -22,9 +22,9 @@ def _needs_tma(device: str) -> None:
 
 
 def tile(device: str):
-    from onlinequant_backend.kernels.matmul import MatmulTile
+    from onlinequant_backend.kernels.tuning import TMA, Tile
 
-    return MatmulTile(128, 64, 128, 4, 3) if device == "cuda" else MatmulTile(16, 16, 32, 4, 2)
+    return Tile(TMA, 128, 64, 128, 4, 3) if device == "cuda" else Tile(TMA, 16, 16, 32, 4, 2)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -28,9 +28,9 @@ LINEARS = [
 
 
 def tile(device: str, splits: int = 1):
-    from onlinequant_backend.kernels.conv import ConvTile
+    from onlinequant_backend.kernels.tuning import GATHER, Tile
 
-    return ConvTile(128, 64, 64, 4, 3, splits) if device == "cuda" else ConvTile(32, 16, 32, 4, 2, splits)
+    return Tile(GATHER, 128, 64, 64, 4, 3, splits) if device == "cuda" else Tile(GATHER, 32, 16, 32, 4, 2, splits)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -25,9 +25,9 @@ def _needs_tma(request: pytest.FixtureRequest) -> None:
 
 
 def tile(device: str, splits: int = 1):
-    from onlinequant_backend.kernels.conv import ConvTile
+    from onlinequant_backend.kernels.tuning import TMA, Tile
 
-    return ConvTile(128, 128, 128, 8, 3, splits) if device == "cuda" else ConvTile(32, 16, 32, 4, 2, splits)
+    return Tile(TMA, 128, 128, 128, 8, 3, splits) if device == "cuda" else Tile(TMA, 32, 16, 32, 4, 2, splits)
 
 
 @pytest.mark.parametrize("dtype", FORMATS)

@@ -1,0 +1,181 @@
+"""Measured selection: which layers are faster in 8 bit at their real shapes on this GPU, and with which tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn.functional as F
+
+from .formats import Format
+from .kernels import cuda, tuning
+from .kernels.tuning import Tile
+from .layers import quantize_weight
+from .passes import LayerInfo, layer_reads
+from .progress import Progress
+
+_log = logging.getLogger("onlinequant")
+_VERSION = 1
+# Runs in one CUDA graph, and replays of it, of which the quickest counts.
+_RUNS, _REPLAYS = 8, 3
+# Quantizing mostly rides along in the kernel that makes the values; this share of a kernel of its own is left.
+_QUANTIZE_SHARE = 0.5
+# Candidates that are timed for each shape: each costs a compile by Triton.
+_CANDIDATES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One shape's times in microseconds: in float, in 8 bit with the best tile, and of quantizing its input alone."""
+
+    float_us: float
+    quantized_us: float
+    quantize_us: float
+    tile: Tile
+
+
+_known: dict[str, Timing] = {}
+
+
+def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) -> dict[str, str]:
+    """Time every layer that could be quantized, once for each shape, and choose its tile.
+
+    Fills in ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it.
+    """
+    reads = [(info, read) for _, info, read in layer_reads(graph_module) if info.index is not None]
+    readers = Counter(read for _, read in reads)
+    shapes = {_key(info, format): info for info, _ in reads}
+    missing = [(key, info) for key, info in shapes.items() if key not in _known]
+    if missing:
+        with Progress("timing layers", len(missing)) as progress, torch.inference_mode(False), torch.no_grad():
+            for key, info in missing:
+                progress.advance(info.name)
+                _known[key] = _time_layer(info, format, device)
+            torch.cuda.empty_cache()
+    reasons = {}
+    for info, read in reads:
+        timing = _known[_key(info, format)]
+        tuning.choose({_tile_key(info, format): timing.tile})
+        share = timing.quantize_us * _QUANTIZE_SHARE / readers[read]
+        info.float_us, info.quantized_us = timing.float_us, timing.quantized_us + share
+        if not info.quantized_us < info.float_us:
+            reasons[info.name] = f"not faster: {info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
+    return reasons
+
+
+def dump(infos: Sequence[LayerInfo], format: Format) -> str | None:
+    """What ``restore`` takes: the timings of these layers as JSON; None if there are none."""
+    keys = sorted({_key(info, format) for info in infos} & _known.keys())
+    if not keys:
+        return None
+    timings = {key: dataclasses.asdict(_known[key]) for key in keys}
+    return json.dumps({"version": _VERSION, "device": torch.cuda.get_device_name(), "timings": timings}, indent=1)
+
+
+def restore(text: str | None) -> int:
+    """Take over what another process has measured on such a GPU; returns how many shapes. Anything else is ignored."""
+    try:
+        data = json.loads(text or "{}")
+        if data.get("version") != _VERSION or data.get("device") != torch.cuda.get_device_name():
+            return 0
+        found = {key: _timing(value) for key, value in data["timings"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        _log.info("measured timings in the cache cannot be read: %s", error)
+        return 0
+    _known.update(found)
+    return len(found)
+
+
+def _timing(value: Any) -> Timing:
+    timing = Timing(value["float_us"], value["quantized_us"], value["quantize_us"], Tile(**value["tile"]))
+    times = (timing.float_us, timing.quantized_us, timing.quantize_us)
+    if not all(isinstance(time, float) and 0 < time < math.inf for time in times):
+        raise ValueError(f"times are {times}")
+    if not tuning.is_valid(timing.tile):
+        raise ValueError(f"there is no tile {timing.tile}")
+    return timing
+
+
+def _key(info: LayerInfo, format: Format) -> str:
+    return f"{_tile_key(info, format)} {info.dtype}"
+
+
+def _tile_key(info: LayerInfo, format: Format) -> str:
+    if info.geometry is None:
+        outputs, inputs = info.weight_shape
+        return tuning.linear_key(math.prod(info.input_shape[:-1]), outputs, inputs, format.activation)
+    return tuning.conv_key(info.input_shape, info.weight_shape, _geometry(info), format.activation)
+
+
+def _geometry(info: LayerInfo) -> tuning.Geometry:
+    assert info.geometry is not None
+    return info.geometry.stride, info.geometry.padding, info.geometry.dilation
+
+
+def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
+    x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
+    weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
+    q, scale = quantize_weight(weight, format)
+    qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
+    run: Callable[[Tile], object]
+    if info.geometry is None:
+        rows = x.flatten(0, -2)
+        xq = rows.to(format.activation)
+        candidates = tuning.linear_tiles(rows.shape[0], *info.weight_shape, format.activation)
+        float_us = _time(lambda: F.linear(rows, weight))
+        run = lambda tile: cuda.run_linear(xq, qparams, q, scale, None, info.dtype, tile)  # noqa: E731
+    else:
+        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        x, weight, q = (tensor.contiguous(memory_format=layout) for tensor in (x, weight, q))
+        xq = x.to(format.activation)
+        geometry = _geometry(info)
+        candidates = tuning.conv_tiles(info.input_shape, info.weight_shape, geometry, format.activation)
+        convolve = F.conv2d if x.dim() == 4 else F.conv3d
+        float_us = _time(lambda: convolve(x, weight, None, *geometry))
+        run = lambda tile: cuda.run_conv(  # noqa: E731
+            xq, qparams, q, scale, None, geometry, info.dtype, None, None, tile
+        )
+    times = {tile: _time_or_fail(run, tile) for tile in candidates[:_CANDIDATES]}
+    best = min(times, key=lambda tile: times[tile])
+    return Timing(float_us, times[best], _time(lambda: x.to(format.activation)), best)
+
+
+def _time_or_fail(run: Callable[[Tile], object], tile: Tile) -> float:
+    try:
+        return _time(lambda: run(tile))
+    except Exception as error:  # a tile may need more shared memory than a smaller GPU has
+        _log.debug("tile %s: %s", tile, error)
+        torch.cuda.synchronize()
+        return 1e9
+
+
+def _time(run: Callable[[], object]) -> float:
+    """Microseconds of one run among others of its kind in a CUDA graph, so without the time it takes to launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    graph = torch.cuda.CUDAGraph()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    times = []
+    with torch.cuda.stream(stream):
+        run()
+        stream.synchronize()
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            for _ in range(_RUNS):
+                run()
+        finally:
+            graph.capture_end()
+        for _ in range(_REPLAYS):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end))
+    return 1000 * min(times) / _RUNS

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import operator
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph
+
+from .layer import PassContext
+
+_DIVISIONS = (operator.truediv, torch.div, torch.true_divide)
+
+
+def drop_identities(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Take away calls that give back what they are given: division by one, and dropout outside of training.
+
+    Before::
+
+        %dropout = call_function[target=torch.nn.functional.dropout](args = (%x, 0.0, False, False))
+        %div = call_function[target=operator.truediv](args = (%dropout, 1.0))
+
+    After: ``%x`` in their place, so that later passes find what belongs together side by side. Leaves alone in-place
+    calls, and divisions of anything but floating-point tensors.
+    """
+    dropped = 0
+    for node in list(graph_module.graph.nodes):
+        if _is_division_by_one(node) or _is_idle_dropout(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+            graph_module.graph.erase_node(node)
+            dropped += 1
+    return dropped
+
+
+def _is_division_by_one(node: fx.Node) -> bool:
+    if node.target not in _DIVISIONS or len(node.args) != 2 or node.kwargs or len(node.all_input_nodes) != 1:
+        return False
+    number = node.args[1]
+    value = node.all_input_nodes[0].meta.get("example_value")
+    is_one = isinstance(number, (int, float)) and number == 1
+    return is_one and isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_idle_dropout(node: fx.Node) -> bool:
+    if node.target is not torch.nn.functional.dropout or graph.argument(node, 3, "inplace", False):
+        return False
+    return graph.argument(node, 1, "p", 0.5) == 0 or not graph.argument(node, 2, "training", True)

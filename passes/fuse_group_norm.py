@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph, ops
+
+from .layer import PassContext
+
+_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# What only orders elements anew, and does that whatever their layout in memory.
+_ORDERINGS = ("contiguous", "flatten", "movedim", "permute", "reshape", "transpose")
+_ORDERING_FUNCTIONS = (torch.flatten, torch.movedim, torch.permute, torch.reshape, torch.transpose)
+
+
+def fuse_group_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Normalize, apply SiLU and quantize in kernels of our own, which read and write channels last.
+
+    Before::
+
+        %norm = call_function[target=torch.nn.functional.group_norm](args = (%x, 32, %w, %b, 1e-05))
+        %silu = call_function[target=torch.nn.functional.silu](args = (%norm,), kwargs = {inplace: False})
+        %quantize = call_function[target=onlinequant.quantize](
+            args = (%silu, %qparams, torch.float8_e4m3fn, True, False))
+
+    After::
+
+        %contiguous = call_function[target=aten.contiguous](
+            args = (%x,), kwargs = {memory_format: torch.channels_last})
+        %norm = call_function[target=onlinequant.group_norm](
+            args = (%contiguous, 32, %w, %b, 1e-05, True, %qparams, torch.float8_e4m3fn))
+
+    Inductor's kernels for channels-last tensors take several times as long. Before a linear layer, what makes rows of
+    the image (``permute(0, 2, 3, 1)`` and ``reshape``) comes after the op instead, where it moves nothing. Leaves alone
+    norms whose result somebody else reads at any step, of other dimensions than an image's or a video's, and formats
+    without such a kernel. Runs after ``rewrite_linear``, ``rewrite_conv`` and ``drop_identities``.
+    """
+    if context.precision.format.is_packed:
+        return 0
+    fused = 0
+    for norm in list(graph_module.graph.nodes):
+        if norm.target is torch.nn.functional.group_norm and _has_kernel(norm):
+            fused += _fuse(graph_module, norm)
+    return fused
+
+
+def _has_kernel(norm: fx.Node) -> bool:
+    x, groups = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "num_groups")
+    value = x.meta.get("example_value")
+    return (
+        isinstance(value, torch.Tensor)
+        and value.dim() in _FORMATS
+        and value.dtype in _DTYPES
+        and isinstance(groups, int)
+        and isinstance(graph.argument(norm, 4, "eps", 1e-5), (int, float))
+    )
+
+
+def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
+    """Fuse ``norm`` with what alone reads it, if that ends in a quantize node."""
+    silu = _only_user(norm)
+    if silu is not None and silu.target is not torch.nn.functional.silu:
+        silu = None
+    last = norm if silu is None else silu
+    orderings: list[fx.Node] = []
+    quantize = _only_user(last)
+    while quantize is not None and _is_ordering(quantize):
+        orderings.append(quantize)
+        quantize = _only_user(quantize)
+    if quantize is None or quantize.target is not ops.quantize or (orderings and quantize.args[3]):
+        return False
+    _, qparams, dtype, channels_last = quantize.args[:4]
+    x, groups = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "num_groups")
+    weight, bias = graph.argument(norm, 2, "weight"), graph.argument(norm, 3, "bias")
+    eps = graph.argument(norm, 4, "eps", 1e-5)
+    # Where the norm was, since somebody may write into x before its result is quantized.
+    with graph_module.graph.inserting_before(norm):
+        # In the graph, so that what computes x writes it like this.
+        layout: dict[str, Any] = {"memory_format": _FORMATS[graph.example(x).dim()]}
+        x = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (x,), layout)
+        args = (x, groups, weight, bias, eps, silu is not None, qparams, dtype)
+        result = graph_module.graph.call_function(ops.group_norm, args)
+    result.meta = {key: value for key, value in quantize.meta.items() if key != "onlinequant"}
+    if orderings:
+        orderings[0].replace_input_with(last, result)
+        result = orderings[-1]
+        for node in orderings:
+            node.meta.pop("example_value", None)  # was of float
+    if not channels_last:
+        with graph_module.graph.inserting_before(quantize):
+            result = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (result,))
+    quantize.replace_all_uses_with(result)
+    for node in (quantize, silu, norm):
+        if node is not None:
+            graph_module.graph.erase_node(node)
+    return True
+
+
+def _is_ordering(node: fx.Node) -> bool:
+    return (node.op == "call_method" and node.target in _ORDERINGS) or node.target in _ORDERING_FUNCTIONS
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
