@@ -61,10 +61,9 @@ def _has_kernel(norm: fx.Node) -> bool:
 
 def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
     """Fuse ``norm`` with what alone reads it, if that ends in a quantize node."""
-    silu = _only_user(norm)
-    if silu is not None and silu.target is not torch.nn.functional.silu:
-        silu = None
-    last = norm if silu is None else silu
+    user = _only_user(norm)
+    silu = user is not None and user.target is torch.nn.functional.silu
+    last = user if user is not None and silu else norm
     orderings: list[fx.Node] = []
     quantize = _only_user(last)
     while quantize is not None and _is_ordering(quantize):
@@ -81,7 +80,7 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
         # In the graph, so that what computes x writes it like this.
         layout: dict[str, Any] = {"memory_format": _FORMATS[graph.example(x).dim()]}
         x = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (x,), layout)
-        args = (x, groups, weight, bias, eps, silu is not None, qparams, dtype)
+        args = (x, groups, weight, bias, eps, silu, qparams, dtype)
         result = graph_module.graph.call_function(ops.group_norm, args)
     result.meta = {key: value for key, value in quantize.meta.items() if key != "onlinequant"}
     if orderings:
@@ -93,9 +92,10 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
         with graph_module.graph.inserting_before(quantize):
             result = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (result,))
     quantize.replace_all_uses_with(result)
-    for node in (quantize, silu, norm):
-        if node is not None:
-            graph_module.graph.erase_node(node)
+    graph_module.graph.erase_node(quantize)
+    if silu:
+        graph_module.graph.erase_node(last)
+    graph_module.graph.erase_node(norm)
     return True
 
 

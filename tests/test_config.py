@@ -42,6 +42,7 @@ OTHER_VALUES = {
     "calibration_method": "minmax",
     "exclude": ("conv_in",),
     "sensitivity": "end_to_end",
+    "selection": "density",
     "shapes": "static",
     "free_float_weights": True,
     "cache_dir": "/somewhere/else",

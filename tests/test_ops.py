@@ -141,7 +141,9 @@ def test_opcheck_geglu(shape: tuple[int, ...], dtype: torch.dtype, quantized: bo
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("shape", "dtype"), list(zip([(2, 8, 3, 4), (1, 8, 1, 1), (2, 8, 2, 3, 4)], DTYPES, strict=True)))
+@pytest.mark.parametrize(
+    ("shape", "dtype"), list(zip([(2, 8, 3, 4), (1, 8, 1, 1), (2, 8, 2, 3, 4)], DTYPES, strict=True))
+)
 @pytest.mark.parametrize("affine", [False, True])
 def test_opcheck_group_norm(shape: tuple[int, ...], dtype: torch.dtype, affine: bool, format: Format) -> None:
     weight, bias = noise(2, 8, dtype=dtype) if affine else (None, None)

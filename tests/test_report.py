@@ -10,7 +10,7 @@ import pytest
 
 from onlinequant_backend import report
 from onlinequant_backend.errors import StatsFileError
-from onlinequant_backend.report import NodeDecision, Report
+from onlinequant_backend.report import SCHEMA_VERSION, NodeDecision, Report
 
 
 def decision(**changes: Any) -> NodeDecision:
@@ -84,7 +84,7 @@ def test_a_saved_report_comes_back_as_it_was(tmp_path: Path) -> None:
 def test_the_file_has_the_predecessors_names(tmp_path: Path) -> None:
     made().save(tmp_path / "stats.json")
     data = json.loads((tmp_path / "stats.json").read_text(encoding="utf-8"))
-    assert data["schema_version"] == 1 and data["key"] == "00ff"
+    assert data["schema_version"] == SCHEMA_VERSION and data["key"] == "00ff"
     assert data["counts"] == made().counts()
     assert data["decisions"][0]["compute_density"] == 1379.4
     assert (data["decisions"][0]["mae"], data["decisions"][0]["mse"]) == (0.004, 0.00002)

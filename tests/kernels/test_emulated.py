@@ -161,3 +161,16 @@ def test_conv_adds_a_residual_and_a_number_to_each_channel(
         result = ops.conv(*given, *geometry, dtype, **more)
         assert_close(result, expected, dtype, roundings=3)
         assert result.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("format", FORMATS)
+def test_conv_has_the_dtype_asked_for_whatever_is_added(format: Format, kernel: int, dtype: torch.dtype) -> None:
+    given = operands(format, (2, 12, 6, 5), (8, 12, kernel, kernel))
+    geometry = [1, 1], [kernel // 2] * 2, [1, 1]
+    residual, channel_add = noise(2, 8, 6, 5, seed=4), noise(2, 8, seed=5)
+    result = ops.conv(*given, *geometry, dtype, residual, channel_add)
+    expected = reference.conv(*given, *geometry, torch.float64) + residual + channel_add[:, :, None, None]
+    assert_close(result, expected, dtype, roundings=3)
+    assert result.is_contiguous(memory_format=torch.channels_last)

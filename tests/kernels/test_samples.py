@@ -18,7 +18,7 @@ Snapshot = Callable[[list[torch.Tensor]], Any]
 
 @pytest.fixture(params=["torch", "interpreter", "cuda"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Snapshot]:
-    """Where tensors are and what takes a snapshot: torch on the CPU, or the Triton kernel, in its interpreter or not."""
+    """Where tensors are, and what takes a snapshot of them: torch, or a Triton kernel interpreted or on a GPU."""
     if request.param == "torch":
         return "cpu", weights._samples
     pytest.importorskip("triton", reason="there is no triton: pip install --no-deps triton")

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onlinequant_backend.passes.drop_identities import drop_identities
+from tests.graph_probe import GraphProbe
+from tests.tiny import noise
+
+X = noise(2, 8)
+
+
+@pytest.mark.parametrize(
+    "identity",
+    [
+        lambda x: x / 1.0,
+        lambda x: x / 1,
+        lambda x: torch.div(x, 1.0),
+        lambda x: F.dropout(x, 0.0, True),
+        lambda x: F.dropout(x, 0.5, training=False),
+    ],
+)
+def test_what_changes_nothing_goes(identity: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    probe = GraphProbe(lambda x: identity(x + 1) * 2, X)
+    assert probe.run(drop_identities) == {"drop_identities": 1}
+    assert sum(probe.after.counts.values()) == sum(probe.before.counts.values()) - 1
+    (result,) = probe.call()
+    assert torch.equal(result, (X + 1) * 2)
+    probe.assert_settled(drop_identities)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x / 2.0,
+        lambda x: 1.0 / x,
+        lambda x: x / x,
+        lambda x: (x > 0).to(torch.int64) / 1.0,
+        lambda x: F.dropout(x, 0.5, True),
+        lambda x: F.dropout(x + 0, 0.5, False, True),
+    ],
+)
+def test_what_changes_something_stays(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    probe = GraphProbe(lambda x: function(x) * 2, X)
+    assert probe.run(drop_identities) == {"drop_identities": 0}
