@@ -17,6 +17,7 @@ from .calibration import ActivationRange, freeze
 from .entry import LayerCalibration
 from .errors import FreedWeightsError
 from .kernels import cpu
+from .samples import sample
 
 if TYPE_CHECKING:
     from .passes.layer import ConvGeometry
@@ -259,10 +260,8 @@ class _Stamp:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> _Stamp:
-        flat = weight.detach().flatten()
-        step = max(1, flat.numel() // 4096) | 1
         version = None if weight.is_inference() else weight._version
-        values = flat[::step].clone().view(torch.uint8)  # bits: NaN is not equal to NaN
+        values = sample(weight, 4096).clone().view(torch.uint8)  # bits: NaN is not equal to NaN
         return cls(weight.data_ptr(), version, values)
 
     def matches(self, other: _Stamp) -> bool:
