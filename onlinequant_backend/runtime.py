@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -55,8 +56,6 @@ class QuantizedGraph:
         self._device = device
         self._report = report
         self._cache = cache
-        self._observed = graph.copy_graph(graph_module)
-        run_passes(self._observed, OBSERVE, PassContext(config, precision))
         self._infos = [info for _, info in layer_nodes(graph_module) if info.index is not None]
         inputs = graph.placeholders(graph_module)
         self._inputs = tuple(node.name for node in inputs)
@@ -106,6 +105,13 @@ class QuantizedGraph:
         key = self._key(args, weights)
         compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
         return self._run_float(args) if compiled is None else compiled(args, weights)
+
+    @functools.cached_property
+    def _observed(self) -> fx.GraphModule:
+        """The float graph with observers; not needed where an earlier process has observed."""
+        observed = graph.copy_graph(self._graph)
+        run_passes(observed, OBSERVE, PassContext(self._config, self._precision))
+        return observed
 
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in self._sets.values():
