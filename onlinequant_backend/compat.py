@@ -89,8 +89,12 @@ def static_tracing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def symbolic_tracing() -> Iterator[None]:
-    """Dynamo makes every size of every input symbolic, each on its own, and takes none to be 1; floats stay numbers."""
-    with torch._dynamo.config.patch(assume_static_by_default=False, specialize_float=True), free_sizes():
+    """Dynamo makes every size of every input symbolic, each on its own, and takes none to be 1.
+
+    Whatever hangs on the module itself, such as a LoRA's strength, stays a number until it is seen to change.
+    """
+    patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
+    with patch(dynamic_sources=r"L\['(?!self'\])(?!.*\._(modules|parameters|buffers)\b)"), free_sizes():
         yield
 
 

@@ -85,8 +85,12 @@ def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any], *, sizes:
             _replace_by_number(node, value)
             node.meta["example_value"] = value  # no symbol any more
         elif is_wrapped_float(node):
+            stays = is_open_float(node)
             for user in list(node.users):
-                _replace_by_number(user, float(value))
+                if stays:
+                    user.replace_all_uses_with(node)
+                else:
+                    _replace_by_number(user, float(value))
                 graph_module.graph.erase_node(user)
 
 
@@ -101,6 +105,30 @@ def is_wrapped_float(node: fx.Node) -> bool:
         and bool(node.users)
         and all(user.op == "call_method" and user.target == "item" for user in node.users)
     )
+
+
+_ARITHMETIC = frozenset([operator.mul, operator.truediv, operator.add, operator.sub])
+
+
+def is_open_float(node: fx.Node) -> bool:
+    """Whether a wrapped float, such as a LoRA's strength, is only calculated with, so that it can stay an input."""
+    return is_wrapped_float(node) and all(map(_is_calculated_with, node.users))
+
+
+def _is_calculated_with(number: fx.Node) -> bool:
+    """Whether a 0-d float64 tensor gives the same as ``number``: it does not widen a floating-point tensor's dtype,
+    unless that has no dimensions itself."""
+    for user in number.users:
+        if user.op != "call_function" or user.target not in _ARITHMETIC:
+            return False
+        tensors = [x for x in map(_value, user.all_input_nodes) if isinstance(x, torch.Tensor)]
+        if not (all(x.is_floating_point() and x.dim() for x in tensors) if tensors else _is_calculated_with(user)):
+            return False
+    return True
+
+
+def _value(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
 
 
 def _replace_by_number(node: fx.Node, number: float) -> None:

@@ -18,7 +18,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,6 +31,7 @@ from . import compat, graph
 from .config import QuantConfig
 from .passes import LayerInfo
 from .precision import Precision
+from .samples import sample
 
 _PART = 16
 # Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
@@ -81,7 +81,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.stride()}\n".encode())
         for tensor in _plain_tensors(parameter):
-            samples.setdefault((tensor.dtype, tensor.device), []).append(_sample(tensor))
+            samples.setdefault((tensor.dtype, tensor.device), []).append(sample(tensor, _SAMPLES))
     for views in samples.values():  # one copy from the device for each kind, not one for each parameter
         digest.update(torch.cat(views).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_PART]
@@ -93,14 +93,6 @@ def _plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
         return [parameter]
     names, _ = parameter.__tensor_flatten__()
     return [tensor for name in names for tensor in _plain_tensors(getattr(parameter, name))]
-
-
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach()
-    order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
-    flat = flat.permute(order).reshape(-1)  # in memory order, which copies nothing where memory is dense
-    step = max(1, math.ceil(flat.numel() / _SAMPLES)) | 1  # odd, so that it visits every channel
-    return flat[::step]
 
 
 def _machine(precision: Precision, device: torch.device) -> str:

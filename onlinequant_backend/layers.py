@@ -18,6 +18,7 @@ from .entry import LayerCalibration
 from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
 from .kernels import cpu
+from .samples import sample
 
 if TYPE_CHECKING:
     from .merged import MergedWeight
@@ -297,10 +298,8 @@ class _Stamp:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> _Stamp:
-        flat = weight.detach().flatten()
-        step = max(1, flat.numel() // 4096) | 1
         version = None if weight.is_inference() else weight._version
-        values = flat[::step].clone().view(torch.uint8)  # bits: NaN is not equal to NaN
+        values = sample(weight, 4096).clone().view(torch.uint8)  # bits: NaN is not equal to NaN
         return cls(weight.data_ptr(), version, values)
 
     def matches(self, other: _Stamp) -> bool:

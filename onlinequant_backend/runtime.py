@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import threading
 import time
@@ -31,6 +32,9 @@ _log = logging.getLogger("onlinequant")
 # Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
 _SAME_PICTURE = 0.3
 
+# Kinds of calls, such as values of a float, that a graph is compiled for; as many as Dynamo traces a frame for.
+_MOST_KINDS = 8
+
 
 class QuantizedGraph:
     """What the backend returns for one Dynamo graph.
@@ -55,8 +59,6 @@ class QuantizedGraph:
         self._device = device
         self._report = report
         self._cache = cache
-        self._observed = graph.copy_graph(graph_module)
-        run_passes(self._observed, OBSERVE, PassContext(config, precision))
         self._infos = [info for _, info in layer_nodes(graph_module) if info.index is not None]
         inputs = graph.placeholders(graph_module)
         self._inputs = tuple(node.name for node in inputs)
@@ -67,6 +69,7 @@ class QuantizedGraph:
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
+        self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = config.shapes != "static" and shapes.has_symbols(graph_module)
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[int, WeightSet] = {}
@@ -107,6 +110,13 @@ class QuantizedGraph:
         compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
         return self._run_float(args) if compiled is None else compiled(args, weights)
 
+    @functools.cached_property
+    def _observed(self) -> fx.GraphModule:
+        """The float graph with observers; not needed where an earlier process has observed."""
+        observed = graph.copy_graph(self._graph)
+        run_passes(observed, OBSERVE, PassContext(self._config, self._precision))
+        return observed
+
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in self._sets.values():
             weights.check_not_freed()
@@ -121,7 +131,8 @@ class QuantizedGraph:
             if not isinstance(value, torch.Tensor):
                 (sizes if isinstance(value, int) else fixed).append(value)
             elif position in self._wrapped_floats:
-                fixed.append(float(value))
+                if position not in self._open_floats:
+                    fixed.append(float(value))
             else:
                 fixed.append(value.dtype)
                 sizes.append((value.shape, value.stride()))
@@ -275,6 +286,10 @@ class QuantizedGraph:
             if key in self._compiled:
                 return self._compiled[key]
             fixed, _ = key
+            kinds = {fixed for fixed, _ in self._compiled}
+            if fixed not in kinds and len(kinds) >= _MOST_KINDS:
+                _log.warning("a number among the inputs is never the same twice, so this call runs in float")
+                return None
             # The first graph that a model needs is made for its sizes alone, any other one for all sizes.
             is_first = shapes.is_first(weights.layers[0]) and self._config.shapes == "auto"
             symbolic = self._may_be_symbolic and not is_first

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -81,6 +82,36 @@ def test_specialize_bakes_numbers_in(count: int, factor: float) -> None:
     assert "item" not in Snapshot.of(symbolic).counts
     assert torch.equal(symbolic(*(arg if arg is x else None for arg in args))[0], scaled(x, count, factor))
     assert "item" in Snapshot.of(original).counts
+
+
+@pytest.mark.parametrize(
+    ("function", "x", "stays"),
+    [
+        (lambda x, s: x * s, X, True),
+        (lambda x, s: x * (s * 2) - s, X.bfloat16(), True),
+        (lambda x, s: x * s, X.int(), False),  # float32; times a float64 tensor it would be float64
+        (lambda x, s: x.sum() * s, X, False),  # the same
+        (lambda x, s: torch.full_like(x, s), X, False),
+        (lambda x, s: (x * s, x.clamp(max=s)), X, False),
+    ],
+)
+def test_a_float_that_is_only_calculated_with_stays_an_input(
+    function: Callable[[torch.Tensor, float], Any], x: torch.Tensor, stays: bool
+) -> None:
+    captured, args = capture(function, x, 0.3, dynamic=True)
+    for number in (0.3, 0.7):
+        specialized = graph.copy_graph(captured)
+        (node,) = filter(graph.is_wrapped_float, graph.placeholders(specialized))
+        assert graph.is_open_float(node) == stays
+        values = [
+            torch.tensor(number, dtype=torch.float64) if arg is not x and torch.is_tensor(arg) else arg for arg in args
+        ]
+        graph.specialize(specialized, values)
+        specialized.recompile()
+        assert bool(node.users) == stays
+        expected = function(x, number)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        torch.testing.assert_close(specialized(*values), expected)
 
 
 def test_scalar_tensor_is_no_wrapped_float() -> None:

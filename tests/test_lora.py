@@ -185,7 +185,6 @@ def test_strength_of_one_call(inductor: EagerInductor) -> None:
         subject.check(calls=3, cross_attention_kwargs={"scale": strength})
 
 
-@pytest.mark.xfail(reason="each strength compiles anew, and after eight of them Dynamo gives up and runs float")
 def test_a_slider_of_the_strength_compiles_once(inductor: EagerInductor) -> None:
     subject = Subject(inductor)
     load(subject.unet, "a", lora(tiny_unet(), 1))

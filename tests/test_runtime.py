@@ -138,6 +138,29 @@ def test_any_sizes(mode: str, dynamo: int, compiles: int, inductor: EagerInducto
 
 
 @torch.no_grad()
+def test_any_sizes_of_a_function(inductor: EagerInductor) -> None:
+    """Sizes of inputs are symbolic, those of weights, wherever the module is, never are."""
+    model = net()
+    step = torch.compile(lambda x, unet: unet(x), backend=oq.onlinequant, options=OPTIONS)
+    around = torch.compile(lambda x: model(x), backend=oq.onlinequant, options=OPTIONS)
+    for batch, *size in SIZES:
+        x = noise(batch, 4, *size)
+        for result in (step(x, model), step(x, model), around(x), around(x)):
+            assert relative_error(result, model(x)) < CLOSE
+    assert (dynamo_graphs(), len(inductor.graphs)) == (4, 3)  # one model, so one first size
+
+
+@torch.no_grad()
+def test_a_float_that_has_to_be_a_number_is_not_compiled_for_without_end(inductor: EagerInductor) -> None:
+    model = net()
+    function = lambda x, number: model(x) + torch.full_like(x, number)  # noqa: E731
+    step = torch.compile(function, backend=oq.onlinequant, options=OPTIONS)
+    for call in range(20):
+        assert relative_error(step(X, call / 20), function(X, call / 20)) < CLOSE
+    assert len(inductor.graphs) < 10
+
+
+@torch.no_grad()
 def test_going_back_to_the_first_size_compiles_nothing(inductor: EagerInductor) -> None:
     model = net()
     step = compiled(model)
