@@ -53,7 +53,7 @@ def store(y, out, places, mask, out_qparams):
     """Store float32 ``y``, quantized first if there are ``out_qparams``."""
     if out_qparams is not None:
         limit: tl.constexpr = 127.0 if out.dtype.element_ty == tl.int8 else 448.0
-        y = tl.clamp(y * tl.load(out_qparams), -limit, limit)
+        y = tl.clamp(y * tl.load(out_qparams), -limit, limit, propagate_nan=tl.PropagateNan.ALL)
         if out.dtype.element_ty == tl.int8:
             y = tl.floor(y + 0.5)
     tl.store(out + places, y.to(out.dtype.element_ty), mask=mask)
