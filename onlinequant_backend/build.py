@@ -51,17 +51,22 @@ class CompiledGraph:
         self._symbolic = symbolic
 
     def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        function, extras = self.prepare(weights)
+        taken = self._take(args)
+        if self._moved:
+            device = weights.layers[0].device
+            taken = tuple(arg.to(device) if i in self._moved else arg for i, arg in enumerate(taken))
+        return function(*taken, *extras)
+
+    def prepare(self, weights: WeightSet) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
+        """How this is called with ``weights``, and its extra inputs; raises RuntimeError if these cannot be made."""
         known = weights.extras.get(self)
         if known is None:
             extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
             # A CUDA graph is made for certain addresses, so every set of weights has its own.
             function = self.function if self._graphed is None else self._graphed(self.function)
             known = weights.extras[self] = function, extras
-        function, extras = known
-        taken = self._take(args)
-        if self._moved:
-            taken = tuple(arg.cuda() if i in self._moved else arg for i, arg in enumerate(taken))
-        return function(*taken, *extras)
+        return known
 
     @property
     def is_symbolic(self) -> bool:

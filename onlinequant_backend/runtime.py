@@ -100,14 +100,16 @@ class QuantizedGraph:
                 result = self._calibrate(args, parameters, weights)
                 if weights.selection is None:
                     return result
+            key = self._key(args, weights)
+            compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
+            if compiled is not None:
+                compiled.prepare(weights)
         except OnlineQuantError:
             raise
         except Exception as error:
             self._gave_up = True
             self._stay_in_float(error)
             return self._run_float(args)
-        key = self._key(args, weights)
-        compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
         return self._run_float(args) if compiled is None else compiled(args, weights)
 
     @functools.cached_property

@@ -196,7 +196,10 @@ class WeightSet:
         if isinstance(of, int):
             found = getattr(self.layers[of], what)
         else:
-            found = getattr(self.merge(of), what.removeprefix("merged_"))
+            merged = self.merge(of)
+            if merged is None:
+                raise RuntimeError("a layer shares its weight with one that is merged with others than itself")
+            found = getattr(merged, what.removeprefix("merged_"))
         assert isinstance(found, torch.Tensor)
         return found
 

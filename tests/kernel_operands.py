@@ -116,5 +116,7 @@ def assert_near_8bit(actual: torch.Tensor, expected: torch.Tensor, out_qparams: 
         # Triton's interpreter (3.8) loses the carry where rounding up reaches a power of two, and has subnormals wrong.
         wrong = (rounded.frexp().mantissa.abs() == 0.5) & (scaled.abs() < rounded.abs()) | (scaled.abs() < 2**-6)
         actual, scaled, rounded, step = actual[~wrong], scaled[~wrong], rounded[~wrong], step[~wrong]
-    assert bool(((actual.double() - scaled).abs() <= step).all())
+    # Hopper's tensor cores add up fp8 products with 14 bits: what nearly cancels out is less exact.
+    slack = 2e-3 * float(scaled.abs().max()) if actual.is_cuda and not is_int8 else 0
+    assert bool(((actual.double() - scaled).abs() <= step + slack).all())
     assert float((actual.double() != rounded).double().mean()) < 0.02

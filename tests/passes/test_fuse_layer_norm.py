@@ -67,9 +67,7 @@ def written_before(norm: nn.LayerNorm, x: torch.Tensor) -> tuple[torch.Tensor, t
     ("normalize", "adds"),
     [(plain, False), (with_residual, True), (after_another_reader, True), (broadcast, False), (written_before, False)],
 )
-def test_norm_and_quantize_become_one_op(
-    normalize: Normalize, adds: bool, affine: bool, precision: Precision
-) -> None:
+def test_norm_and_quantize_become_one_op(normalize: Normalize, adds: bool, affine: bool, precision: Precision) -> None:
     module = Block(normalize, affine)
     probe = GraphProbe(module, X, precision=precision).analyze()
     layers = probe.observe()
