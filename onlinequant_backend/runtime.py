@@ -72,6 +72,7 @@ class QuantizedGraph:
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = config.shapes != "static" and shapes.has_symbols(graph_module)
         self._grad_enabled = torch.is_grad_enabled()
+        self._may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
         self._sets: dict[int, WeightSet] = {}
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
@@ -104,13 +105,25 @@ class QuantizedGraph:
             compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
             if compiled is not None:
                 compiled.prepare(weights)
+            asked = weights.begin_check()
+            if asked and not self._may_repeat and not weights.end_check():
+                self._follow(parameters, weights)
+                return self(*args)
         except OnlineQuantError:
             raise
         except Exception as error:
             self._gave_up = True
             self._stay_in_float(error)
             return self._run_float(args)
-        return self._run_float(args) if compiled is None else compiled(args, weights)
+        if compiled is None:
+            return self._run_float(args)
+        result = compiled(args, weights)
+        # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
+        # stale weights is thrown away.
+        if asked and self._may_repeat and not weights.end_check():
+            self._follow(parameters, weights)
+            return self(*args)
+        return result
 
     @functools.cached_property
     def _observed(self) -> fx.GraphModule:
@@ -313,7 +326,7 @@ class QuantizedGraph:
         """
         if compiled.fits(args):
             return True
-        may_repeat = not weights.has_freed() and not any(map(graph.writes_in_place, self._graph.graph.nodes))
+        may_repeat = not weights.has_freed() and self._may_repeat
         if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
             return False
         with torch.no_grad():

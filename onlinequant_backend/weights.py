@@ -75,10 +75,8 @@ class _Samples:
         return not torch.equal(torch.cat(self._views).view(torch.uint8), self._bits)
 
 
-def _samples(views: list[torch.Tensor]) -> _Samples | samples.Samples:
-    if views[0].device.type != "cuda":
-        return _Samples(views)
-    from .kernels import samples
+def _gpu_samples(views: list[torch.Tensor]) -> samples.Samples:
+    from .kernels import samples  # needs Triton
 
     return samples.Samples(views)
 
@@ -253,14 +251,15 @@ class WeightSet:
             view = canaries(weight) if self.layers[index].freed else _sample_view(weight)
             alike.setdefault((weight.dtype, weight.device), []).append(view)
         with torch.inference_mode(False):
-            self._samples = [_samples(views) for views in alike.values()]
+            self._samples = [_Samples(views) for (_, device), views in alike.items() if device.type != "cuda"]
+            self._gpu_samples = [_gpu_samples(views) for (_, device), views in alike.items() if device.type == "cuda"]
         self._generation = Generation.number
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether every 8-bit copy still is what these parameters, identical to the set's, would give.
 
-        Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
-        the generation tells.
+        Values on a GPU are not looked at: see ``begin_check``. Runs at every call, so it is quick. Another set may
+        have quantized a layer that both share for other weights: the generation tells.
         """
         if self._generation != Generation.number:
             return False
@@ -269,6 +268,21 @@ class WeightSet:
         if list(map(_pointer_of, self._watched(parameters))) != self._pointers:
             return False
         return not any(samples.have_changed() for samples in self._samples)
+
+    def begin_check(self) -> bool:
+        """Have GPUs compare sampled values with the snapshot, in front of what they are given next.
+
+        Returns whether there is an answer to be waited for; none while the caller captures a CUDA graph.
+        """
+        if not self._gpu_samples or torch.cuda.is_current_stream_capturing():
+            return False
+        for samples in self._gpu_samples:
+            samples.begin()
+        return True
+
+    def end_check(self) -> bool:
+        """Wait for what ``begin_check`` began: whether no value had changed."""
+        return not any(samples.end() for samples in self._gpu_samples)
 
 
 class Registry:

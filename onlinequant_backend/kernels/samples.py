@@ -34,10 +34,25 @@ class Samples:
         ]
         self._addresses = torch.tensor(offsets, dtype=torch.int64, device=device)
         self._changed = torch.zeros(1, dtype=torch.int32, device=device)
+        self._answer = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._answered = torch.cuda.Event() if device.type == "cuda" else None
 
-    def have_changed(self) -> bool:
-        """Whether any value is another one now, be it by a bit; waits for the GPU."""
+    def begin(self) -> None:
+        """Have the GPU compare when it gets there, after all that it has been given before."""
         n = len(self._addresses)
         with torch.cuda.device(self._changed.device):
             _compare_kernel[(triton.cdiv(n, _BLOCK),)](self._addresses, self._expected, self._changed, n, BLOCK=_BLOCK)
-        return bool(self._changed.item())
+            self._answer.copy_(self._changed, non_blocking=True)
+            if self._answered is not None:
+                self._answered.record()
+
+    def end(self) -> bool:
+        """Wait for the answer: whether any value was another one, be it by a bit."""
+        if self._answered is not None:
+            self._answered.synchronize()
+        return bool(self._answer)
+
+    def have_changed(self) -> bool:
+        """``begin`` and ``end``."""
+        self.begin()
+        return self.end()

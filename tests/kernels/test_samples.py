@@ -20,7 +20,7 @@ Snapshot = Callable[[list[torch.Tensor]], Any]
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Snapshot]:
     """Where tensors are, and what takes a snapshot of them: torch, or a Triton kernel interpreted or on a GPU."""
     if request.param == "torch":
-        return "cpu", weights._samples
+        return "cpu", weights._Samples
     pytest.importorskip("triton", reason="there is no triton: pip install --no-deps triton")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (request.param == "interpreter"):
@@ -28,7 +28,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch sees no GPU")
-        return "cuda", weights._samples
+        return "cuda", weights._gpu_samples
     from onlinequant_backend.kernels import samples
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
