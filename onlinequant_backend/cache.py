@@ -158,7 +158,7 @@ class Cache:
             alike = [path for path in eviction.paths(self.root, ENTRIES) if path.name[:16] == key[:16]]
             alike = [path for path in alike if path.name[32:48] == key[32:48]]
             for path in sorted(alike, key=lambda path: path.name != key):
-                with contextlib.suppress(FileNotFoundError, NotADirectoryError, UnicodeDecodeError):
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError, ValueError):
                     if insecurity(path, path.lstat()) is None:
                         return read_file(path / AUTOTUNING_FILE, MAX_BYTES).decode()
         return None

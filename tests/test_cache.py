@@ -13,6 +13,7 @@ from onlinequant_backend import cache, files, trouble
 from onlinequant_backend.cache import Cache
 from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
+from onlinequant_backend.eviction import ENTRIES
 from tests import cache_process
 from tests.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, calibration, content, key
 
@@ -234,3 +235,28 @@ def test_inductors_folder_may_not_be_open_to_others(store: Cache, caplog: pytest
     folder.chmod(0o777)
     assert store.inductor_directory(KEY) is None
     assert f"chmod 700 {folder}" in caplog.text
+
+
+def test_measured_timings_are_shared_by_checkpoints_on_a_machine(store: Cache) -> None:
+    assert store.load_autotuning(KEY) is None
+    store.publish(KEY, CALIBRATION, STATS)
+    assert store.load_autotuning(KEY) is None
+    store.publish(SIBLING, CALIBRATION, STATS, "another")
+    store.publish(OTHER_MACHINE, CALIBRATION, STATS, "another machine's")
+    assert store.load_autotuning(key(weights="9")) == "another"
+    assert store.load_autotuning(KEY) == "another"
+    store.publish(KEY, CALIBRATION, STATS, "own")
+    assert store.load_autotuning(KEY) == "own"
+    assert content(store.load(KEY)) == content(CALIBRATION)
+    assert store.load_autotuning(key(portable="8")) is None
+
+
+def test_timings_that_are_no_text_or_a_link_are_a_miss(root: Path, store: Cache, tmp_path: Path) -> None:
+    store.publish(KEY, CALIBRATION, STATS, "own")
+    path = root / ENTRIES / KEY / "autotuning.json"
+    path.write_bytes(bytes([0xFF]))
+    assert store.load_autotuning(KEY) is None
+    path.unlink()
+    (tmp_path / "elsewhere").write_text("theirs", encoding="utf-8")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert store.load_autotuning(KEY) is None

@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from onlinequant_backend import selection
+from onlinequant_backend.formats import FP8, Format
+from onlinequant_backend.kernels import tuning
+from onlinequant_backend.kernels.tuning import CUBLAS, TMA, Tile
+from onlinequant_backend.passes import LayerInfo
+from onlinequant_backend.passes.select_nodes import select_nodes
+from onlinequant_backend.selection import Timing
+from tests.graph_probe import SYMMETRIC, GraphProbe
+from tests.tiny import noise
+
+CPU = torch.device("cpu")
+WIDE = Tile(TMA, 128, 128, 128, 8, 4)
+
+
+class Attention(nn.Module):
+    """Two linears that read one tensor, one that reads another, and a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.out = nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 64)
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        return self.out(self.q(x) * self.k(x)).sum() + self.conv(image).sum()
+
+
+@pytest.fixture(autouse=True)
+def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(selection, "_known", {})
+    monkeypatch.setattr(tuning, "_chosen", {})
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    yield
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the layers that were timed; a layer of 64 outputs is the only one that is slower in 8 bit."""
+    names: list[str] = []
+
+    def time_layer(info: LayerInfo, _format: Format, _device: torch.device) -> Timing:
+        names.append(info.name)
+        return Timing(10.0, 12.0 if info.weight_shape[0] == 64 else 5.0, 4.0, WIDE)
+
+    monkeypatch.setattr(selection, "_time_layer", time_layer)
+    return names
+
+
+def analyzed() -> GraphProbe:
+    return GraphProbe(Attention(), noise(2, 6, 32), noise(1, 3, 8, 8), precision=SYMMETRIC[1]).analyze()
+
+
+def test_every_shape_is_timed_once_and_what_is_slower_stays_in_float(timed: list[str]) -> None:
+    probe = analyzed()
+    reasons = selection.measure(probe.graph_module, FP8, CPU)
+    assert sorted(timed) == ["conv", "out", "q"]  # k is like q
+    assert reasons == {"out": "not faster: 14.0 us in 8 bit, 10.0 us in float"}
+    times = {info.name: (info.float_us, info.quantized_us) for info in probe.infos}
+    # Half of quantizing rides along, and q and k share the rest.
+    assert times == {"q": (10, 6), "k": (10, 6), "out": (10, 14), "conv": (10, 7)}
+    assert {decision.quantized_us for decision in (info.decision() for info in probe.infos)} == {6, 7, 14}
+    assert selection.measure(analyzed().graph_module, FP8, CPU) == reasons
+    assert len(timed) == 3
+
+
+def test_the_best_tile_is_used_from_then_on(timed: list[str]) -> None:
+    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn) != WIDE
+    selection.measure(analyzed().graph_module, FP8, CPU)
+    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn) == WIDE
+
+
+def test_another_process_takes_the_timings_over(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    probe = analyzed()
+    reasons = selection.measure(probe.graph_module, FP8, CPU)
+    text = selection.dump(probe.infos, FP8)
+    monkeypatch.setattr(selection, "_known", {})
+    assert selection.dump(probe.infos, FP8) is None
+    assert selection.restore(text) == 3
+    assert selection.measure(probe.graph_module, FP8, CPU) == reasons
+    assert len(timed) == 3
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    monkeypatch.setattr(selection, "_known", {})
+    assert selection.restore(text) == 0
+
+
+GOOD: dict[str, Any] = {
+    "version": 1,
+    "device": "a GPU",
+    "timings": {
+        "linear torch.float8_e4m3fn 12x32 32 torch.float32": {
+            "float_us": 3.0,
+            "quantized_us": 2.0,
+            "quantize_us": 1.0,
+            "tile": {"kernel": CUBLAS, "rows": 0, "columns": 0, "depth": 0, "warps": 0, "stages": 0, "splits": 1},
+        }
+    },
+}
+
+
+def damaged(path: tuple[str, ...], value: Any) -> str:
+    data = copy.deepcopy(GOOD)
+    place = data
+    for name in path[:-1]:
+        place = place[name]
+    place[path[-1]] = value
+    return json.dumps(data)
+
+
+TIMING = ("timings", next(iter(GOOD["timings"])))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        None,
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        damaged(("version",), 2),
+        damaged(("device",), "another GPU"),
+        damaged(("timings",), [1]),
+        damaged((*TIMING, "float_us"), 0.0),
+        damaged((*TIMING, "float_us"), -1.0),
+        damaged((*TIMING, "quantized_us"), float("nan")),
+        damaged((*TIMING, "quantized_us"), float("inf")),
+        damaged((*TIMING, "quantize_us"), "1"),
+        damaged((*TIMING, "tile"), {"kernel": "rm -rf"}),
+        damaged((*TIMING, "tile", "rows"), 2**40),
+        damaged((*TIMING, "tile", "splits"), 10**9),
+        damaged((*TIMING, "tile", "more"), 1),
+        damaged(TIMING, None),
+    ],
+)
+def test_what_cannot_be_is_ignored(text: str | None) -> None:
+    assert selection.restore(json.dumps(GOOD)) == 1
+    selection._known.clear()
+    assert selection.restore(text) == 0
+    assert selection._known == {}
+
+
+def test_thresholds_do_not_count_where_speed_is_measured() -> None:
+    for device, chosen, expected in (("cuda", "auto", 4), ("cuda", "density", 0), ("cpu", "auto", 0)):
+        probe = analyzed()
+        thresholds = {"conv_compute_density_threshold": 1e6, "linear_compute_density_threshold": 1e6}
+        config = {**probe.context.config.to_dict(), **thresholds, "selection": chosen}
+        probe.context.config = type(probe.context.config)(**{**config, "exclude": ()})
+        probe.context.device = torch.device(device)
+        probe.run(select_nodes)
+        assert len(probe.quantized()) == expected, (device, chosen)
