@@ -65,7 +65,9 @@ def qualified_name(node: fx.Node) -> str:
 
 def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torch.Tensor | None = None) -> fx.Node:
     """Append an input. It looks like a parameter to AOTAutograd: unguarded, with a stable address."""
-    with graph_module.graph.inserting_after(placeholders(graph_module)[-1]):
+    # Dynamo's inputs come first: thousands of them are added, so no search through the whole graph for each.
+    first_call = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
+    with graph_module.graph.inserting_after(first_call.prev):
         node = graph_module.graph.placeholder(name)
     node._dynamo_source = ConstantSource(name)
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
