@@ -18,6 +18,7 @@ from .entry import LayerCalibration
 from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
 from .kernels import cpu
+from .layout import CHANNELS_LAST
 from .samples import sample
 
 if TYPE_CHECKING:
@@ -186,8 +187,7 @@ class Layer:
     def _new_copy(self, q: torch.Tensor) -> torch.Tensor:
         if self.format.is_packed:
             return cpu.new_handle(q.shape)
-        formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-        return torch.empty_like(q, memory_format=formats.get(q.dim(), torch.contiguous_format))
+        return torch.empty_like(q, memory_format=CHANNELS_LAST.get(q.dim(), torch.contiguous_format))
 
     def refusal(self) -> str | None:
         """What rules 8 bit out, or None."""

@@ -14,6 +14,7 @@ import torch
 
 from . import formats
 from .kernels import cpu, cuda
+from .layout import CHANNELS_LAST
 
 _library = torch.library.Library("onlinequant", "DEF")
 # Inductor must hand a kernel the memory layout that the graph was traced with.
@@ -57,7 +58,7 @@ def _quantize(
     q = (torch.clamp(q, *formats.LIMITS[dtype]) if clamp else q).to(dtype)
     if not channels_last:
         return q.contiguous()
-    return q.contiguous(memory_format=torch.channels_last if x.dim() == 4 else torch.channels_last_3d)
+    return q.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
 def _linear_fake(
@@ -106,7 +107,7 @@ def _group_norm_fake(
     qparams: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[x.dim()]
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
@@ -127,7 +128,7 @@ def _conv_fake(
         (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
         for size, kernel, step, pad, dil in zip(xq.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
     ]
-    layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[xq.dim()]
     shape = (xq.shape[0], weight.shape[0], *spatial)
     return torch.empty(shape, dtype=dtype, device=xq.device, memory_format=layout)
 

@@ -18,6 +18,7 @@ from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
 from .layers import quantize_weight
+from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress
 
@@ -132,7 +133,7 @@ def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing
         float_us = _time(lambda: F.linear(rows, weight))
         run = lambda tile: cuda.run_linear(xq, qparams, q, scale, None, info.dtype, tile)  # noqa: E731
     else:
-        layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+        layout = CHANNELS_LAST[x.dim()]
         x, weight, q = (tensor.contiguous(memory_format=layout) for tensor in (x, weight, q))
         xq = x.to(format.activation)
         geometry = _geometry(info)

@@ -33,6 +33,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from .formats import Format
 from .hollow import canaries, hollow_out
 from .layers import Generation, Layer
+from .layout import CHANNELS_LAST
 from .merged import MergedWeight
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 def _sample_view(weight: torch.Tensor) -> torch.Tensor:
     """A view of a few of a weight's values, from the middle of its parts; never a copy."""
     flat = weight.detach()
-    if flat.is_contiguous() or flat.is_contiguous(memory_format=_channels_last(flat)):
+    if flat.is_contiguous() or flat.is_contiguous(memory_format=CHANNELS_LAST.get(flat.dim(), torch.contiguous_format)):
         flat = flat.as_strided((flat.numel(),), (1,))
     else:
         for size in flat.shape[1:]:
@@ -79,11 +80,6 @@ def _gpu_samples(views: list[torch.Tensor]) -> samples.Samples:
     from .kernels import samples  # needs Triton
 
     return samples.Samples(views)
-
-
-def _channels_last(tensor: torch.Tensor) -> torch.memory_format:
-    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    return formats.get(tensor.dim(), torch.contiguous_format)
 
 
 class WeightSet:

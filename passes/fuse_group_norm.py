@@ -6,10 +6,10 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph, ops
+from onlinequant_backend.layout import CHANNELS_LAST
 
 from .layer import PassContext
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What only orders elements anew, and does that whatever their layout in memory.
 _ORDERINGS = ("contiguous", "flatten", "movedim", "permute", "reshape", "transpose")
@@ -52,7 +52,7 @@ def _has_kernel(norm: fx.Node) -> bool:
     value = x.meta.get("example_value")
     return (
         isinstance(value, torch.Tensor)
-        and value.dim() in _FORMATS
+        and value.dim() in CHANNELS_LAST
         and value.dtype in _DTYPES
         and isinstance(groups, int)
         and isinstance(graph.argument(norm, 4, "eps", 1e-5), (int, float))
@@ -78,7 +78,7 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
     # Where the norm was, since somebody may write into x before its result is quantized.
     with graph_module.graph.inserting_before(norm):
         # In the graph, so that what computes x writes it like this.
-        layout: dict[str, Any] = {"memory_format": _FORMATS[graph.example(x).dim()]}
+        layout: dict[str, Any] = {"memory_format": CHANNELS_LAST[graph.example(x).dim()]}
         x = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (x,), layout)
         args = (x, groups, weight, bias, eps, silu, qparams, dtype)
         result = graph_module.graph.call_function(ops.group_norm, args)

@@ -4,10 +4,10 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import compat
+from onlinequant_backend.layout import CHANNELS_LAST
 
 from .layer import PassContext
 
-_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 _contiguous = torch.ops.aten.contiguous.default
 
 
@@ -43,12 +43,12 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
 
 def _memory_format(node: fx.Node) -> torch.memory_format | None:
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dim() not in _FORMATS:
+    if not isinstance(value, torch.Tensor) or value.dim() not in CHANNELS_LAST:
         return None
     # The traced strides may be symbolic, so ask a tensor of the same strides that has no memory.
     sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
     traced = torch.empty_strided(sizes, strides, device="meta")
-    for memory_format in (torch.contiguous_format, _FORMATS[value.dim()]):
+    for memory_format in (torch.contiguous_format, CHANNELS_LAST[value.dim()]):
         if traced.is_contiguous(memory_format=memory_format):
             return memory_format
     return None

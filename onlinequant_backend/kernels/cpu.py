@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from .. import compat
+from ..layout import CHANNELS_LAST
 from . import emulated
 
 _packed_weights: dict[int, torch.Tensor] = {}
@@ -167,7 +168,7 @@ def _conv(
     if packed is None:
         packed = _pack_conv(weight, stride, padding, dilation)
     _, zero_point, scale = qparams.tolist()
-    layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[xq.dim()]
     b = None if bias is None else bias.float().contiguous()
     x = xq.contiguous(memory_format=layout)
     y = _qconv(x, scale, zero_point, packed, weight_scale, b, stride, padding, dilation, dtype)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..layout import CHANNELS_LAST
 from . import tuning
 from .tuning import CUBLAS, TMA, Tile
 
@@ -117,7 +118,7 @@ def group_norm(
     """GroupNorm of ``x`` [N, C, *spatial], and SiLU of that if asked for, in 8 bit and channels last."""
     from .group_norm import group_norm as triton_group_norm
 
-    layout = torch.channels_last if x.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[x.dim()]
     out = torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
     shape = (x.shape[0], -1, x.shape[1])
     pixels = _channels_inside(x).reshape(shape).contiguous()
@@ -161,7 +162,7 @@ def run_conv(
         return _pointwise_conv(xq, qparams, weight, weight_scale, bias, dtype, residual, channel_add, tile)
     stride, padding, dilation = geometry
     spatial = tuning.output_size(xq.shape[2:], weight.shape[2:], geometry)
-    layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[xq.dim()]
     shape = (xq.shape[0], weight.shape[0], *spatial)
     out = torch.empty(shape, dtype=dtype, device=xq.device, memory_format=layout)
     if residual is not None:

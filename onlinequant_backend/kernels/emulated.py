@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..layout import CHANNELS_LAST
+
 
 def linear(
     xq: torch.Tensor,
@@ -42,5 +44,5 @@ def conv(
     y = y * (qparams[2] * weight_scale).view(per_channel)
     if bias is not None:
         y = y + bias.float().view(per_channel)
-    layout = torch.channels_last if xq.dim() == 4 else torch.channels_last_3d
+    layout = CHANNELS_LAST[xq.dim()]
     return y.to(dtype).contiguous(memory_format=layout)
