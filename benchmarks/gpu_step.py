@@ -6,21 +6,22 @@ Every cell (a row's model at its size, in one column) is a process of its own, a
 all make the same random weights and inputs from the same seed. Times are medians with their spread.
 
 - "direct": wall-clock time of a call as a user makes it, in batches of calls that are synchronized at their end.
-- "on the GPU": between CUDA events, around each replay of a CUDA graph. Eager's is for information only: its users have
-  no graph. onlinequant replays graphs of its own, so for it the events go around batches of direct calls.
-- Speed-ups compare "direct" of eager and torch.compile and "on the GPU" of all others.
+- "as a graph": the same function captured by hand in one CUDA graph, between CUDA events around each replay. For
+  torch.compile and torchao that is the fastest they can do; eager's is for information only: its users have no graph.
+  onlinequant replays graphs of its own, so for it the events go around batches of direct calls.
+- Speed-ups of a line are of its time as a graph (eager's: of its direct calls), over torch.compile as a graph,
+  torch.compile called directly, eager called directly, and torchao as a graph.
 - "relative error": ``||result - eager|| / ||eager||`` of the step's output.
 - "GiB": the peak of allocated and of reserved memory in timed calls. What a CUDA graph needs for intermediate results
   is sure to be in the second number only.
 - "first s": seconds from the first call to the first compiled result, for onlinequant with the observed calls. Caches
-  are empty, but "torch.compile + CUDA graphs" finds those of "torch.compile" if both are measured (``--cold``: no).
+  are empty.
 
-"torch.compile + CUDA graphs" is the compiled model captured by hand in a CUDA graph: the fastest that plain torch does.
 "torchao" is what its documentation recommends for float8 on such a GPU: dynamic scales for activations, one for each
 tensor (one for each row needs bfloat16), in every linear layer whose sizes are multiples of 16, with the options it
 sets for Inductor (``--torchao-untuned``: without, which compiles in half the time). "torchao large linears" leaves out
 the layers that diffusers' SDXL tutorial leaves out. Both are compiled in torch.compile's default mode, since
-max-autotune takes many minutes a model, and captured by hand in the same way, so that the comparison is fair.
+max-autotune takes many minutes a model.
 
 Kernels are counted in a trace of the profiler. ``--profile`` lists them one by one, too. ``--show FILE`` prints the
 tables of what several runs have appended to a file; it needs no GPU.
@@ -69,10 +70,13 @@ ROWS = {
     "sd15-512-b8": Row("sd15", 8, (64, 64), "SD1.5, 512x512, batch 8"),
     "svd-576x1024": Row("svd", 2, (72, 128), "SVD, 25 frames of 576x1024, batch 2"),
 }
-EAGER, COMPILED, GRAPHS = "eager", "torch.compile", "torch.compile + CUDA graphs"
-TORCHAO, OURS = "torchao", "onlinequant"
-TORCHAO_LARGE = "torchao large linears"
-COLUMNS = (EAGER, COMPILED, GRAPHS, TORCHAO, TORCHAO_LARGE, OURS)
+EAGER, COMPILED, TORCHAO, TORCHAO_LARGE, OURS = COLUMNS = (
+    "eager",
+    "torch.compile",
+    "torchao",
+    "torchao large linears",
+    "onlinequant",
+)
 # Sizes of linear layers, inputs and outputs, for which 8 bit does not pay according to diffusers' SDXL tutorial.
 SMALL_LINEARS = {
     *((1280, 640), (1920, 1280), (1920, 640), (2048, 1280), (2048, 2560), (2560, 1280), (256, 128), (2816, 1280)),
@@ -332,30 +336,22 @@ def measure(options: argparse.Namespace) -> None:
     del result, expected
     emit(cell)
 
+    start_counting_memory()
+    cell["direct"] = spread(wall_times(step, options.calls, options.repeats))
     run = step
-    if column in (GRAPHS, TORCHAO, TORCHAO_LARGE):
-        if column != GRAPHS:
-            cell["without_graph"] = spread(wall_times(step, options.calls, 3))
-        warm_up_for_capture(step)
-        start_counting_memory()
-        run = captured(step)
-        cell["relative_error"] = relative_error_of(run, saved)
+    if column == OURS:
+        cell["graph"] = spread(event_times(step, options.calls, BATCHES))
     else:
-        start_counting_memory()
-    cell["direct"] = spread(wall_times(run, options.calls, options.repeats))
-    cell["memory"] = peak_memory()
-    emit(cell)
-    if column == EAGER:
         try:
             warm_up_for_capture(step)
+            start_counting_memory()
             run = captured(step)
         except RuntimeError as error:
-            cell["notes"].append(f"eager cannot be captured in a CUDA graph: {error}")
-    if column == OURS:
-        cell["graph"] = spread(event_times(run, options.calls, BATCHES))
-    elif run is not step:
-        run()
-        cell["graph"] = spread(event_times(run, 1, REPLAYS))
+            cell["notes"].append(f"{column} cannot be captured in a CUDA graph: {error}")
+        else:
+            cell["graph"] = spread(event_times(run, 1, REPLAYS))
+            cell["relative_error"] = relative_error_of(run, saved)
+    cell["memory"] = peak_memory()
     emit(cell)
 
     rows = kernels(trace(run, PROFILED, torch.profiler.ProfilerActivity.CUDA), PROFILED)
@@ -426,8 +422,7 @@ def last_object(output: str, ending: str | None) -> dict[str, Any]:
 
 def caches(row: str, column: str, options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], bool]:
     """The environment in which all caches lie in a folder of their own, and whether there is anything in it already."""
-    shared = COMPILED if column == GRAPHS and not options.cold else column
-    name = re.sub(r"\W+", "-", f"{row}-{options.small_depth}-{shared}-{options.torchao_untuned}")
+    name = re.sub(r"\W+", "-", f"{row}-{options.small_depth}-{column}-{options.torchao_untuned}")
     home = (options.cache or folder / "caches") / name
     is_warm = home.exists()
     home.mkdir(parents=True, exist_ok=True)
@@ -443,27 +438,26 @@ def caches(row: str, column: str, options: argparse.Namespace, folder: Path) -> 
     return environment, is_warm and column != EAGER
 
 
-def own_time(column: str, cell: dict[str, Any]) -> float | None:
-    """The time that counts for a column: as its users run it, where the host does not matter if there is a graph."""
-    times = cell.get("direct" if column in (EAGER, COMPILED) else "graph")
-    return None if times is None else float(times["median"])
+def median(cell: dict[str, Any], name: str) -> float | None:
+    """Milliseconds of a cell's "direct" or "graph"."""
+    return float(cell[name]["median"]) if name in cell else None
 
 
 def table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
     """The columns of one row of ``ROWS``, one a line."""
     result = Table(title=title)
-    headings = ["", "direct ms (min-max)", "on the GPU ms (min-max)", "to graphs", "to eager", "to torchao"]
-    headings += ["relative error", "GiB", "first s", "triton_*", "launches", "8-bit layers"]
+    headings = ["", "direct ms (min-max)", "as a graph ms (min-max)", "to compile's graph", "to compile", "to eager"]
+    headings += ["to torchao", "relative error", "GiB", "first s", "triton_*", "launches", "8-bit layers"]
     for heading in headings:
         result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for column, cell in cells.items():
         if "failed" in cell:
             result.add_row(column, cell["failed"])
             continue
-        mine = own_time(column, cell)
+        mine = median(cell, "direct" if column == EAGER else "graph")
         ratios = []
-        for base in (GRAPHS, EAGER, TORCHAO):
-            theirs = own_time(base, cells.get(base, {}))
+        for base, name in ((COMPILED, "graph"), (COMPILED, "direct"), (EAGER, "direct"), (TORCHAO, "graph")):
+            theirs = median(cells.get(base, {}), name)
             ratios.append("" if mine is None or theirs is None else f"{theirs / mine:.2f}x")
         memory, counts, report = cell.get("memory"), cell.get("kernels", {}), cell.get("report", {})
         result.add_row(
@@ -576,7 +570,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--small-depth", type=int, default=10, help="transformer layers of SDXL's deepest blocks")
     result.add_argument("--option", action="append", default=[], type=key_and_value, help="key=value for onlinequant")
     result.add_argument("--torchao-untuned", action="store_true", help="without the Inductor options torchao sets")
-    result.add_argument("--cold", action="store_true", help="no cell finds another's compiled kernels")
     result.add_argument("--cache", type=Path, help="keep the caches in this folder and find them there again")
     result.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     result.add_argument("--column", choices=COLUMNS, help=argparse.SUPPRESS)

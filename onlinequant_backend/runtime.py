@@ -78,7 +78,8 @@ class QuantizedGraph:
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._compiled: dict[tuple[tuple[Any, ...], tuple[Any, ...]], CompiledGraph | None] = {}
-        self._general: dict[tuple[Any, ...], CompiledGraph] = {}
+        # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
+        self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
         self._lock = threading.RLock()
         self._decided = False
         self._gave_up = False
@@ -308,13 +309,15 @@ class QuantizedGraph:
             # The first graph that a model needs is made for its sizes alone, any other one for all sizes.
             is_first = shapes.is_first(weights.layers[0]) and self._config.shapes == "auto"
             symbolic = self._may_be_symbolic and not is_first
-            compiled: CompiledGraph | None = self._general.get(fixed) if symbolic else None
+            general = self._general.setdefault(fixed, {}) if symbolic else {}
+            compiled = next((known for known in general.values() if self._serves(known, args, weights)), None)
             if compiled is None:
-                compiled = self._build(args, parameters, weights, symbolic)
+                expanded = shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
+                compiled = self._build(args, parameters, weights, symbolic and expanded not in general)
                 if compiled is not None and compiled.is_symbolic:
-                    self._general[fixed] = compiled
-            if compiled is not None and not self._serves(compiled, args, weights):
-                compiled = self._build(args, parameters, weights, symbolic=False)
+                    general[expanded] = compiled
+                    if not self._serves(compiled, args, weights):
+                        compiled = self._build(args, parameters, weights, symbolic=False)
             self._compiled[key] = compiled
             return compiled
 
@@ -329,8 +332,12 @@ class QuantizedGraph:
         may_repeat = not weights.has_freed() and self._may_repeat
         if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
             return False
-        with torch.no_grad():
-            return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+        try:
+            with torch.no_grad():
+                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+        except Exception as error:  # Inductor's own look at the sizes
+            _log.debug("a graph for all sizes is not for these: %s", error)
+            return False
 
     def _build(
         self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, symbolic: bool

@@ -95,6 +95,19 @@ def _symbols_of(value: Any) -> set[sympy.Symbol]:
     return set()
 
 
+def broadcast_sizes(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[sympy.Symbol]:
+    """Leading sizes of 1 beside larger ones, one time step for several images, say: those are for being expanded, and
+    must not be taken for a batch like the others."""
+    traced: list[Any] = [node.meta.get("example_value") for node in graph.placeholders(graph_module)]
+    leading = {
+        value.shape[0].node.expr: argument.shape[0]
+        for value, argument in zip(traced, arguments, strict=True)
+        if isinstance(value, torch.Tensor) and value.dim() and isinstance(value.shape[0], torch.SymInt)
+    }
+    ones = frozenset(symbol for symbol, size in leading.items() if size == 1)
+    return ones if len(ones) < len(leading) else frozenset()
+
+
 class SymbolicInputs:
     """Fake inputs of a graph with symbolic sizes, in a shape environment that belongs to nobody else.
 
@@ -118,19 +131,27 @@ class SymbolicInputs:
             for position, value in enumerate(traced)
             if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
         }
-        self._sizes = {symbol: self._new_size(symbol, arguments[at]) for symbol, at in self._positions.items()}
+        self._ones = broadcast_sizes(graph_module, arguments) & self._positions.keys()
+        self._sizes: dict[sympy.Symbol, int | torch.SymInt] = {
+            symbol: 1 if symbol in self._ones else self._new_size(symbol, arguments[at])
+            for symbol, at in self._positions.items()
+        }
         with self.fake_mode:
             self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
 
     def finish(self) -> None:
         """Compiling is over: note what it assumed about the sizes."""
-        self._guards = self._shape_env.produce_guards_expression(list(self._sizes.values()))
+        sizes = [size for size in self._sizes.values() if isinstance(size, torch.SymInt)]
+        self._guards = self._shape_env.produce_guards_expression(sizes)
 
     def fits(self, arguments: Sequence[Any], at_least: int = 0) -> bool:
         """Whether what was compiled holds for the sizes of another call, smaller ones counting as ``at_least``."""
+        if any(arguments[self._positions[symbol]] != 1 for symbol in self._ones):
+            return False
         if self._guards is None:
             return True
-        sizes = [max(arguments[position], at_least) for position in self._positions.values()]
+        free = [position for symbol, position in self._positions.items() if symbol not in self._ones]
+        sizes = [max(arguments[position], at_least) for position in free]
         return bool(self._shape_env.evaluate_guards_expression(self._guards, sizes))
 
     def _new_size(self, symbol: sympy.Symbol, size: int) -> torch.SymInt:
