@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,9 @@ _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig
 _IN_PLACE_OPERATORS = frozenset(
     [operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand]
 )
+
+# Tensor methods whose result shares its memory with their input.
+_VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -159,6 +162,14 @@ def _asked_to_write_in_place(node: fx.Node) -> bool:
         return False
     names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
     return "inplace" in names and bool(argument(node, names.index("inplace"), "inplace", False))
+
+
+def readers(node: fx.Node) -> Iterator[fx.Node]:
+    """Everything that reads ``node`` or what shares its memory."""
+    for user in node.users:
+        yield user
+        if (user.op == "call_method" and user.target in _VIEWS) or writes_in_place(user):
+            yield from readers(user)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -221,7 +221,7 @@ class QuantizedGraph:
         return self._entries[weights]
 
     def _publish(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
-        autotuning = selection.dump(self._infos, self._precision.format) if self._device.type == "cuda" else None
+        autotuning = selection.dump(self._graph, self._precision.format) if self._device.type == "cuda" else None
         fingerprint = self._fingerprint(weights, parameters)
         self._entries[weights].publish(weights.layers, fingerprint, self._report, autotuning)
 

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections import Counter
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
+from . import graph
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
@@ -26,10 +27,18 @@ _log = logging.getLogger("onlinequant")
 _VERSION = 1
 # Runs in one CUDA graph, and replays of it, of which the quickest counts.
 _RUNS, _REPLAYS = 8, 3
-# Quantizing mostly rides along in the kernel that makes the values; this share of a kernel of its own is left.
-_QUANTIZE_SHARE = 0.5
+# A layer must be faster by this share: times vary a little, and 8 bit costs accuracy.
+_LEAST_GAIN = 0.03
 # Candidates that are timed for each shape: each costs a compile by Triton.
 _CANDIDATES = 3
+
+# What leaves the values as they are, and what is computed value by value or, like a norm, ends so.
+_VIEWS = ("contiguous", "flatten", "movedim", "permute", "reshape", "squeeze", "to", "transpose", "unsqueeze", "view")
+_VIEW_FUNCTIONS = (torch.flatten, torch.movedim, torch.permute, torch.reshape, torch.transpose, F.dropout)
+_POINTWISE = (
+    *(F.layer_norm, F.group_norm, F.silu, F.gelu, F.interpolate, torch._C._nn.gelu, torch.cat, torch.add, torch.mul),
+    *(operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +57,14 @@ _known: dict[str, Timing] = {}
 def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) -> dict[str, str]:
     """Time every layer that could be quantized, once for each shape, and choose its tile.
 
-    Fills in ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it.
+    Linears that read one tensor are timed as the one product that ``merge_linears`` makes of them. Fills in
+    ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it.
     """
-    reads = [(info, read) for _, info, read in layer_reads(graph_module) if info.index is not None]
-    readers = Counter(read for _, read in reads)
-    shapes = {_key(info, format): info for info, _ in reads}
+    groups = _groups(graph_module)
+    shapes: dict[str, LayerInfo] = {}
+    for members, _ in groups:
+        for info in [*members, _merged(members)]:
+            shapes.setdefault(_key(info, format), info)
     missing = [(key, info) for key, info in shapes.items() if key not in _known]
     if missing:
         with Progress("timing layers", len(missing)) as progress, torch.inference_mode(False), torch.no_grad():
@@ -60,19 +72,51 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
                 progress.advance(info.name)
                 _known[key] = _time_layer(info, format, device)
             torch.cuda.empty_cache()
+    tuning.choose({_tile_key(info, format): _known[key].tile for key, info in shapes.items()})
     reasons = {}
-    for info, read in reads:
-        timing = _known[_key(info, format)]
-        tuning.choose({_tile_key(info, format): timing.tile})
-        share = timing.quantize_us * _QUANTIZE_SHARE / readers[read]
-        info.float_us, info.quantized_us = timing.float_us, timing.quantized_us + share
-        if not info.quantized_us < info.float_us:
-            reasons[info.name] = f"not faster: {info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
+    for members, rides_along in groups:
+        merged, *timings = (_known[_key(info, format)] for info in [_merged(members), *members])
+        quantized_us = merged.quantized_us + (0 if rides_along else merged.quantize_us)
+        float_us = sum(timing.float_us for timing in timings)
+        for info, timing in zip(members, timings, strict=True):
+            info.float_us, info.quantized_us = timing.float_us, quantized_us * timing.float_us / float_us
+            if quantized_us > float_us * (1 - _LEAST_GAIN):
+                reasons[info.name] = f"not faster: {info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
     return reasons
 
 
-def dump(infos: Sequence[LayerInfo], format: Format) -> str | None:
-    """What ``restore`` takes: the timings of these layers as JSON; None if there are none."""
+def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], bool]]:
+    """The layers that could be quantized, together those that will be one product; and whether quantizing what they
+    read rides along in the kernel that makes it."""
+    groups: dict[object, tuple[list[LayerInfo], bool]] = {}
+    for node, info, read in layer_reads(graph_module):
+        if info.index is not None:
+            mergeable = info.geometry is None
+            key = (read, graph.argument(node, 2, "bias") is None, info.dtype) if mergeable else info.name
+            groups.setdefault(key, ([], _is_pointwise(read[0])))[0].append(info)
+    return list(groups.values())
+
+
+def _is_pointwise(node: Any) -> bool:
+    """Whether Inductor, or a kernel of ours, computes ``node`` value by value, so that it can quantize it at once."""
+    while isinstance(node, fx.Node) and (node.target in _VIEWS or node.target in _VIEW_FUNCTIONS):
+        node = node.all_input_nodes[0]
+    return isinstance(node, fx.Node) and (node.target in _POINTWISE or node.target == "mul")
+
+
+def _merged(members: Sequence[LayerInfo]) -> LayerInfo:
+    """Linears that read one tensor as one."""
+    first = members[0]
+    if len(members) == 1:
+        return first
+    outputs = sum(info.weight_shape[0] for info in members)
+    name = f"{first.name} and {len(members) - 1} more"
+    return dataclasses.replace(first, name=name, weight_shape=(outputs, first.weight_shape[1]))
+
+
+def dump(graph_module: fx.GraphModule, format: Format) -> str | None:
+    """What ``restore`` takes: the timings of a graph's layers as JSON; None if there are none."""
+    infos = [info for members, _ in _groups(graph_module) for info in [*members, _merged(members)]]
     keys = sorted({_key(info, format) for info in infos} & _known.keys())
     if not keys:
         return None

@@ -24,6 +24,7 @@ from .quantize_inputs import quantize_inputs
 from .rewrite_conv import rewrite_conv
 from .rewrite_linear import rewrite_linear
 from .select_nodes import select_nodes
+from .share_activations import share_activations
 
 __all__ = [
     "ANALYZE",
@@ -41,7 +42,7 @@ __all__ = [
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-ANALYZE: tuple[Pass, ...] = (name_layers, annotate_density, select_nodes)
+ANALYZE: tuple[Pass, ...] = (share_activations, name_layers, annotate_density, select_nodes)
 OBSERVE: tuple[Pass, ...] = (insert_observers,)
 SELECT: tuple[Pass, ...] = (select_nodes,)
 REWRITE: tuple[Pass, ...] = (

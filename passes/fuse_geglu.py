@@ -40,7 +40,7 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
         product = _product(linear) if linear.target is ops.linear and info_of(linear) is not None else None
         if product is None or not _has_kernel(linear, context):
             continue
-        result = _without_dropout(product)
+        result = product
         x, qparams, weight, scale, bias, dtype = linear.args
         quantize = _only_user(result)
         if quantize is not None and quantize.target is ops.quantize and not quantize.args[3]:
@@ -57,13 +57,9 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _has_kernel(linear: fx.Node, context: PassContext) -> bool:
-    if context.device.type != "cuda":
-        return True
     info = info_of(linear)
     assert info is not None
-    outputs, inputs = info.weight_shape
-    rows = info.flops // (2 * outputs * inputs)
-    return bool(tuning.geglu_tiles(rows, outputs, inputs, context.precision.format.activation))
+    return context.device.type != "cuda" or tuning.geglu_tile(info.weight_shape[1]) is not None
 
 
 def _product(linear: fx.Node) -> fx.Node | None:
@@ -87,15 +83,6 @@ def _is_halving(node: fx.Node) -> bool:
         return False
     last = graph.example(node.all_input_nodes[0]).dim() - 1
     return graph.argument(node, 2, "dim", 0) in (-1, last)
-
-
-def _without_dropout(node: fx.Node) -> fx.Node:
-    """What a dropout that does nothing makes of ``node``, if it is the only reader."""
-    user = _only_user(node)
-    if user is not None and user.target is torch.nn.functional.dropout:
-        does_nothing = graph.argument(user, 1, "p", 0.5) == 0 or not graph.argument(user, 2, "training", True)
-        return user if does_nothing else node
-    return node
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

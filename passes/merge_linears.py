@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -10,9 +9,6 @@ import torch.fx as fx
 from onlinequant_backend import graph, ops
 
 from .layer import LayerInfo, PassContext, layer_nodes
-
-# Tensor methods whose result shares its memory with their input.
-_VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
 
 
 def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -50,16 +46,8 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
     return merged
 
 
-def _readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Everything that reads ``node`` or what shares its memory."""
-    for user in node.users:
-        yield user
-        if (user.op == "call_method" and user.target in _VIEWS) or graph.writes_in_place(user):
-            yield from _readers(user)
-
-
 def _is_returned(node: fx.Node) -> bool:
-    return any(reader.op == "output" for reader in _readers(node))
+    return any(reader.op == "output" for reader in graph.readers(node))
 
 
 def _merge(
@@ -83,7 +71,7 @@ def _merge(
         product = graph_module.graph.call_function(ops.linear, args)
         parts = graph_module.graph.call_function(torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         for i, node in enumerate(nodes):
-            for reader in _readers(node):
+            for reader in graph.readers(node):
                 if reader.op == "call_method" and reader.target == "view":
                     reader.target = "reshape"  # rows of a part do not lie one behind the other: there may be no view
             part = graph_module.graph.call_function(operator.getitem, (parts, i))

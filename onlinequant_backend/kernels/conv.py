@@ -28,6 +28,7 @@ def _conv_kernel(
     residual,
     channel_add,
     weight_stride,
+    channel_stride,
     H_out,
     W_out,
     C,
@@ -98,10 +99,11 @@ def _conv_kernel(
             weight_scale,
             bias,
             residual,
-            channel_add + n0 * K,
+            channel_add + n0 * channel_stride,
             None,
             None,
             weight_stride,
+            channel_stride,
         )
     elif SPLITS == 1:
         finish(
@@ -119,6 +121,7 @@ def _conv_kernel(
             n,
             None,
             weight_stride,
+            channel_stride,
         )
     else:
         store_part(accumulator, out, rows, valid, k0, K, split, N * H_out * W_out)
@@ -142,6 +145,7 @@ def _add_up_kernel(
     residual,
     channel_add,
     weight_stride,
+    channel_stride,
     M,
     K,
     pixels,
@@ -174,6 +178,7 @@ def _add_up_kernel(
         images,
         None,
         weight_stride,
+        channel_stride,
     )
 
 
@@ -203,6 +208,7 @@ def add_up(
         residual,
         channel_add,
         min(weight_scale.numel() - 1, 1),
+        0 if channel_add is None else channel_add.stride(0),
         M,
         K,
         M // N,
@@ -229,7 +235,7 @@ def conv(
     into ``out`` [N, H_out, W_out, K].
 
     ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [K] or [1]. ``residual``: added, like
-    ``out``. ``channel_add`` [N, K]: added to every pixel of its image. C must be a multiple of 16.
+    ``out``. ``channel_add`` [N, K], of contiguous rows: added to every pixel of its image. C must be a multiple of 16.
     """
     N, _, _, C = xq.shape
     K, kernel_h, kernel_w, _ = weight.shape
@@ -248,6 +254,7 @@ def conv(
         residual,
         channel_add,
         min(weight_scale.numel() - 1, 1),
+        0 if channel_add is None else channel_add.stride(0),
         H_out,
         W_out,
         C,

@@ -80,7 +80,8 @@ def geglu(
 
     rows = xq.reshape(-1, xq.shape[-1])
     out = rows.new_empty((rows.shape[0], weight.shape[0] // 2), dtype=dtype)
-    tile = tuning.geglu_tile(rows.shape[0], weight.shape[0], weight.shape[1], xq.dtype)
+    tile = tuning.geglu_tile(weight.shape[1])
+    assert tile is not None  # else ``fuse_geglu`` would have left it alone
     matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile, out_qparams=out_qparams, geglu=True)
     return out.view(*xq.shape[:-1], out.shape[1])
 
@@ -168,7 +169,7 @@ def run_conv(
     if residual is not None:
         residual = _channels_inside(residual.expand(shape).contiguous(memory_format=layout))
     x, w, y = _channels_inside(xq), _channels_inside(weight), _channels_inside(out)
-    if channel_add is not None:
+    if channel_add is not None and channel_add.stride(1) != 1:  # rows may be parts of longer ones: see merge_linears
         channel_add = channel_add.contiguous()
     if tile.kernel == TMA:
         from .conv import conv as tma_conv

@@ -28,6 +28,7 @@ def _gather_kernel(
     residual,
     channel_add,
     weight_stride,
+    channel_stride,
     M,
     D,
     H,
@@ -115,6 +116,7 @@ def _gather_kernel(
             n,
             None,
             weight_stride,
+            channel_stride,
         )
     else:
         store_part(accumulator, out, rows, valid, k0, K, split, M)
@@ -138,7 +140,8 @@ def gather_conv(
     ``out`` [N, *spatial_out, K]. Of three, two or (a linear layer) no spatial dimensions.
 
     ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [K] or [1]. ``residual``: added, like
-    ``out``. ``channel_add`` [N, K]: added to every pixel of its image. ``tile.depth`` must be at least 32.
+    ``out``. ``channel_add`` [N, K], of contiguous rows: added to every pixel of its image. ``tile.depth`` must be at
+    least 32.
     """
     missing = 5 - xq.dim()
     ones, zeros = (1,) * missing, (0,) * missing
@@ -156,6 +159,7 @@ def gather_conv(
         residual,
         channel_add,
         min(weight_scale.numel() - 1, 1),
+        0 if channel_add is None else channel_add.stride(0),
         M,
         *ones,
         *xq.shape[1:],

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .epilogue import finish, store
+from .epilogue import finish, gelu, rounded
 from .tuning import Tile
 
 
@@ -106,14 +106,20 @@ def _geglu_kernel(
     x_scale = tl.load(scale)
     value_scales = x_scale * tl.load(weight_scale + columns * weight_stride, mask=inside, other=0.0)
     gate_scales = x_scale * tl.load(weight_scale + (N + columns) * weight_stride, mask=inside, other=0.0)
+    if out_qparams is not None:  # scales one factor of the product, which is scaled anyway
+        out_scale = tl.load(out_qparams)
+        value_scales *= out_scale
     value = values.to(tl.float32) * value_scales[None, :]
     gate = gates.to(tl.float32) * gate_scales[None, :]
     if bias is not None:
-        value += tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        value_bias = tl.load(bias + columns, mask=inside, other=0.0).to(tl.float32)
+        if out_qparams is not None:
+            value_bias *= out_scale
+        value += value_bias[None, :]
         gate += tl.load(bias + N + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y = value * gate * 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
+    y = rounded(value * gelu(gate), out.dtype.element_ty)
     mask = (rows < M)[:, None] & inside[None, :]
-    store(y, out, rows.to(tl.int64)[:, None] * N + columns[None, :], mask, out_qparams)
+    tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, mask=mask)
 
 
 def matmul(

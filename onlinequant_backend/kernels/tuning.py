@@ -40,7 +40,10 @@ class Tile:
 
 
 _LINEAR = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
-_GEGLU = (Tile(TMA, 128, 64, 128, 4, 3), Tile(TMA, 128, 128, 128, 8, 3), Tile(TMA, 64, 64, 128, 4, 4))
+_FEW_ROWS = (Tile(TMA, 64, 256, 128, 4, 3), Tile(TMA, 64, 128, 128, 4, 4), Tile(TMA, 64, 64, 128, 4, 5))
+_SHALLOW = Tile(TMA, 128, 64, 64, 4, 6)  # where half of the last block of inputs would be empty otherwise
+# Two programs on each processor, so that one computes GELU while the other multiplies: the best at every shape.
+_GEGLU = Tile(TMA, 128, 64, 128, 4, 3)
 _CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
 _GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
 _MAX_SPLITS = 16
@@ -63,11 +66,6 @@ def linear_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
     return f"linear {dtype} {M}x{K} {N}"
 
 
-def geglu_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
-    """Names the shape of a linear layer with GEGLU."""
-    return f"geglu {dtype} {M}x{K} {N}"
-
-
 def conv_key(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> str:
     """Names the shapes of a convolution."""
     numbers = " ".join("x".join(map(str, part)) for part in (x, weight, *geometry))
@@ -77,11 +75,6 @@ def conv_key(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype:
 def linear_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
     """The tile of a linear layer: [M, K] by [N, K]."""
     return _chosen.get(linear_key(M, N, K, dtype)) or linear_tiles(M, N, K, dtype)[0]
-
-
-def geglu_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
-    """The tile of a linear layer with GEGLU: [M, K] by [N, K]."""
-    return _chosen.get(geglu_key(M, N, K, dtype)) or geglu_tiles(M, N, K, dtype)[0]
 
 
 def conv_tile(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> Tile:
@@ -95,15 +88,16 @@ def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]
     """The candidates of a linear layer, the best guess first."""
     if K % 16 or not _has_tma():
         return _by_blocks(_GATHER, M, N)
-    own = _by_blocks(_LINEAR, M, N)
+    own = _by_blocks(_LINEAR if M > 64 else _FEW_ROWS, M, N)
+    if M > 64 and 0 < K % 128 <= 64:
+        own = (_SHALLOW, *own)
     # cuBLAS has no fp8 product for a handful of rows.
     return (Tile(CUBLAS), *own) if dtype.is_floating_point and N % 16 == 0 and M >= 16 else own
 
 
-@functools.lru_cache(maxsize=4096)
-def geglu_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
-    """The candidates of a linear layer with GEGLU; none where the kernel cannot run."""
-    return () if K % 16 or not _has_tma() else _GEGLU
+def geglu_tile(K: int) -> Tile | None:
+    """The tile of a linear layer with K inputs and GEGLU; None where the kernel cannot run."""
+    return None if K % 16 or not _has_tma() else _GEGLU
 
 
 @functools.lru_cache(maxsize=4096)
@@ -112,21 +106,19 @@ def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, 
     pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
     if is_pointwise(weight, geometry):
         return linear_tiles(pixels, weight[0], weight[1], dtype)
-    tiles = _CONV if _fits_tma(weight, geometry) and _has_tma() else _GATHER
-    by_blocks = _by_blocks(tiles, pixels, weight[0])
-    blocks = _blocks(by_blocks[0], pixels, weight[0])
-    depth = math.ceil(weight[1] / 128) * math.prod(weight[2:])
-    splits = min(_processors() // max(blocks, 1), depth // 4, _MAX_SPLITS)
-    if tiles is _CONV and splits > 1:
-        wide = dataclasses.replace(_CONV[1], splits=min(_processors() // _blocks(_CONV[1], pixels, weight[0]), splits))
-        return (dataclasses.replace(by_blocks[0], splits=splits), wide, *by_blocks)
-    return by_blocks
+    if not (_fits_tma(weight, geometry) and _has_tma()):
+        return _by_blocks(_GATHER, pixels, weight[0])
+    steps = math.ceil(weight[1] / 128) * math.prod(weight[2:])
+    most = max(min(steps // 4, _MAX_SPLITS), 1)
+    splits = (min(max(_processors() // _blocks(tile, pixels, weight[0]), 1), most) for tile in _CONV)
+    tiles = [dataclasses.replace(tile, splits=number) for tile, number in zip(_CONV, splits, strict=True)]
+    return _by_blocks(tiles, pixels, weight[0])
 
 
 def is_valid(tile: Tile) -> bool:
     """Whether ``tile`` is among the candidates of any shape."""
     unsplit = dataclasses.replace(tile, splits=1)
-    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_GEGLU, *_CONV, *_GATHER)
+    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_GATHER)
     return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 
@@ -159,7 +151,8 @@ def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int) -> tuple[Tile, ..
     """
 
     def time(tile: Tile) -> float:
-        return math.ceil(_blocks(tile, rows, columns) / _processors()) * (tile.rows * tile.columns + 6500)
+        waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / _processors())
+        return waves * (tile.rows * tile.columns + 6500) / tile.splits
 
     return tuple(sorted(tiles, key=time))
 

@@ -53,7 +53,7 @@ def test_output_dtypes_with_all_that_is_added(out_dtype, splits, device):
     operands = new_operands((2, H, W, C), (K, 3, 3, C), torch.float8_e4m3fn, device, bias=out_dtype)
     expected = operands.conv(ONE, ONE, ONE)
     residual = torch.randn(expected.shape, device=device).to(out_dtype)
-    channel_add = torch.randn(2, K, device=device).to(out_dtype)
+    channel_add = torch.randn(2, K + 5, device=device).to(out_dtype)[:, 2 : K + 2]  # part of a merged linear's result
     out = output_of(
         lambda out: conv(*operands.arguments, ONE, out, tile(device, splits), residual, channel_add),
         expected.shape,

@@ -74,7 +74,7 @@ def test_output_dtypes_with_all_that_is_added(out_dtype, splits, device):
     geometry = (1, 2, 1), (0, 1, 1), (1, 1, 1)
     expected = operands.conv(*geometry)
     residual = torch.randn(expected.shape, device=device).to(out_dtype)
-    channel_add = torch.randn(2, K, device=device).to(out_dtype)
+    channel_add = torch.randn(2, K + 5, device=device).to(out_dtype)[:, 2 : K + 2]  # part of a merged linear's result
     out = output_of(
         lambda out: gather_conv(*operands.arguments, *geometry, out, tile(device, splits), residual, channel_add),
         expected.shape,

@@ -21,7 +21,7 @@ Gpu = Callable[..., None]
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """``gpu(tma=True, processors=132)``; so it is, unless a test says otherwise."""
-    cached = (tuning.linear_tiles, tuning.geglu_tiles, tuning.conv_tiles)
+    cached = (tuning.linear_tiles, tuning.conv_tiles)
     monkeypatch.setattr(tuning, "_chosen", {})
 
     def set_gpu(tma: bool = True, processors: int = 132) -> None:
@@ -62,15 +62,13 @@ def test_gpu_without_tma_gathers(gpu: Gpu) -> None:
     gpu(tma=False)
     assert kernels(tuning.linear_tiles(4096, 640, 640, FP8)) == [GATHER] * 3
     assert kernels(tuning.conv_tiles((2, 320, 64, 64), (320, 320, 3, 3), PLAIN, FP8)) == [GATHER] * 3
-    assert tuning.geglu_tiles(4096, 5120, 640, FP8) == ()
+    assert tuning.geglu_tile(640) is None
 
 
 @pytest.mark.parametrize(("inputs", "there"), [(640, True), (30, False)])
 def test_geglu(inputs: int, there: bool) -> None:
-    tiles = tuning.geglu_tiles(4096, 5120, inputs, FP8)
-    assert kernels(tiles) == [TMA] * 3 * there
-    if there:
-        assert tuning.geglu_tile(4096, 5120, inputs, FP8) == tiles[0]
+    tile = tuning.geglu_tile(inputs)
+    assert (tile is not None and tile.kernel == TMA) == there
 
 
 @pytest.mark.parametrize(
@@ -145,7 +143,6 @@ def test_sums_are_split_where_blocks_are_few(x: tuple[int, ...], weight: tuple[i
         assert 1 <= tile.splits <= min(16, steps)
         if tile.splits > 1:
             assert tile.splits * tuning._blocks(tile, pixels, weight[0]) <= 132
-    assert any(tile.splits == 1 for tile in tiles)
 
 
 def test_splits_are_for_the_gpu_there_is(gpu: Gpu) -> None:
@@ -179,18 +176,15 @@ def test_choice_replaces_the_guess() -> None:
     assert tuning.linear_tile(*shape, FP8) == other != guess
     assert tuning.linear_tile(*shape, INT8) != other
     assert tuning.linear_tile(4097, 640, 640, FP8) == guess
-    assert tuning.geglu_tile(*shape, FP8) == tuning.geglu_tiles(*shape, FP8)[0]
     chosen = tuning.chosen()
     chosen.clear()
     assert tuning.chosen() == {tuning.linear_key(*shape, FP8): other}
 
-    geglu = tuning.geglu_tiles(*shape, FP8)[-1]
     x, weight = (2, 64, 32, 32), (64, 64, 3, 3)
     conv = tuning.conv_tiles(x, weight, PLAIN, INT8)[-1]
-    tuning.choose({tuning.geglu_key(*shape, FP8): geglu, tuning.conv_key(x, weight, PLAIN, INT8): conv})
-    assert tuning.geglu_tile(*shape, FP8) == geglu
+    tuning.choose({tuning.conv_key(x, weight, PLAIN, INT8): conv})
     assert tuning.conv_tile(list(x), list(weight), PLAIN, INT8) == conv
-    assert len(tuning.chosen()) == 3
+    assert len(tuning.chosen()) == 2
 
 
 def test_keys_tell_everything_apart() -> None:
@@ -198,7 +192,6 @@ def test_keys_tell_everything_apart() -> None:
     keys = [
         *(tuning.linear_key(*shape, FP8) for shape in ((1, 2, 3), (1, 3, 2), (2, 1, 3), (12, 3, 4), (1, 23, 4))),
         tuning.linear_key(1, 2, 3, INT8),
-        tuning.geglu_key(1, 2, 3, FP8),
         tuning.conv_key(x, weight, PLAIN, FP8),
         tuning.conv_key(x, weight, PLAIN, INT8),
         tuning.conv_key(weight, x, PLAIN, FP8),

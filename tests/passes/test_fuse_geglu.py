@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +10,7 @@ from torch import nn
 
 from onlinequant_backend import ops
 from onlinequant_backend.kernels import tuning
+from onlinequant_backend.passes.drop_identities import drop_identities
 from onlinequant_backend.passes.fuse_geglu import fuse_geglu
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
@@ -73,7 +74,7 @@ def test_geglu_and_the_next_layers_quantize_become_one_op(combine: Combine, bias
     module = FeedForward(combine, bias)
     probe = GraphProbe(module, X, precision=precision).analyze()
     layers = probe.observe()
-    probe.run(quantize_inputs, rewrite_linear)
+    probe.run(quantize_inputs, rewrite_linear, drop_identities)
     (expected,) = probe.call_quantized(layers)
 
     assert probe.run(fuse_geglu) == {"fuse_geglu": 1}
@@ -95,7 +96,7 @@ def test_result_that_others_read_is_not_quantized(dtype: torch.dtype, precision:
     x = X.to(dtype)
     probe = GraphProbe(module, x, precision=precision).analyze()
     layers = probe.observe()
-    probe.run(quantize_inputs, rewrite_linear)
+    probe.run(quantize_inputs, rewrite_linear, drop_identities)
     (expected,) = probe.call_quantized(layers)
     assert probe.run(fuse_geglu) == {"fuse_geglu": 1}
     (node,) = probe.nodes(ops.geglu)
@@ -207,11 +208,9 @@ def test_float_linear_and_packed_weights_are_left_alone() -> None:
 
 
 @pytest.fixture
-def tma(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+def tma(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     """``tma(True)``: this machine has a GPU with a tensor memory accelerator."""
-    tuning.geglu_tiles.cache_clear()
-    yield lambda has: monkeypatch.setattr(tuning, "_has_tma", lambda: has)
-    tuning.geglu_tiles.cache_clear()
+    return lambda has: monkeypatch.setattr(tuning, "_has_tma", lambda: has)
 
 
 @pytest.mark.parametrize(("has_tma", "inputs", "fused"), [(True, 32, 1), (True, 24, 0), (False, 32, 0)])

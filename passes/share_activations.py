@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import graph
+
+from .layer import PassContext
+
+_ACTIVATIONS = (
+    *(torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.gelu, torch._C._nn.gelu),
+    *(torch.relu, torch.sigmoid, torch.tanh),
+)
+
+
+def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Compute an activation of one tensor once, as every residual block does that reads the time embedding.
+
+    Before::
+
+        %silu = call_function[target=torch.nn.functional.silu](args = (%temb,))
+        %first = call_function[target=torch._C._nn.linear](args = (%silu, %w0, %b0))
+        %silu_1 = call_function[target=torch.nn.functional.silu](args = (%temb,))
+        %second = call_function[target=torch._C._nn.linear](args = (%silu_1, %w1, %b1))
+
+    After: both linears read ``%silu``, so that they can share a quantized copy and be merged into one product. Leaves
+    alone what is written in place, or computed on different sides of such a write.
+    """
+    first: dict[Any, fx.Node] = {}
+    writes = shared = 0
+    for node in list(graph_module.graph.nodes):
+        writes += graph.writes_in_place(node)
+        if node.target not in _ACTIVATIONS or not _is_only_read(node):
+            continue
+        known = first.setdefault((node.target, node.args, tuple(sorted(node.kwargs.items())), writes), node)
+        if known is not node:
+            node.replace_all_uses_with(known)
+            graph_module.graph.erase_node(node)
+            shared += 1
+    return shared
+
+
+def _is_only_read(node: fx.Node) -> bool:
+    readers = (node, *graph.readers(node))
+    return not any(reader.op == "output" or graph.writes_in_place(reader) for reader in readers)
