@@ -4,8 +4,9 @@
 
 Times are medians over replays of a CUDA graph, so that the host does not matter. On both sides all calls read the same
 tensors, which may stay in the L2 cache. The input is quantized already: in a model that is part of the kernel before.
-cuDNN chooses its fastest algorithm (``torch.backends.cudnn.benchmark``), in three dimensions also the faster of the two
-memory formats. "TFLOP/s" counts the same operations on both sides; the error is relative to the convolution in float32.
+Tiles are chosen as a model's are: the fastest of a few. cuDNN chooses its fastest algorithm
+(``torch.backends.cudnn.benchmark``), in three dimensions also the faster of the two memory formats. "TFLOP/s" counts
+the same operations on both sides; the error is relative to the convolution in float32.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_step import require_cuda
 from benchmarks.models import relative_error
-from onlinequant_backend import formats, ops
+from onlinequant_backend import formats, ops, selection
 from onlinequant_backend.calibration import ActivationRange, freeze
 from onlinequant_backend.layers import quantize_weight
+from onlinequant_backend.passes import ConvGeometry, LayerInfo
 
 FORMATS = {"fp8": formats.FP8, "int8": formats.INT8}
 
@@ -151,11 +153,14 @@ def quantized(
     shape: Shape, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, number_format: formats.Format
 ) -> Callable[[], torch.Tensor]:
     """The convolution in 8 bit, of an input that is quantized already."""
+    ones = (1,) * len(shape.kernel)
+    geometry = ConvGeometry(tuple(shape.strides), tuple(shape.padding), ones)
+    sizes: dict[str, Any] = {"input_shape": tuple(x.shape), "weight_shape": tuple(weight.shape)}
+    selection.tune(LayerInfo(str(shape), "conv", geometry=geometry, dtype=x.dtype, **sizes), number_format, x.device)
     qparams = input_qparams(x, number_format)
     xq = ops.quantize(x, qparams, number_format.activation, True)
     wq, scale = quantize_weight(weight, number_format)
     wq = wq.contiguous(memory_format=layout(wq.dim()))
-    ones = [1] * len(shape.kernel)
     return lambda: ops.conv(xq, qparams, wq, scale, bias, shape.strides, shape.padding, ones, torch.float16)
 
 

@@ -85,6 +85,13 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
     return reasons
 
 
+def tune(info: LayerInfo, format: Format, device: torch.device) -> Timing:
+    """Time one layer, and run its shape on the best tile from now on."""
+    timing = _time_layer(info, format, device)
+    tuning.choose({_tile_key(info, format): timing.tile})
+    return timing
+
+
 def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], bool]]:
     """The layers that could be quantized, together those that will be one product; and whether quantizing what they
     read rides along in the kernel that makes it."""
