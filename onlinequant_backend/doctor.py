@@ -6,8 +6,9 @@ import dataclasses
 import importlib.metadata
 import io
 import platform
+import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -15,14 +16,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import cache, compat, listing, ops, precision
+from . import cache, compat, listing, precision, selftest
 from .errors import InsecureCacheDirectoryError, OnlineQuantError
-from .kernels import reference
+from .formats import Format
 
 _PACKAGES = ("torch", "triton", "safetensors", "diffusers")
 _WIDTH = 100
-# Float32 sums in another order than the float64 oracle; anything beyond is a wrong kernel.
-_TOLERANCE = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +31,16 @@ class Findings:
     Attributes:
         lines: (what, value) in the order to print them in.
         obstacles: what keeps 8 bit from working, each with its remedy where there is one.
+        devices: where it works nevertheless.
     """
 
     lines: list[tuple[str, str]]
     obstacles: list[str]
+    devices: list[str]
 
     @property
     def works(self) -> bool:
-        """Whether a model can run in 8 bit here."""
+        """Whether a model can run in 8 bit wherever this machine could."""
         return not self.obstacles
 
 
@@ -51,26 +52,24 @@ def examine(cache_dir: str | None = None) -> Findings:
     lines = [("onlinequant", _version("onlinequant")), ("python", platform.python_version())]
     lines += [(name, _version(name)) for name in _PACKAGES]
     lines += _device_lines()
-    obstacles: list[str] = []
-    try:
-        limit = round(precision.resolve("int8", torch.device("cpu")).format.weight_limit)
-        lines.append(('precision="int8" on cpu', f"available, with {(limit + 1).bit_length()}-bit weights"))
-    except OnlineQuantError as error:
-        obstacles.append(str(error))
-    else:
-        outcomes = {name: _outcome(check, limit) for name, check in _KERNELS.items()}
-        lines += [(f"kernel {name}", outcome) for name, outcome in outcomes.items()]
-        obstacles += [f"The kernel {name} fails: {outcome}." for name, outcome in outcomes.items() if outcome != "ok"]
+    found = [_examine_cpu()]
+    if torch.cuda.device_count():
+        found.append(_examine_gpu(torch.device("cuda", 0)))  # the one that is meant by "cuda"
+    lines += [line for part in found for line in part.lines]
+    obstacles = [obstacle for part in found for obstacle in part.obstacles]
+    devices = [device for part in found for device in part.devices]
     compiler = _cpp_compiler()
     lines.append(("C++ compiler", compiler or "none"))
     if compiler is None:
+        devices = []
         obstacles.append("Inductor needs a C++ compiler: install g++ or clang++, or let CXX name one.")
     try:
         cache.Cache.open(cache_dir)
     except InsecureCacheDirectoryError as error:
+        devices = []
         obstacles.append(str(error))
     lines.append(("cache directory", _describe_cache(cache_dir)))
-    return Findings(lines, obstacles)
+    return Findings(lines, obstacles, devices)
 
 
 def render(findings: Findings) -> str:
@@ -83,8 +82,57 @@ def render(findings: Findings) -> str:
     console.print(table)
     for obstacle in findings.obstacles:
         console.print(f"problem: {obstacle}", soft_wrap=True)
-    verdict = "8-bit quantization can work here." if findings.works else "8-bit quantization cannot work here."
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + f"\n\n{verdict}"
+    if findings.works:
+        verdict = "can work here"
+    else:
+        verdict = f"can work on {', '.join(findings.devices)} only" if findings.devices else "cannot work here"
+    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + f"\n\n8-bit quantization {verdict}."
+
+
+def _examine_cpu() -> Findings:
+    device = torch.device("cpu")
+    try:
+        format = precision.resolve("int8", device).format
+    except OnlineQuantError as error:
+        return Findings([], [str(error)], [])
+    outcomes = _outcomes(selftest.CPU_CHECKS, format, device)
+    bits = (round(format.weight_limit) + 1).bit_length()
+    lines = [('precision="int8" on cpu', f"available, with {bits}-bit weights")]
+    lines += [(f"kernel {name}", "ok" if passed else text) for name, (passed, text) in outcomes.items()]
+    obstacles = [f"The kernel {name} fails: {text}." for name, (passed, text) in outcomes.items() if not passed]
+    return Findings(lines, obstacles, [] if obstacles else ["cpu"])
+
+
+def _examine_gpu(device: torch.device) -> Findings:
+    automatic = precision.resolve("auto", device)
+    capability = torch.cuda.get_device_capability(device)
+    if capability < (8, 0):  # nothing to be done about it
+        return Findings([], [], [])
+    if automatic.name == "float":
+        obstacle = f"No 8 bit on {device}: {automatic.reason}. pip install '{_triton_requirement()}'"
+        return Findings([], [obstacle], [])
+    has_descriptors = capability >= (9, 0)
+    # Without descriptors, GEGLU is left to Inductor.
+    checks = {name: check for name, check in selftest.GPU_CHECKS.items() if has_descriptors or name != "geglu"}
+    outcomes = _outcomes(checks, automatic.format, device)
+    descriptors = "available" if has_descriptors else "none: they need compute capability 9.0"
+    lines = [(f"tensor descriptors on {device}", descriptors)]
+    for name, (passed, text) in outcomes.items():
+        lines.append((f"kernel {name} on {device}", f"ok, {text}" if passed else text))
+    failed = [name for name, (passed, _) in outcomes.items() if not passed]
+    if not failed:
+        return Findings(lines, [], [str(device)])
+    remedy = (
+        f"Triton builds them with a C compiler, for this torch and the driver: have gcc, a driver that is new enough "
+        f"for CUDA {torch.version.cuda}, and pip install '{_triton_requirement()}'."
+    )
+    return Findings(lines, [f"Kernels fail on {device} ({', '.join(failed)}). {remedy}"], [])
+
+
+def _outcomes(
+    checks: Mapping[str, selftest.Check], format: Format, device: torch.device
+) -> dict[str, selftest.Outcome]:
+    return {name: selftest.outcome(check, format, device) for name, check in checks.items()}
 
 
 def _version(package: str) -> str:
@@ -92,6 +140,12 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
+
+
+def _triton_requirement() -> str:
+    """How pip names the triton that this torch was made for."""
+    required = importlib.metadata.requires("torch") or []
+    return next((text.partition(";")[0].strip() for text in required if text.startswith("triton")), "triton")
 
 
 def _device_lines() -> list[tuple[str, str]]:
@@ -102,6 +156,12 @@ def _device_lines() -> list[tuple[str, str]]:
         major, minor = torch.cuda.get_device_capability(index)
         lines.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
         devices.append(torch.device("cuda", index))
+    if len(devices) == 1:
+        made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
+        lines.append(("GPU", f"none seen by this torch, which was built {made_for}"))
+    else:
+        driver = _first_match(Path("/proc/driver/nvidia/version"), r"Module.*?(\d+\.[\d.]+)")
+        lines.append(("NVIDIA driver", f"{driver or 'unknown'}; this torch was built for CUDA {torch.version.cuda}"))
     for device in devices:
         automatic = precision.resolve("auto", device)
         lines.append((f'precision="auto" on {device}', f"{automatic.name}: {automatic.reason}"))
@@ -109,12 +169,17 @@ def _device_lines() -> list[tuple[str, str]]:
 
 
 def _cpu_name() -> str:
+    name = _first_match(Path("/proc/cpuinfo"), r"model name\s*: (.+)")
+    return name or platform.processor() or platform.machine()
+
+
+def _first_match(path: Path, pattern: str) -> str | None:
+    """The first group of ``pattern`` in a file of Linux's."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        found = re.search(pattern, path.read_text(encoding="utf-8"))
     except OSError:  # not Linux
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+        return None
+    return found and found[1].strip()
 
 
 def _cpp_compiler() -> str | None:
@@ -142,59 +207,3 @@ def _describe_cache(cache_dir: str | None) -> str:
     except OSError as error:
         state = f"cannot be written ({error.strerror}): {remedy}"
     return f"{directory}, {listing.human_size(cache.directory_size(directory))}, {state}"
-
-
-def _outcome(check: Callable[[int], float], limit: int) -> str:
-    try:
-        error = check(limit)
-    except Exception as exception:
-        return f"{type(exception).__name__}: {exception}".splitlines()[0]
-    return "ok" if error < _TOLERANCE else f"relative error {error:.2g} against the reference"
-
-
-_Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _operands(limit: int, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]) -> _Operands:
-    """What the ops take: random ``xq``, ``qparams``, an int8 weight within ``limit`` of zero, its scales and a bias."""
-    generator = torch.Generator().manual_seed(0)
-    scale = 0.02
-    return (
-        torch.randint(0, 256, x_shape, dtype=torch.uint8, generator=generator),
-        torch.tensor([1 / scale, 128, scale]),
-        torch.randint(-limit, limit + 1, weight_shape, dtype=torch.int8, generator=generator),
-        torch.rand(weight_shape[0], generator=generator) + 0.5,
-        torch.randn(weight_shape[0], generator=generator),
-    )
-
-
-def _check_quantize(_limit: int) -> float:
-    x = torch.linspace(-1, 1, 64)
-    scale = 2 / 255
-    qparams = torch.tensor([1 / scale, 128, scale])
-    error = (reference.dequantize(ops.quantize(x, qparams, torch.uint8, False), qparams) - x).abs().max()
-    return 0.0 if error <= scale else float(error)
-
-
-def _check_linear(limit: int) -> float:
-    operands = _operands(limit, (5, 32), (16, 32))
-    return _relative_error(ops.linear(*operands, torch.float32), reference.linear(*operands, torch.float64))
-
-
-def _check_conv(limit: int, dimensions: int) -> float:
-    operands = _operands(limit, (1, 16, *(6,) * dimensions), (16, 16, *(3,) * dimensions))
-    ones = [1] * dimensions
-    got = ops.conv(*operands, ones, ones, ones, torch.float32)
-    return _relative_error(got, reference.conv(*operands, ones, ones, ones, torch.float64))
-
-
-def _relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got - expected).norm() / expected.norm())
-
-
-_KERNELS: dict[str, Callable[[int], float]] = {
-    "quantize": _check_quantize,
-    "linear": _check_linear,
-    "conv2d": lambda limit: _check_conv(limit, 2),
-    "conv3d": lambda limit: _check_conv(limit, 3),
-}

@@ -14,12 +14,12 @@ import torch
 
 from . import ops
 from .calibration import ActivationRange, freeze
+from .changes import Stamp
 from .entry import LayerCalibration
 from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
 from .kernels import cpu
 from .layout import CHANNELS_LAST
-from .samples import sample
 
 if TYPE_CHECKING:
     from .merged import MergedWeight
@@ -87,7 +87,7 @@ class Layer:
         self.weight_scale: torch.Tensor | None = None
         self.merged: MergedWeight | None = None
         self._source: Callable[[], torch.Tensor | None] = lambda: None
-        self._stamp: _Stamp | None = None
+        self._stamp: Stamp | None = None
         self._qparams: torch.Tensor | None = None
         self._ranged = False  # whether _qparams are of what was observed
 
@@ -156,7 +156,7 @@ class Layer:
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
         known = self.weight is not None and self._source() is weight
-        if known and self._stamp is not None and self._stamp.matches(_Stamp.of(weight)):
+        if known and self._stamp is not None and self._stamp.matches(Stamp.of(weight)):
             return False
         self.check_not_freed()
         self.requantize(weight)
@@ -181,7 +181,7 @@ class Layer:
             else:
                 cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
         self._source = weakref.ref(weight)
-        self._stamp = _Stamp.of(weight)
+        self._stamp = Stamp.of(weight)
         Generation.number += 1
 
     def _new_copy(self, q: torch.Tensor) -> torch.Tensor:
@@ -206,7 +206,7 @@ class Layer:
     def restamp(self, weight: torch.Tensor) -> None:
         """Take ``weight`` as it is now for what the 8-bit copy was made of."""
         self._source = weakref.ref(weight)
-        self._stamp = _Stamp.of(weight)
+        self._stamp = Stamp.of(weight)
 
     def check_not_freed(self) -> None:
         """Raise FreedWeightsError if the float weight that an 8-bit copy would be made of is gone."""
@@ -286,22 +286,3 @@ def quantize_weight(
     if not finite.all():
         q.view(torch.uint8)[~finite] = 0
     return q, scale[:1].clone() if per_tensor else scale
-
-
-@dataclasses.dataclass
-class _Stamp:
-    """What tells one state of a weight from another: finer than a set's snapshot, for use off the fast path."""
-
-    pointer: int
-    version: int | None
-    values: torch.Tensor
-
-    @classmethod
-    def of(cls, weight: torch.Tensor) -> _Stamp:
-        version = None if weight.is_inference() else weight._version
-        values = sample(weight, 4096).clone().view(torch.uint8)  # bits: NaN is not equal to NaN
-        return cls(weight.data_ptr(), version, values)
-
-    def matches(self, other: _Stamp) -> bool:
-        same_memory = (self.pointer, self.version) == (other.pointer, other.version)
-        return same_memory and torch.equal(self.values, other.values)

@@ -4,19 +4,8 @@ A ``Layer`` is the state of one weight in this process. Layers live in a registr
 because one model reaches the backend as several graphs (another shape, ``no_grad`` then ``inference_mode``), and all of
 them must share one calibration.
 
-A ``WeightSet`` is the layers that one call of one graph brings along. It notices every way in which a weight can change
-under a compiled graph, none of which Dynamo guards against:
-
-==============================================  ===========  ==========  =========
-change                                          same object  _version    data_ptr
-==============================================  ===========  ==========  =========
-``w.add_``, ``copy_``, ``load_state_dict``      yes          moves       same
-``w.data = new``                                yes          same        moves
-a new Parameter (ComfyUI's LoRA)                no
-``w.data += d``, ``w.data.copy_`` (PEFT)        yes          same        same
-==============================================  ===========  ==========  =========
-
-The last one can only be seen in the values: a few of each weight are compared at every call.
+A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
+changed is in ``changes``.
 """
 
 from __future__ import annotations
@@ -30,20 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .changes import Snapshot
 from .formats import Format
-from .hollow import canaries, hollow_out
+from .hollow import hollow_out
 from .layers import Generation, Layer
-from .layout import CHANNELS_LAST
 from .merged import MergedWeight
 
 if TYPE_CHECKING:
-    from .kernels import samples
     from .passes.layer import ConvGeometry
-
-# Values compared of each weight at every call. Merging a LoRA moves nearly every value of many weights at once.
-_SAMPLES = 2
-_pointer_of = torch.Tensor.data_ptr
-_version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -51,35 +34,6 @@ def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda sequence: tuple(sequence[position] for position in positions)
-
-
-def _sample_view(weight: torch.Tensor) -> torch.Tensor:
-    """A view of a few of a weight's values, from the middle of its parts; never a copy."""
-    flat = weight.detach()
-    if flat.is_contiguous() or flat.is_contiguous(memory_format=CHANNELS_LAST.get(flat.dim(), torch.contiguous_format)):
-        flat = flat.as_strided((flat.numel(),), (1,))
-    else:
-        for size in flat.shape[1:]:
-            flat = flat.select(1, size // 2)
-    step = max(1, flat.numel() // _SAMPLES)
-    return flat[step // 2 :: step][:_SAMPLES]
-
-
-class _Samples:
-    """A snapshot of ``views`` of one dtype; see ``kernels.samples``."""
-
-    def __init__(self, views: list[torch.Tensor]) -> None:
-        self._views = views
-        self._bits = torch.cat(views).view(torch.uint8)  # NaN is not equal to NaN, its bits are
-
-    def have_changed(self) -> bool:
-        return not torch.equal(torch.cat(self._views).view(torch.uint8), self._bits)
-
-
-def _gpu_samples(views: list[torch.Tensor]) -> samples.Samples:
-    from .kernels import samples  # needs Triton
-
-    return samples.Samples(views)
 
 
 class WeightSet:
@@ -235,50 +189,25 @@ class WeightSet:
         return changed
 
     def _take_snapshot(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> None:
-        positions = [self._candidates[index] for index in selection]
-        self._watched = getter(positions)
-        # Inference tensors count no versions.
-        self._versioned = getter([i for i in positions if not parameters[i].is_inference()])
-        watched = self._watched(parameters)
-        self._versions = list(map(_version_of, self._versioned(parameters)))
-        self._pointers = list(map(_pointer_of, watched))
-        alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-        for index, weight in zip(selection, watched, strict=True):
-            view = canaries(weight) if self.layers[index].freed else _sample_view(weight)
-            alike.setdefault((weight.dtype, weight.device), []).append(view)
-        with torch.inference_mode(False):
-            self._samples = [_Samples(views) for (_, device), views in alike.items() if device.type != "cuda"]
-            self._gpu_samples = [_gpu_samples(views) for (_, device), views in alike.items() if device.type == "cuda"]
+        self._watched = getter([self._candidates[index] for index in selection])
+        self._snapshot = Snapshot(self._watched(parameters), [self.layers[index].freed for index in selection])
         self._generation = Generation.number
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether every 8-bit copy still is what these parameters, identical to the set's, would give.
 
-        Values on a GPU are not looked at: see ``begin_check``. Runs at every call, so it is quick. Another set may
-        have quantized a layer that both share for other weights: the generation tells.
+        Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
+        the generation tells.
         """
-        if self._generation != Generation.number:
-            return False
-        if list(map(_version_of, self._versioned(parameters))) != self._versions:
-            return False
-        if list(map(_pointer_of, self._watched(parameters))) != self._pointers:
-            return False
-        return not any(samples.have_changed() for samples in self._samples)
+        return self._generation == Generation.number and self._snapshot.is_current(self._watched(parameters))
 
     def begin_check(self) -> bool:
-        """Have GPUs compare sampled values with the snapshot, in front of what they are given next.
-
-        Returns whether there is an answer to be waited for; none while the caller captures a CUDA graph.
-        """
-        if not self._gpu_samples or torch.cuda.is_current_stream_capturing():
-            return False
-        for samples in self._gpu_samples:
-            samples.begin()
-        return True
+        """See ``Snapshot``: values on a GPU are looked at apart from ``is_current``."""
+        return self._snapshot.begin_check()
 
     def end_check(self) -> bool:
-        """Wait for what ``begin_check`` began: whether no value had changed."""
-        return not any(samples.end() for samples in self._gpu_samples)
+        """See ``Snapshot``."""
+        return self._snapshot.end_check()
 
 
 class Registry:

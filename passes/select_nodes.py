@@ -22,6 +22,8 @@ from .layer import (
 
 # Nodes from the input of a residual block to its end, at most.
 _BLOCK_LENGTH = 32
+# The share of a model's operations that a layer may have to count as quick.
+_LITTLE_WORK = 0.01
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -39,12 +41,13 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
     possible = 0
+    work = sum(info.flops for _, info in layer_nodes(graph_module))
     for node, info in layer_nodes(graph_module):
         impossible = _impossible(node, info)
         if impossible is None and not context.measured:
             info.index = possible
             possible += 1
-        refusal = impossible or _refused_by_options(info, context) or _refused_for_quality(node, info, context)
+        refusal = impossible or _refused_by_options(info, context) or _refused_for_quality(node, info, work, context)
         info.quantized, info.reason = (
             refusal is None,
             refusal or ("selected" if context.measured else "candidate, being observed"),
@@ -74,9 +77,14 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
     return context.unusable.get(info.name)
 
 
-def _refused_for_quality(node: fx.Node, info: LayerInfo, context: PassContext) -> str | None:
-    if context.precision.format.activation.is_floating_point and _is_shortcut(node, info):
+def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: PassContext) -> str | None:
+    """``work``: floating-point operations of all layers."""
+    if not context.precision.format.activation.is_floating_point:
+        return None
+    if _is_shortcut(node, info):
         return "a shortcut around a residual block: its error would be the whole picture's, and it takes little time"
+    if info.flops < _LITTLE_WORK * work and any(reader.op == "output" for reader in graph.readers(node)):
+        return "the model's last layer: its error would be the whole picture's, and it takes little time"
     return None
 
 

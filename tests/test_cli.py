@@ -1,15 +1,18 @@
 from __future__ import annotations
 
+import importlib.machinery
 import importlib.util
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch._inductor import config as inductor_config
 
-from onlinequant_backend import cli, demo, doctor, precision
+from onlinequant_backend import cli, demo, doctor, ops, precision, selftest
+from onlinequant_backend.formats import Format
 from onlinequant_backend.report import STATS_FILE, NodeDecision, Report
 
 
@@ -39,7 +42,7 @@ def test_doctor_finds_that_8_bit_can_work_here(
     assert cli.main(["doctor"]) == 0
     out = capsys.readouterr().out
     lines = out.splitlines()
-    for what in ("onlinequant", "torch", "triton", "CPU flags", 'precision="auto" on cpu', "C++ compiler"):
+    for what in ("onlinequant", "torch", "triton", "CPU flags", "GPU", 'precision="auto" on cpu', "C++ compiler"):
         assert any(line.startswith(f"{what} ") for line in lines), what
     for kernel in ("quantize", "linear", "conv2d", "conv3d"):
         assert any(line.split() == ["kernel", kernel, "ok"] for line in lines), kernel
@@ -59,21 +62,90 @@ def test_doctor_without_int8_says_why_and_exits_with_1(
 
 @pytest.mark.parametrize(
     ("check", "message"),
-    [(fail, "RuntimeError: the kernel is broken"), (lambda limit: 0.5, "relative error 0.5 against the reference")],
+    [(fail, "RuntimeError: the kernel is broken"), (lambda *_: 0.5, "relative error 0.5 against the reference")],
 )
 def test_doctor_reports_a_kernel_that_fails_or_is_wrong(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, check: Any, message: str
 ) -> None:
-    monkeypatch.setattr(doctor, "_KERNELS", {"linear": check})
+    monkeypatch.setattr(selftest, "CPU_CHECKS", {"linear": check})
     assert cli.main(["doctor"]) == 1
     assert f"problem: The kernel linear fails: {message}." in capsys.readouterr().out
 
 
-def test_doctor_tells_a_wrong_kernel_from_a_right_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = doctor.ops.linear
-    assert doctor._outcome(doctor._check_linear, 63) == "ok"
-    monkeypatch.setattr(doctor.ops, "linear", lambda *operands: right(*operands) * 1.01)
-    assert doctor._outcome(doctor._check_linear, 63).startswith("relative error 0.01")
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """``gpu((9, 0))``: a GPU of this compute capability, which the CPU stands in for, with or without Triton."""
+
+    def set_gpu(capability: tuple[int, int], triton: bool = True) -> None:
+        spec = importlib.machinery.ModuleSpec("triton", None) if triton else None
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        for name, check in selftest.GPU_CHECKS.items():
+
+            def on_cpu(format: Format, device: torch.device, check: selftest.Check = check) -> float:
+                assert device == torch.device("cuda", 0)
+                return check(format, torch.device("cpu"))
+
+            monkeypatch.setitem(selftest.GPU_CHECKS, name, on_cpu)
+
+    return set_gpu
+
+
+@pytest.mark.parametrize(
+    ("capability", "automatic", "descriptors"),
+    [((8, 0), "int8", "none"), ((8, 9), "fp8", "none"), ((9, 0), "fp8", "available"), ((12, 0), "fp8", "available")],
+)
+def test_doctor_examines_a_gpu(
+    capability: tuple[int, int], automatic: str, descriptors: str, gpu: Callable[..., None]
+) -> None:
+    gpu(capability)
+    findings = doctor.examine()
+    lines = dict(findings.lines)
+    assert lines["GPU 0"].startswith("A GPU, compute capability ")
+    assert lines['precision="auto" on cuda:0'] == f"{automatic}: this GPU has {automatic} matrix instructions"
+    assert lines["tensor descriptors on cuda:0"].startswith(descriptors)
+    for kernel in selftest.GPU_CHECKS:
+        if kernel == "geglu" and descriptors == "none":
+            assert f"kernel {kernel} on cuda:0" not in lines  # it would never be used
+        else:
+            assert lines[f"kernel {kernel} on cuda:0"].startswith("ok, relative error ")
+    assert (findings.obstacles, findings.devices) == ([], ["cpu", "cuda:0"])
+    assert doctor.render(findings).endswith("\n8-bit quantization can work here.")
+
+
+def test_doctor_names_a_gpu_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch, gpu: Callable[..., None]) -> None:
+    gpu((9, 0))
+    right = ops.geglu
+    monkeypatch.setattr(ops, "geglu", lambda *operands: right(*operands) * 1.01)
+    monkeypatch.setattr(ops, "group_norm", fail)
+    findings = doctor.examine()
+    lines = dict(findings.lines)
+    assert lines["kernel conv2d on cuda:0"].startswith("ok")
+    assert lines["kernel geglu on cuda:0"] == "relative error 0.01 against the reference"
+    assert lines["kernel group_norm on cuda:0"] == "RuntimeError: the kernel is broken"
+    (obstacle,) = findings.obstacles
+    assert obstacle.startswith("Kernels fail on cuda:0 (geglu, group_norm). ")
+    assert "driver" in obstacle and "pip install 'triton" in obstacle
+    assert doctor.render(findings).endswith("\n8-bit quantization can work on cpu only.")
+
+
+def test_doctor_misses_triton(gpu: Callable[..., None]) -> None:
+    gpu((9, 0), triton=False)
+    findings = doctor.examine()
+    assert dict(findings.lines)['precision="auto" on cuda:0'].startswith("float: Triton is not installed")
+    (obstacle,) = findings.obstacles
+    assert obstacle.startswith("No 8 bit on cuda:0: Triton is not installed") and "pip install 'triton" in obstacle
+    assert findings.devices == ["cpu"]
+
+
+def test_doctor_leaves_an_old_gpu_alone(gpu: Callable[..., None]) -> None:
+    gpu((7, 5))
+    findings = doctor.examine()
+    assert "compute capability is 7.5" in dict(findings.lines)['precision="auto" on cuda:0']
+    assert not any(what.startswith("kernel") and "cuda" in what for what, _ in findings.lines)
+    assert findings.works
 
 
 def test_doctor_misses_the_compiler(capsys: pytest.CaptureFixture[str]) -> None:

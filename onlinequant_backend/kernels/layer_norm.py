@@ -10,6 +10,20 @@ from .epilogue import store
 
 
 @triton.jit
+def _add_both(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _sum_of(x, residual, places, mask, dtype: tl.constexpr):
+    """x + residual as float32, rounded as the sum is that others read."""
+    values = tl.load(x + places, mask=mask, other=0.0)
+    if residual is not None:
+        values = (values.to(tl.float32) + tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)).to(dtype)
+    return values
+
+
+@triton.jit
 def _layer_norm_kernel(
     x,
     residual,
@@ -18,29 +32,31 @@ def _layer_norm_kernel(
     bias,
     qparams,
     out,
+    M,
     C,
     eps,
+    ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One row a program. x, residual, total and out [rows, C], weight and bias [C]."""
-    places = tl.program_id(0).to(tl.int64) * C + tl.arange(0, BLOCK_C)
+    """x, residual, total and out [M, C], weight and bias [C]."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     c = tl.arange(0, BLOCK_C)
-    mask = c < C
-    values = tl.load(x + places, mask=mask, other=0.0)
+    places = row[:, None] * C + c[None, :]
+    mask = (row < M)[:, None] & (c < C)[None, :]
+    values = _sum_of(x, residual, places, mask, x.dtype.element_ty)
     if residual is not None:
-        # Rounded as the sum is that others read.
-        values = (values.to(tl.float32) + tl.load(residual + places, mask=mask, other=0.0).to(tl.float32)).to(
-            total.dtype.element_ty
-        )
         tl.store(total + places, values, mask=mask)
-    values = values.to(tl.float32)
-    mean = tl.sum(values, 0) / C
-    centred = tl.where(mask, values - mean, 0.0)
-    y = centred * tl.rsqrt(tl.sum(centred * centred, 0) / C + eps)
+    # Both sums at once, of distances from the first value, so that a mean far from zero costs no precision.
+    first = _sum_of(x, residual, row * C, row < M, x.dtype.element_ty).to(tl.float32)
+    distances = tl.where(mask, values.to(tl.float32) - first[:, None], 0.0)
+    mean, squares = tl.reduce((distances, distances * distances), 1, _add_both)
+    mean /= C
+    variance = tl.maximum(squares / C - mean * mean, 0.0)
+    y = (distances - mean[:, None]) * tl.rsqrt(variance + eps)[:, None]
     if weight is not None:
-        y *= tl.load(weight + c, mask=mask, other=0.0).to(tl.float32)
+        y *= tl.load(weight + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     if bias is not None:
-        y += tl.load(bias + c, mask=mask, other=0.0).to(tl.float32)
+        y += tl.load(bias + c, mask=c < C, other=0.0).to(tl.float32)[None, :]
     store(y, out, places, mask, qparams)
 
 
@@ -54,9 +70,12 @@ def layer_norm(
     qparams: torch.Tensor,
     out: torch.Tensor,
 ) -> None:
-    """Quantize the LayerNorm of ``x`` + ``residual``, both [rows, C] and contiguous, into 8-bit ``out``; the sum goes
+    """Quantize the LayerNorm of ``x`` + ``residual``, both [M, C] and contiguous, into 8-bit ``out``; the sum goes
     into ``total``. C is at most 16384: a row is kept in registers."""
-    rows, C = x.shape
+    M, C = x.shape
     block = triton.next_power_of_2(C)
-    warps = min(max(block // 512, 1), 8)
-    _layer_norm_kernel[(rows,)](x, residual, total, weight, bias, qparams, out, C, eps, BLOCK_C=block, num_warps=warps)
+    rows = max(2048 // block, 1)  # of short ones a warp takes several: fewer programs, none waits for another warp
+    warps = min(block // 256, 8) if block > 1024 else 1
+    _layer_norm_kernel[(triton.cdiv(M, rows),)](
+        *(x, residual, total, weight, bias, qparams, out, M, C, eps), ROWS=rows, BLOCK_C=block, num_warps=warps
+    )

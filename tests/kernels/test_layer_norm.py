@@ -51,3 +51,17 @@ def test_sum_is_rounded_before_it_is_normalized(dtype, device):
     rtol = 2**-7 if dtype is torch.bfloat16 and device != "cuda" else 0
     torch.testing.assert_close(total, x + residual, rtol=rtol, atol=0)
     assert_near_8bit(out, F.layer_norm(total.double(), (96,)), qparams)
+
+
+@pytest.mark.parametrize("first", [3000.0, -1e6])
+def test_far_from_zero(first, device):
+    """Whether all values are or only the one that the others are taken relative to."""
+    from onlinequant_backend.kernels.layer_norm import layer_norm
+
+    torch.manual_seed(0)
+    x = torch.randn(5, 640, device=device) + 3000
+    x[:, 0] = first
+    expected = F.layer_norm(x.double(), (640,), eps=1e-5)
+    qparams = qparams_for(expected, torch.int8)
+    run = lambda out: layer_norm(x, None, None, None, None, 1e-5, qparams, out)  # noqa: E731
+    assert_near_8bit(output_of(run, x.shape, torch.int8, device), expected, qparams)

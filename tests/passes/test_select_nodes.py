@@ -12,7 +12,7 @@ from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
-from tests.graph_probe import GraphProbe, WithWeight
+from tests.graph_probe import SYMMETRIC, GraphProbe, WithWeight
 from tests.tiny import net, noise
 
 IMAGE = noise(1, 4, 8, 8)
@@ -233,3 +233,31 @@ def test_layer_that_saw_no_finite_numbers_stays_float() -> None:
     probe.run(select_nodes)
     (refused,) = [info for info in probe.infos if not info.quantized]
     assert (refused.name, refused.reason) == ("linears.1", "its input was not finite")
+
+
+class Residual(nn.Module):
+    """A residual block with a shortcut, and a small last layer behind it."""
+
+    def __init__(self, outputs: int) -> None:
+        super().__init__()
+        self.block, self.shortcut, self.last = nn.Conv2d(4, 64, 5), nn.Conv2d(4, 64, 1), nn.Conv2d(64, outputs, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.block(F.pad(x, (2, 2, 2, 2))) + self.shortcut(x)).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "outputs", "quantized"),
+    [
+        (SYMMETRIC[0], 1, ["block", "shortcut", "last"]),
+        (SYMMETRIC[1], 1, ["block"]),
+        (SYMMETRIC[1], 8, ["block", "last"]),  # twice the work of the shortcut
+    ],
+)
+def test_fp8_spares_what_is_quick_and_has_no_other_way(
+    precision: Precision, outputs: int, quantized: list[str]
+) -> None:
+    probe = GraphProbe(Residual(outputs), IMAGE, precision=precision).analyze()
+    assert probe.quantized() == quantized
+    refusals = [info.reason for info in probe.infos if not info.quantized]
+    assert all("its error would be the whole picture's" in reason for reason in refusals)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from onlinequant_backend import weights
+from onlinequant_backend import changes
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
 Snapshot = Callable[[list[torch.Tensor]], Any]
@@ -20,7 +20,7 @@ Snapshot = Callable[[list[torch.Tensor]], Any]
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Snapshot]:
     """Where tensors are, and what takes a snapshot of them: torch, or a Triton kernel interpreted or on a GPU."""
     if request.param == "torch":
-        return "cpu", weights._Samples
+        return "cpu", changes._Samples
     pytest.importorskip("triton", reason="there is no triton: pip install --no-deps triton")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (request.param == "interpreter"):
@@ -28,15 +28,15 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> tu
     if request.param == "cuda":
         if not torch.cuda.is_available():
             pytest.skip("torch sees no GPU")
-        return "cuda", weights._gpu_samples
-    from onlinequant_backend.kernels import samples
+        return "cuda", changes._gpu_samples
+    from onlinequant_backend.kernels import snapshot
 
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    return "cpu", samples.Samples
+    return "cpu", snapshot.Samples
 
 
 def views_of(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    return [weights._sample_view(tensor) for tensor in tensors]
+    return [changes._sample_view(tensor) for tensor in tensors]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
