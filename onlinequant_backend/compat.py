@@ -171,7 +171,10 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
 
     # Inductor writes the place that it has chosen into the environment too.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
+    try:
+        is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
+    except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
+        is_users = True
     patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
     with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:

@@ -40,7 +40,9 @@ class ModelProcess:
         self.logged: list[str] = []
         self.warnings: list[str] = []
         self._pipe, theirs = multiprocessing.Pipe()
-        context: Any = _NEW if new_interpreter else _FORKING
+        # CUDA cannot be used in a process that was forked from one that has asked for GPUs, as Inductor does.
+        has_gpu = Path("/dev/nvidiactl").exists()
+        context: Any = _NEW if new_interpreter or (inductor and has_gpu) else _FORKING
         given = (theirs, str(cache), model, seed, inductor, options)
         # Not as a daemon: those may have no children, and Inductor compiles in some.
         self._process = context.Process(target=_run, args=given)

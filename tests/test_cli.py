@@ -54,6 +54,7 @@ def test_doctor_without_int8_says_why_and_exits_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert cli.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "problem: precision='int8' has no kernels here: this torch has no oneDNN int8 kernels" in out

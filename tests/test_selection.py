@@ -51,7 +51,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def time_layer(info: LayerInfo, _format: Format, _device: torch.device) -> Timing:
         names.append(info.name)
-        quantized_us = {"out": 9.8, "q and 1 more": 7.0}.get(info.name, 5.0)
+        quantized_us = {"out": 9.8, "q and 1 more": 7.0, "conv": 5.0}.get(info.name, 5.0)
         return Timing(10.0, quantized_us, 4.0, WIDE)
 
     monkeypatch.setattr(selection, "_time_layer", time_layer)
@@ -82,17 +82,18 @@ def test_linears_are_worth_it_together_or_not_at_all(timed: list[str], monkeypat
 
 
 @pytest.mark.parametrize(
-    ("made", "rides_along"),
+    ("made", "us", "least_gain"),
     [
-        (lambda x: F.layer_norm(x, (32,)), True),
-        (lambda x: F.silu(x).view(2, 6, 32), True),
-        (lambda x: F.dropout((x * 2).transpose(0, 1), 0.0), True),
-        (lambda x: x, False),
-        (lambda x: (x @ x.transpose(1, 2) @ x).reshape(2, 6, 32), False),
+        (lambda x: F.layer_norm(x, (32,)), 5, 0),
+        (lambda x: F.silu(F.group_norm(x, 3)).transpose(0, 1), 5, 0),
+        (lambda x: F.silu(x).view(2, 6, 32), 5, 0.08),
+        (lambda x: F.dropout((x * 2).transpose(0, 1), 0.0), 5, 0.08),
+        (lambda x: x, 9, 0.08),
+        (lambda x: (x @ x.transpose(1, 2) @ x).reshape(2, 6, 32), 9, 0.08),
     ],
 )
-def test_quantizing_rides_along_with_what_is_computed_value_by_value(
-    made: Callable[[torch.Tensor], torch.Tensor], rides_along: bool, timed: list[str]
+def test_what_makes_the_values_decides_what_quantizing_them_costs(
+    made: Callable[[torch.Tensor], torch.Tensor], us: float, least_gain: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -103,8 +104,12 @@ def test_quantizing_rides_along_with_what_is_computed_value_by_value(
             return self.linear(made(x))
 
     probe = GraphProbe(Layer(), noise(2, 6, 32), precision=SYMMETRIC[1]).analyze()
-    selection.measure(probe.graph_module, FP8, CPU)
-    assert [info.quantized_us for info in probe.infos] == [5.0 if rides_along else 9.0]
+    for float_us, is_fast in ((us / (1 - least_gain) + 0.01, True), (us / (1 - least_gain) - 0.01, False)):
+        monkeypatch.setattr(selection, "_known", {})
+        timing = Timing(float_us, 5.0, 4.0, WIDE)
+        monkeypatch.setattr(selection, "_time_layer", lambda *_, timing=timing: timing)
+        assert (selection.measure(probe.graph_module, FP8, CPU) == {}) == is_fast
+        assert [info.quantized_us for info in probe.infos] == [us]
 
 
 def test_the_best_tile_is_used_from_then_on(timed: list[str]) -> None:
