@@ -119,4 +119,4 @@ def assert_near_8bit(actual: torch.Tensor, expected: torch.Tensor, out_qparams: 
     # Hopper's tensor cores add up fp8 products with 14 bits: what nearly cancels out is less exact.
     slack = 2e-3 * float(scaled.abs().max()) if actual.is_cuda and not is_int8 else 0
     assert bool(((actual.double() - scaled).abs() <= step + slack).all())
-    assert float((actual.double() != rounded).double().mean()) < 0.02
+    assert int((actual.double() != rounded).sum()) <= max(1, 0.02 * actual.numel())  # ties, nearly

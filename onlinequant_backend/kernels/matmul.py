@@ -117,7 +117,7 @@ def _geglu_kernel(
             value_bias *= out_scale
         value += value_bias[None, :]
         gate += tl.load(bias + N + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y = rounded(value * gelu(gate), out.dtype.element_ty)
+    y = rounded(value * gelu(gate, out.dtype.element_ty == tl.float32), out.dtype.element_ty)
     mask = (rows < M)[:, None] & inside[None, :]
     tl.store(out + rows.to(tl.int64)[:, None] * N + columns[None, :], y, mask=mask)
 
