@@ -1,9 +1,12 @@
-"""8-bit 2-d convolution of stride 1 as an implicit GEMM, its operands fetched by the tensor memory accelerator.
+"""8-bit 2-d convolution of stride 1 or 2 as an implicit GEMM, its operands fetched by the tensor memory accelerator.
 
 The input is [N, H, W, C] in memory. For each tap of the kernel, a block of output pixels needs a block of input pixels
 that is shifted by a few rows and columns: one box of a 4-d tensor descriptor, which reads zero outside of the image,
 also at negative coordinates. So there is no padding and no im2col in memory. A temporal (3, 1, 1) convolution
 over [N, T, H, W, C] is the same with T as the rows and H * W as the columns.
+
+With a stride of 2 the input is read as [N, H / 2, 2, W / 2, 2 C], pairs of rows and pairs of columns: every tap then
+needs the same one of each pair for all output pixels, which is again a box.
 """
 
 from __future__ import annotations
@@ -45,9 +48,11 @@ def _conv_kernel(
     BLOCK_C: tl.constexpr,
     GROUP: tl.constexpr,
     SPLITS: tl.constexpr,
+    STRIDE: tl.constexpr,
 ):
-    """x [N, H, W, C], w [K, TAPS * C], out and residual [N, H_out, W_out, K], weight_scale and bias [K], channel_add
-    [N, K]. With SPLITS > 1, out is [SPLITS, N, H_out, W_out, K] and takes the bare sums."""
+    """x [N, H, W, C], or as pairs with a STRIDE of 2, w [K, TAPS * C], out and residual [N, H_out, W_out, K],
+    weight_scale and bias [K], channel_add [N, K]. With SPLITS > 1, out is [SPLITS, N, H_out, W_out, K] and takes the
+    bare sums."""
     BLOCK_M: tl.constexpr = BLOCK_N * BLOCK_H * BLOCK_W
     tiles_h = tl.cdiv(H_out, BLOCK_H)
     tiles_w = tl.cdiv(W_out, BLOCK_W)
@@ -73,9 +78,13 @@ def _conv_kernel(
     for i in range(TAPS * steps * split // SPLITS, TAPS * steps * (split + 1) // SPLITS):
         tap = i // steps
         c = i % steps * BLOCK_C
-        h = h0 + tap // KERNEL_W - padding_h
-        w = w0 + tap % KERNEL_W - padding_w
-        a = x_descriptor.load([n0, h, w, c]).reshape(BLOCK_M, BLOCK_C)
+        h = tap // KERNEL_W - padding_h
+        w = tap % KERNEL_W - padding_w
+        if STRIDE == 1:
+            box = x_descriptor.load([n0, h0 + h, w0 + w, c])
+        else:
+            box = x_descriptor.load([n0, h0 + (h >> 1), h & 1, w0 + (w >> 1), (w & 1) * C + c])
+        a = box.reshape(BLOCK_M, BLOCK_C)
         # Beyond C the weights are the next tap's, but the pixels are zero there.
         b = w_descriptor.load([k0, tap * C + c])
         accumulator = tl.dot(a, b.T, accumulator, out_dtype=accumulator.dtype)
@@ -230,22 +239,28 @@ def conv(
     tile: Tile,
     residual: torch.Tensor | None = None,
     channel_add: torch.Tensor | None = None,
+    stride: int = 1,
 ) -> None:
     """Convolve ``xq`` [N, H, W, C] with ``weight`` [K, kernel_h, kernel_w, C], both contiguous and of one 8-bit dtype,
     into ``out`` [N, H_out, W_out, K].
 
     ``scale``: float32 of one element, the input's. ``weight_scale``: float32 [K] or [1]. ``residual``: added, like
     ``out``. ``channel_add`` [N, K], of contiguous rows: added to every pixel of its image. C must be a multiple of 16.
+    With a ``stride`` of 2, of ``tile.depth``, and rows and columns must be even in number.
     """
-    N, _, _, C = xq.shape
+    N, H, W, C = xq.shape
     K, kernel_h, kernel_w, _ = weight.shape
     _, H_out, W_out, _ = out.shape
     n, h, w = pixel_block(tile.rows, N, H_out, W_out)
     taps = kernel_h * kernel_w
     blocks = triton.cdiv(N, n) * triton.cdiv(H_out, h) * triton.cdiv(W_out, w) * triton.cdiv(K, tile.columns)
     parts = None if tile.splits == 1 else new_parts(xq, out, tile.splits)
+    if stride == 1:
+        boxes = TensorDescriptor.from_tensor(xq, [n, h, w, tile.depth])
+    else:
+        boxes = TensorDescriptor.from_tensor(xq.view(N, H // 2, 2, W // 2, 2 * C), [n, h, 1, w, tile.depth])
     _conv_kernel[blocks, tile.splits](
-        TensorDescriptor.from_tensor(xq, [n, h, w, tile.depth]),
+        boxes,
         TensorDescriptor.from_tensor(weight.view(K, taps * C), [tile.columns, tile.depth]),
         out if parts is None else parts,
         scale,
@@ -271,6 +286,7 @@ def conv(
         BLOCK_C=tile.depth,
         GROUP=8,
         SPLITS=tile.splits,
+        STRIDE=stride,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )

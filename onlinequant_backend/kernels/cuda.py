@@ -178,7 +178,7 @@ def run_conv(
             x, w, y = (tensor.flatten(2, 3) for tensor in (x, w, y))
             residual = None if residual is None else residual.flatten(2, 3)
         pad = (padding[0], padding[1])
-        tma_conv(x, qparams[2:], w, weight_scale, bias, pad, y, tile, residual, channel_add)
+        tma_conv(x, qparams[2:], w, weight_scale, bias, pad, y, tile, residual, channel_add, stride[-1])
         return out
     from .gather import gather_conv
 

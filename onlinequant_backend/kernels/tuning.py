@@ -45,6 +45,7 @@ _SHALLOW = Tile(TMA, 128, 64, 64, 4, 6)  # where half of the last block of input
 # Two programs on each processor, so that one computes GELU while the other multiplies: the best at every shape.
 _GEGLU = Tile(TMA, 128, 64, 128, 4, 3)
 _CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_CONV_HALF_DEPTH = tuple(dataclasses.replace(tile, depth=64) for tile in _CONV)
 _GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
 _MAX_SPLITS = 16
 
@@ -106,19 +107,21 @@ def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, 
     pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
     if is_pointwise(weight, geometry):
         return linear_tiles(pixels, weight[0], weight[1], dtype)
-    if not (_fits_tma(weight, geometry) and _has_tma()):
+    if not (_fits_tma(x, weight, geometry) and _has_tma()):
         return _by_blocks(_GATHER, pixels, weight[0])
+    # With a stride, blocks of channels must not reach into the next pixel.
+    tiles = _CONV if geometry[0][-1] == 1 or weight[1] % 128 == 0 else _CONV_HALF_DEPTH
     steps = math.ceil(weight[1] / 128) * math.prod(weight[2:])
     most = max(min(steps // 4, _MAX_SPLITS), 1)
-    splits = (min(max(_processors() // _blocks(tile, pixels, weight[0]), 1), most) for tile in _CONV)
-    tiles = [dataclasses.replace(tile, splits=number) for tile, number in zip(_CONV, splits, strict=True)]
-    return _by_blocks(tiles, pixels, weight[0])
+    splits = (min(max(_processors() // _blocks(tile, pixels, weight[0]), 1), most) for tile in tiles)
+    split = [dataclasses.replace(tile, splits=number) for tile, number in zip(tiles, splits, strict=True)]
+    return _by_blocks(split, pixels, weight[0])
 
 
 def is_valid(tile: Tile) -> bool:
     """Whether ``tile`` is among the candidates of any shape."""
     unsplit = dataclasses.replace(tile, splits=1)
-    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_GATHER)
+    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_CONV_HALF_DEPTH, *_GATHER)
     return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 
@@ -136,11 +139,15 @@ def output_size(spatial: Sequence[int], kernel: Sequence[int], geometry: Geometr
     )
 
 
-def _fits_tma(weight: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a convolution is one of stride 1 over rows and columns, or over frames alone."""
+def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution is one over rows and columns, of stride 1 or 2, or of stride 1 over frames alone."""
     stride, padding, dilation = geometry
-    plain = all(number == 1 for number in (*stride, *dilation)) and weight[1] % 16 == 0
-    return plain and (len(weight) == 4 or (tuple(weight[3:]) == (1, 1) and tuple(padding[1:]) == (0, 0)))
+    if any(step != 1 for step in dilation) or weight[1] % 16:
+        return False
+    if len(weight) == 4 and tuple(stride) == (2, 2):
+        return weight[1] % 64 == 0 and all(size % 2 == 0 for size in x[2:])
+    over_time = len(weight) == 5 and tuple(weight[3:]) == (1, 1) and tuple(padding[1:]) == (0, 0)
+    return all(step == 1 for step in stride) and (len(weight) == 4 or over_time)
 
 
 def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int) -> tuple[Tile, ...]:

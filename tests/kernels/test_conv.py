@@ -44,6 +44,32 @@ def test_matches_the_reference(N, H, W, C, K, kernel, padding, dtype, device):
     assert_near(out, expected, operands)
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize(
+    ("N", "H", "W", "C", "K", "kernel", "padding"),
+    [
+        pytest.param(2, 6, 10, 32, 24, (3, 3), (1, 1), id="3x3"),
+        pytest.param(1, 4, 6, 64, 9, (3, 3), (0, 0), id="no padding"),
+        pytest.param(3, 2, 4, 32, 8, (5, 2), (2, 3), id="5x2"),
+        pytest.param(2, 4, 4, 32, 8, (1, 1), (0, 0), id="1x1"),
+    ],
+)
+def test_stride_of_two(N, H, W, C, K, kernel, padding, dtype, device):
+    from onlinequant_backend.kernels.conv import conv
+
+    H, W, K = grow(device, H, W, K)
+    H, W, C = (H + H % 2, W + W % 2, 4 * C) if device == "cuda" else (H, W, C)
+    operands = new_operands((N, H, W, C), (K, *kernel, C), dtype, device)
+    expected = operands.conv((2, 2), padding, ONE)
+    out = output_of(
+        lambda out: conv(*operands.arguments, padding, out, tile(device), stride=2),
+        expected.shape,
+        torch.float32,
+        device,
+    )
+    assert_near(out, expected, operands)
+
+
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("out_dtype", OUTPUTS)
 def test_output_dtypes_with_all_that_is_added(out_dtype, splits, device):

@@ -76,14 +76,16 @@ def test_geglu(inputs: int, there: bool) -> None:
     [
         pytest.param((64, 64, 3, 3), PLAIN, TMA, id="3x3"),
         pytest.param((64, 64, 5, 3), (ONE, NONE, ONE), TMA, id="5x3 without padding"),
-        pytest.param((64, 64, 3, 3), ((2, 2), ONE, ONE), GATHER, id="stride"),
+        pytest.param((64, 64, 3, 3), ((2, 2), ONE, ONE), TMA, id="stride"),
+        pytest.param((64, 48, 3, 3), ((2, 2), ONE, ONE), GATHER, id="stride with few channels"),
+        pytest.param((64, 64, 3, 3), ((2, 1), ONE, ONE), GATHER, id="stride over rows"),
         pytest.param((64, 64, 3, 3), (ONE, (2, 2), (2, 2)), GATHER, id="dilation"),
         pytest.param((64, 4, 3, 3), PLAIN, GATHER, id="4 channels"),
         pytest.param((64, 64, 3, 1, 1), ((1, 1, 1), (1, 0, 0), (1, 1, 1)), TMA, id="over time"),
         pytest.param((64, 64, 3, 3, 3), ((1, 1, 1), (1, 1, 1), (1, 1, 1)), GATHER, id="3x3x3"),
         pytest.param((64, 64, 3, 1, 1), ((1, 1, 1), (1, 1, 1), (1, 1, 1)), GATHER, id="over time, padded in space"),
         pytest.param((64, 64, 1, 1), (ONE, NONE, ONE), CUBLAS, id="1x1"),
-        pytest.param((64, 64, 1, 1), ((2, 2), NONE, ONE), GATHER, id="1x1 with a stride"),
+        pytest.param((64, 64, 1, 1), ((2, 2), NONE, ONE), TMA, id="1x1 with a stride"),
         pytest.param((64, 64, 1, 1), PLAIN, TMA, id="1x1 with padding"),
     ],
 )
@@ -156,7 +158,7 @@ def test_splits_are_for_the_gpu_there_is(gpu: Gpu) -> None:
 
 
 def test_gathered_convolutions_are_not_split() -> None:
-    tiles = tuning.conv_tiles((1, 64, 8, 8), (64, 64, 3, 3), ((2, 2), ONE, ONE), FP8)
+    tiles = tuning.conv_tiles((1, 64, 8, 8), (64, 64, 3, 3), (ONE, (2, 2), (2, 2)), FP8)
     assert {tile.splits for tile in tiles} == {1}
 
 
@@ -208,3 +210,16 @@ def test_only_tiles_that_are_known_are_valid() -> None:
         assert tuning.is_valid(good)
     for changes in ({"splits": 0}, {"splits": 17}, {"splits": 1.0}, {"rows": 3}, {"kernel": "cutlass"}, {"warps": 64}):
         assert not tuning.is_valid(dataclasses.replace(tile, **changes))
+
+
+def test_stride_is_for_even_sizes_and_whole_blocks_of_channels() -> None:
+    stride: tuning.Geometry = ((2, 2), ONE, ONE)
+    for channels, sizes, kernel, depth in (
+        (320, (64, 64), TMA, 64),
+        (640, (32, 32), TMA, 128),
+        (640, (31, 32), GATHER, 64),
+    ):
+        tiles = tuning.conv_tiles((2, channels, *sizes), (640, channels, 3, 3), stride, FP8)
+        assert {tile.kernel for tile in tiles} == {kernel}
+        assert kernel == GATHER or {tile.depth for tile in tiles} == {depth}
+        assert all(map(tuning.is_valid, tiles))
