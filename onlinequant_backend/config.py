@@ -37,7 +37,7 @@ class QuantConfig:
         calibration_method: "mse" clips each range where the squared error is least; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float.
         sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
-        selection: "density" keeps layers below the thresholds in float; "measured" those that are not faster in 8 bit
+        selection: "density" keeps layers below the thresholds in float; "measured" those that gain too little in 8 bit
             when timed at their real shapes, whatever the thresholds (CUDA only); "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.

@@ -80,10 +80,13 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
         merged, *timings = (_known[_key(info, format)] for info in [_merged(members), *members])
         quantized_us = merged.quantized_us + (0 if source.target in _POINTWISE else merged.quantize_us)
         float_us = sum(timing.float_us for timing in timings)
+        least_gain = 0 if _is_norm(source) else _LEAST_GAIN
+        is_worth_it = quantized_us <= float_us * (1 - least_gain)
         for info, timing in zip(members, timings, strict=True):
             info.float_us, info.quantized_us = timing.float_us, quantized_us * timing.float_us / float_us
-            if quantized_us > float_us * (1 - (0 if _is_norm(source) else _LEAST_GAIN)):
-                reasons[info.name] = f"not faster: {info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
+            if not is_worth_it:
+                times = f"{info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
+                reasons[info.name] = f"gains too little: {times}"
     return reasons
 
 
