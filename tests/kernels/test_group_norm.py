@@ -51,13 +51,13 @@ def check(x, groups, dtype, programs, silu=False, affine=(True, True), eps=1e-5)
     assert_near_8bit(out, expected, qparams)
 
 
-@pytest.mark.parametrize("silu", [False, True])
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize(("N", "P", "C", "groups", "programs"), SHAPES)
-def test_matches_the_reference(N, P, C, groups, programs, dtype, silu, device):
+def test_matches_the_reference(N, P, C, groups, programs, dtype, device):
+    """With SiLU in fp8, without in int8: it comes before the dtype, and the interpreter is slow."""
     torch.manual_seed(0)
     x = torch.randn(N, P, C, device=device) * torch.rand(C, device=device) + torch.randn(C, device=device)
-    check(x, groups, dtype, programs, silu)
+    check(x, groups, dtype, programs, silu=dtype is torch.float8_e4m3fn)
 
 
 @BOTH
