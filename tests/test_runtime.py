@@ -138,21 +138,6 @@ def test_any_sizes(mode: str, dynamo: int, compiles: int, inductor: EagerInducto
 
 
 @torch.no_grad()
-def test_a_time_step_that_is_expanded_to_the_batch(inductor: EagerInductor) -> None:
-    """A size of 1 beside a larger batch is no batch: one further graph serves all batches, and batches of steps one."""
-    model = net()
-    function = lambda x, t: model(x + t.expand(x.shape[0])[:, None, None, None])  # noqa: E731
-    step = torch.compile(function, backend=oq.onlinequant, options=OPTIONS)
-    for compiles, sizes in ((2, ((1, 1), (2, 1), (1, 1), (3, 1))), (3, ((2, 2), (3, 3), (5, 1), (1, 1)))):
-        for seed, (batch, steps) in enumerate(sizes):
-            inputs = noise(batch, 4, 8 + 4 * seed, 8), noise(steps)
-            for _ in range(2):
-                assert relative_error(step(*inputs), function(*inputs)) < CLOSE
-        assert (dynamo_graphs(), len(inductor.graphs)) == (compiles, compiles)
-    assert oq.reports()[-1].phase == "quantized"
-
-
-@torch.no_grad()
 def test_any_sizes_of_a_function(inductor: EagerInductor) -> None:
     """Sizes of inputs are symbolic, those of weights, wherever the module is, never are."""
     model = net()

@@ -72,10 +72,11 @@ def test_stride_of_two(N, H, W, C, K, kernel, padding, dtype, device):
 
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("out_dtype", OUTPUTS)
-def test_output_dtypes_with_all_that_is_added(out_dtype, splits, device):
+@pytest.mark.parametrize("size", [pytest.param((5, 7), id="images share a block"), pytest.param((4, 16), id="not")])
+def test_output_dtypes_with_all_that_is_added(size, out_dtype, splits, device):
     from onlinequant_backend.kernels.conv import conv
 
-    H, W, C, K = grow(device, 5, 7, 32, 17)
+    H, W, C, K = grow(device, *size, 32, 17)
     operands = new_operands((2, H, W, C), (K, 3, 3, C), torch.float8_e4m3fn, device, bias=out_dtype)
     expected = operands.conv(ONE, ONE, ONE)
     residual = torch.randn(expected.shape, device=device).to(out_dtype)

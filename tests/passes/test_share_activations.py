@@ -50,7 +50,8 @@ def test_their_readers_become_one_product() -> None:
 
 def written_before(x: torch.Tensor) -> torch.Tensor:
     first = F.silu(x)
-    return first + F.silu(x.add_(1))
+    x.add_(1)
+    return first + F.silu(x)
 
 
 def written_after(x: torch.Tensor) -> torch.Tensor:
