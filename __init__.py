@@ -6,10 +6,14 @@ It is not part of the wheel. Whoever else imports it (pytest does) gets no nodes
 import importlib.util
 import sys
 from pathlib import Path
-
-NODE_CLASS_MAPPINGS: dict[str, type] = {}
+from typing import Any
 
 if __package__ and importlib.util.find_spec("folder_paths") is not None:  # ComfyUI's own module
     # The last place on the path: an installed onlinequant is preferred, and `tests` and the like hide nobody else's.
     sys.path.append(str(Path(__file__).parent))
-    # The nodes are imported here once there are any.
+
+    async def comfy_entrypoint() -> Any:
+        """What ComfyUI asks for the nodes."""
+        from onlinequant_backend.comfy_integration.nodes import OnlineQuantExtension
+
+        return OnlineQuantExtension()

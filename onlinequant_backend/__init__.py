@@ -11,6 +11,7 @@ from .config import QuantConfig
 from .errors import OnlineQuantError
 from .report import NodeDecision, Report, reports
 from .runtime import invalidate, reset
+from .sampling import sampling_step
 
 __all__ = [
     "NodeDecision",
@@ -21,5 +22,6 @@ __all__ = [
     "onlinequant",
     "reports",
     "reset",
+    "sampling_step",
 ]
 __version__ = "0.1.0"

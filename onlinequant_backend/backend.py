@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import cache, compat, graph, precision, report, shapes
+from . import cache, compat, graph, precision, progress, report, shapes
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import QuantizedGraph
@@ -51,6 +51,7 @@ def onlinequant(
     if reason is not None:
         entry.phase, entry.phase_reason = "float", reason
         _log.info("%s stays in float: %s", entry.model, reason)
+        progress.tell(entry.summary())
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"

@@ -1,10 +1,13 @@
-"""Progress of slow work: a line that redraws itself on a terminal, a few log lines anywhere else."""
+"""Progress of slow work: a line that redraws itself on a terminal, a few log lines anywhere else, or a listener."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from time import monotonic
 from types import TracebackType
 
@@ -18,6 +21,26 @@ _log = logging.getLogger("onlinequant")
 # Seconds: work that is done sooner says nothing; a terminal's line is redrawn, a log line is due after.
 QUIET, REDRAW, LOG_EVERY = 0.5, 0.5, 5.0
 _BAR_WIDTH = 30
+
+Listener = Callable[[str], None]
+_listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("onlinequant_listener", default=None)
+
+
+@contextlib.contextmanager
+def told_to(listener: Listener) -> Iterator[None]:
+    """Within the block, progress goes to ``listener``, from whatever thread, and not to the terminal or the log."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def tell(text: str) -> None:
+    """Tell the listener, if there is one, how slow work has ended."""
+    listener = _listener.get()
+    if listener is not None:
+        listener(text)
 
 
 class Progress:
@@ -35,16 +58,17 @@ class Progress:
         self._text = ""
         self._started = monotonic()
         self._logged: tuple[float, int] | None = None  # seconds and items of the last log line
+        self._listener = _listener.get()
         self._console = _terminal()
         self._drawn = False
         self._lock = threading.Lock()
         self._closed = threading.Event()
         self._ticker: threading.Thread | None = None
 
-    def advance(self, text: str = "") -> None:
-        """Begin the next item; ``text`` names it."""
+    def advance(self, text: str = "", to: int | None = None) -> None:
+        """Begin the next item, or item number ``to``; ``text`` names it."""
         with self._lock:
-            self._done += 1
+            self._done = self._done + 1 if to is None else to
             self._text = text
             self._show()
 
@@ -81,14 +105,18 @@ class Progress:
 
     def _show(self) -> None:
         elapsed = self._elapsed()
-        if elapsed < QUIET or self._closed.is_set():
+        if self._closed.is_set():
             return
-        if self._console is not None:
+        if self._listener is not None:
+            self._listener(self._sentence(elapsed))
+        elif elapsed < QUIET:
+            return
+        elif self._console is not None:
             _draw_line(self._console, self._line(elapsed))
             self._drawn = True
         elif self._is_log_due(elapsed):
             self._logged = elapsed, self._done
-            _log.info("%s (%.0f s)", " ".join(filter(None, [self._where(), self._text])), elapsed)
+            _log.info("%s", self._sentence(elapsed))
 
     def _is_log_due(self, elapsed: float) -> bool:
         if self._logged is None:
@@ -102,6 +130,9 @@ class Progress:
 
     def _where(self) -> str:
         return self._description if self._total is None else f"{self._description} {self._done} of {self._total}"
+
+    def _sentence(self, elapsed: float) -> str:
+        return f"{' '.join(filter(None, [self._where(), self._text]))} ({elapsed:.0f} s)"
 
     def _line(self, elapsed: float) -> Text:
         line = Text(f"{self._where()} ", no_wrap=True, overflow="ellipsis")

@@ -127,6 +127,13 @@ class Report:
             counts[f"candidates_{kind}"] = len(decisions)
         return counts
 
+    def summary(self) -> str:
+        """One line: how many layers run in 8 bit, or why none does."""
+        if self.phase != "quantized":
+            return f"{self.model}: {self.phase}: {self.phase_reason}"
+        quantized = sum(decision.quantized for decision in self.decisions)
+        return f"{self.model}: quantized: {quantized} of {len(self.decisions)} layers in {self.precision}"
+
     def table(self) -> str:
         """Plain text, 120 columns: a summary, one row a layer, and how often each reason for float occurs."""
         return render_table(self)

@@ -22,8 +22,9 @@ from .errors import OnlineQuantError
 from .passes import OBSERVE, SELECT, PassContext, layer_nodes, run_passes
 from .persistence import Entry
 from .precision import Precision
-from .progress import Progress
+from .progress import Progress, tell
 from .report import Report, clear
+from .sampling import current_step
 from .sensitivity import measure_end_to_end, relative_error
 from .weights import WeightSet, getter, registry
 
@@ -195,11 +196,11 @@ class QuantizedGraph:
             return self._observe(args, parameters, weights)
 
     def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
-        missing = self._config.calibration_steps - weights.calls()
-        self._show_progress(missing)
+        step, steps = current_step(weights.calls() + 1, self._config.calibration_steps)
+        last = step >= steps
+        self._show_progress(step, steps)
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
         weights.check_not_freed()
-        last = missing <= 1
         floats = [parameters[position] for position in self._candidates] if last else None
         with torch.no_grad():
             result = self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
@@ -230,11 +231,11 @@ class QuantizedGraph:
             return weights.layers[0].calibrated_for
         return keys.fingerprint(dict(zip(self._names, parameters, strict=True)))
 
-    def _show_progress(self, missing: int) -> None:
-        if self._progress is None:
-            self._progress = Progress("observing", self._config.calibration_steps)
-        self._progress.advance()
-        if missing == 1:
+    def _show_progress(self, step: int, steps: int) -> None:
+        if self._progress is None or step == 1:  # a run may have been interrupted
+            self._progress = Progress("observing", steps)
+        self._progress.advance(to=step)
+        if step >= steps:
             self._progress.close()
             self._progress = None
 
@@ -361,6 +362,9 @@ class QuantizedGraph:
             compiled = None
             self._stay_in_float(error)
         self._report.compile_seconds += time.perf_counter() - start
+        if compiled is not None:
+            _log.info("%s", self._report.summary())
+            tell(self._report.summary())
         self._publish(parameters, weights)
         if compiled is not None and self._config.free_float_weights:
             freed = weights.free(parameters)
@@ -372,6 +376,7 @@ class QuantizedGraph:
         _log.exception("onlinequant failed, so the model goes on in float")
         self._report.phase = "float"
         self._report.phase_reason = f"it failed: {type(error).__name__}: {error}"
+        tell(self._report.summary())
         for entry in self._entries.values():
             entry.release()
 

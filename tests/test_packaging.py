@@ -51,7 +51,7 @@ sys.modules[name] = module
 spec.loader.exec_module(module)
 package = importlib.util.find_spec("onlinequant_backend")
 print(json.dumps({
-    "nodes": sorted(module.NODE_CLASS_MAPPINGS),
+    "nodes": hasattr(module, "comfy_entrypoint"),
     "on_path": folder in sys.path,
     "found": package and package.origin,
 }))
@@ -153,7 +153,7 @@ def test_checkout_imports_under_another_name(tmp_path: Path) -> None:
 def test_root_is_harmless_without_comfyui(tmp_path: Path) -> None:
     clone = copy_checkout(tmp_path / "ComfyUI-onlinequant-main")
     report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", [], CLONE=str(clone))
-    assert report == {"nodes": [], "on_path": False, "found": None}
+    assert report == {"nodes": False, "on_path": False, "found": None}
 
 
 def test_comfyui_finds_the_code_in_a_clone(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_comfyui_finds_the_code_in_a_clone(tmp_path: Path) -> None:
     (comfyui / "folder_paths.py").touch()
     report = run_report(LOAD_AS_COMFYUI, tmp_path / "elsewhere", [comfyui], CLONE=str(clone))
     found = str(clone / "onlinequant_backend" / "__init__.py")
-    assert report == {"nodes": [], "on_path": True, "found": found}
+    assert report == {"nodes": True, "on_path": True, "found": found}

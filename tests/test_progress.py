@@ -178,3 +178,30 @@ def test_closing_twice_is_closing_once(clock: Clock, log: Log) -> None:
     bar.close()
     bar.advance()
     assert log.messages == ["observing 1 of 2 (1 s)", "observing: 1.0 s in all"]
+
+
+def test_a_listener_is_told_everything_at_once_and_nobody_else(
+    clock: Clock, terminal: Terminal, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    progress.tell("to nobody")
+    with progress.told_to(told.append):
+        bar = Progress("observing", 4)
+        bar.advance()
+        bar.advance(to=4)
+        progress.tell("done")
+    bar.advance("later", to=2)  # work that many calls share keeps its listener
+    bar.close()
+    progress.tell("to nobody")
+    assert told == ["observing 1 of 4 (0 s)", "observing 4 of 4 (0 s)", "done", "observing 2 of 4 later (0 s)"]
+    assert (terminal.getvalue(), log.messages) == ("", [])
+
+
+def test_a_listener_hears_from_the_thread_in_a_with_block(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "REDRAW", 0.01)
+    told: list[str] = []
+    with progress.told_to(told.append), Progress("compiling"):
+        deadline = time.monotonic() + 10
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert told[0] == "compiling (0 s)"

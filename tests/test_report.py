@@ -74,6 +74,11 @@ def test_counts_are_by_kind() -> None:
     }
 
 
+def test_the_summary_says_how_many_layers_or_why_none() -> None:
+    assert made().summary() == "UNet2DConditionModel: quantized: 1 of 5 layers in int8"
+    assert made(phase="float", phase_reason="why").summary() == "UNet2DConditionModel: float: why"
+
+
 def test_a_saved_report_comes_back_as_it_was(tmp_path: Path) -> None:
     original = made()
     original.save(tmp_path / "new folder" / report.STATS_FILE)

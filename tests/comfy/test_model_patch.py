@@ -1,0 +1,194 @@
+"""The hook, on a stand-in for ComfyUI's ModelPatcher that has the same few methods. Inductor is left out, for speed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend import compat
+from onlinequant_backend.comfy_integration.model_patch import KEY, WRAPPER, quantize_model
+from tests.small import Small, X, small
+from tests.tiny import OPTIONS, relative_error
+
+SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
+
+
+class Denoiser(Small):
+    """As ComfyUI's UNet: ``forward`` runs the wrappers of other nodes, ``_forward`` computes."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x)
+
+
+class Patcher:
+    """What the hook uses of a ModelPatcher, and the way in which a sampler calls the model."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.model = SimpleNamespace(diffusion_model=denoiser)
+        self.wrappers: dict[str, list[Callable[..., Any]]] = {}
+
+    def clone(self) -> Patcher:
+        other = Patcher(self.model.diffusion_model)
+        other.wrappers = {key: list(wrappers) for key, wrappers in self.wrappers.items()}
+        return other
+
+    def remove_wrappers_with_key(self, kind: str, key: str) -> None:
+        assert kind == WRAPPER
+        self.wrappers.pop(key, None)
+
+    def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable[..., Any]) -> None:
+        assert kind == WRAPPER
+        self.wrappers.setdefault(key, []).append(wrapper)
+
+    @torch.no_grad()
+    def apply(self, x: torch.Tensor, step: int = 0, **transformer_options: Any) -> torch.Tensor:
+        """One call of the model at a step of a run with the schedule ``SIGMAS``."""
+        options = {"sigmas": SIGMAS[step].expand(2), "sample_sigmas": SIGMAS, **transformer_options}
+
+        def executor(x: torch.Tensor, _options: object) -> torch.Tensor:
+            return self.model.diffusion_model(x)
+
+        executor.class_obj = self.model  # type: ignore[attr-defined]
+        ((wrapper,),) = self.wrappers.values() or (([lambda inner, *arguments: inner(*arguments)]),)
+        result: torch.Tensor = wrapper(executor, x, options)
+        return result
+
+    def run(self, x: torch.Tensor = X) -> list[torch.Tensor]:
+        """The model's answer at each step of a run."""
+        return [self.apply(x, step) for step in range(len(SIGMAS) - 1)]
+
+
+@pytest.fixture(autouse=True)
+def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "compile_fx", lambda graph, inputs, options, outside_dynamo: graph)
+
+
+@pytest.fixture
+def denoiser() -> Denoiser:
+    torch.manual_seed(0)
+    return Denoiser().eval().requires_grad_(False)
+
+
+@pytest.fixture
+def told() -> list[str]:
+    return []
+
+
+def patched(model: Patcher, told: list[str], whole_run: bool = True, **options: Any) -> Patcher:
+    clone = quantize_model(model, {**OPTIONS, **options}, whole_run, told.append)
+    assert isinstance(clone, Patcher)
+    return clone
+
+
+def is_8_bit(result: torch.Tensor, expected: torch.Tensor) -> bool:
+    return not torch.equal(result, expected) and relative_error(result, expected) < 0.08
+
+
+def test_the_first_run_is_observed_and_the_second_is_in_8_bit(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    assert all(torch.equal(result, expected) for result in model.run())
+    assert [text.split(" (")[0] for text in told] == [f"observing {step} of 3" for step in (1, 2, 3)]
+    assert all(is_8_bit(result, expected) for result in model.run())
+    assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
+
+
+def test_a_number_of_calls_goes_on_in_the_same_run(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = patched(Patcher(denoiser), told, whole_run=False), denoiser(X)
+    assert [is_8_bit(result, expected) for result in model.run()] == [False, False, True]
+
+
+@pytest.mark.parametrize("schedule", [None, torch.zeros(0)])
+def test_a_sampler_without_a_schedule_has_its_calls_counted(
+    denoiser: Denoiser, told: list[str], schedule: torch.Tensor | None
+) -> None:
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    results = [model.apply(X, sample_sigmas=schedule) for _ in range(3)]
+    assert [is_8_bit(result, expected) for result in results] == [False, False, True]
+
+
+def test_the_model_itself_stays_as_it_is(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = Patcher(denoiser), denoiser(X)
+    quantized = patched(model, told)
+    quantized.run()
+    quantized.run()
+    assert torch.equal(model.apply(X), expected)
+    assert "_forward" not in vars(denoiser) and not model.wrappers
+
+
+def test_the_last_node_that_compiles_counts(denoiser: Denoiser, told: list[str]) -> None:
+    model = Patcher(denoiser)
+    model.add_wrapper_with_key(WRAPPER, KEY, lambda *_arguments: pytest.fail("TorchCompileModel's"))
+    first_told: list[str] = []
+    patched(patched(model, first_told), told).run()
+    assert told and not first_told
+
+
+def test_the_node_executed_again_neither_observes_nor_compiles_again(denoiser: Denoiser, told: list[str]) -> None:
+    for _ in range(2):
+        patched(Patcher(denoiser), told).run()
+    assert len(oq.reports()) == 1
+    again: list[str] = []
+    assert all(is_8_bit(result, denoiser(X)) for result in patched(Patcher(denoiser), again).run())
+    assert len(oq.reports()) == 1 and not again
+
+
+def test_a_model_without_an_inner_forward_is_compiled_whole(told: list[str]) -> None:
+    model = small()
+    quantized, expected = patched(Patcher(model), told), model(X)
+    quantized.run()
+    assert all(is_8_bit(result, expected) for result in quantized.run())
+    assert "forward" not in vars(model)
+
+
+def test_another_extension_s_method_is_compiled_and_put_back(denoiser: Denoiser, told: list[str]) -> None:
+    method = denoiser._forward
+    vars(denoiser)["_forward"] = lambda x: method(x) * 2
+    theirs, expected = vars(denoiser)["_forward"], denoiser(X)
+    model = patched(Patcher(denoiser), told)
+    model.run()
+    assert is_8_bit(model.apply(X), expected)
+    assert vars(denoiser)["_forward"] is theirs
+
+
+def test_a_mistake_in_the_options_leaves_the_model_in_float(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = patched(Patcher(denoiser), told, precision="int7"), denoiser(X)
+    assert all(torch.equal(result, expected) for result in model.run())
+    (text,) = told
+    assert text.startswith("in float, since it failed") and "int7" in text
+    assert "_forward" not in vars(denoiser)
+
+
+def test_an_error_of_the_model_s_own_is_raised_and_held_against_nobody(denoiser: Denoiser, told: list[str]) -> None:
+    model = patched(Patcher(denoiser), told)
+    with pytest.raises(RuntimeError, match="channels"):
+        model.apply(X[:, :2])
+    assert not told and "_forward" not in vars(denoiser)
+    model.run()
+    assert is_8_bit(model.apply(X), denoiser(X))
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError("it was not loaded from a file")])
+def test_dynamic_vram_is_switched_off_where_that_can_be(
+    denoiser: Denoiser, told: list[str], error: Exception | None
+) -> None:
+    asked: list[bool] = []
+
+    class Dynamic(Patcher):
+        def clone(self, disable_dynamic: bool = False) -> Patcher:
+            asked.append(disable_dynamic)
+            if disable_dynamic and error is not None:
+                raise error
+            return super().clone()
+
+    patched(Dynamic(denoiser), told).run()
+    assert asked == ([True] if error is None else [True, False])
+    assert told[-1].startswith("observing 3 of 3")
