@@ -63,10 +63,7 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
     ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it.
     """
     groups = _groups(graph_module)
-    shapes: dict[str, LayerInfo] = {}
-    for members, _ in groups:
-        for info in [*members, _merged(members)]:
-            shapes.setdefault(_key(info, format), info)
+    shapes = _shapes(groups, format)
     missing = [(key, info) for key, info in shapes.items() if key not in _known]
     if missing:
         with Progress("timing layers", len(missing)) as progress, torch.inference_mode(False), torch.no_grad():
@@ -109,6 +106,15 @@ def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], fx.Node
     return list(groups.values())
 
 
+def _shapes(groups: Sequence[tuple[list[LayerInfo], fx.Node]], format: Format) -> dict[str, LayerInfo]:
+    """What is timed: the first layer of each shape, or product of several, by its key."""
+    shapes: dict[str, LayerInfo] = {}
+    for members, _ in groups:
+        for info in [*members, _merged(members)]:
+            shapes.setdefault(_key(info, format), info)
+    return shapes
+
+
 def _source(node: fx.Node) -> fx.Node:
     while node.target in _VIEWS or node.target in _VIEW_FUNCTIONS:
         node = node.all_input_nodes[0]
@@ -133,8 +139,7 @@ def _merged(members: Sequence[LayerInfo]) -> LayerInfo:
 
 def dump(graph_module: fx.GraphModule, format: Format) -> str | None:
     """What ``restore`` takes: the timings of a graph's layers as JSON; None if there are none."""
-    infos = [info for members, _ in _groups(graph_module) for info in [*members, _merged(members)]]
-    keys = sorted({_key(info, format) for info in infos} & _known.keys())
+    keys = sorted(_shapes(_groups(graph_module), format).keys() & _known.keys())
     if not keys:
         return None
     timings = {key: dataclasses.asdict(_known[key]) for key in keys}

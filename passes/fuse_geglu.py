@@ -37,10 +37,9 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
         return 0
     fused = 0
     for linear in list(graph_module.graph.nodes):
-        product = _product(linear) if linear.target is ops.linear and info_of(linear) is not None else None
-        if product is None or not _has_kernel(linear, context):
+        result = _product(linear) if linear.target is ops.linear and info_of(linear) is not None else None
+        if result is None or not _has_kernel(linear, context):
             continue
-        result = product
         x, qparams, weight, scale, bias, dtype = linear.args
         quantize = _only_user(result)
         if quantize is not None and quantize.target is ops.quantize and not quantize.args[3]:
