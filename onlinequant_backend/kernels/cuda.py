@@ -60,9 +60,9 @@ def _cublas(
 ) -> torch.Tensor:
     fused = None if bias is None or dtype is torch.float32 else bias.to(dtype)
     # Sums in the tensor cores' own precision: those of fp8 are of 14 bits of mantissa, plenty beside 3 of each factor.
-    y = torch._scaled_mm(
-        rows, weight.t(), qparams[2], weight_scale[0], bias=fused, out_dtype=dtype, use_fast_accum=True
-    )
+    # cuBLAS wants scales at multiples of 16 bytes: so do models lay theirs out, but not everyone who calls the op.
+    scales = (scale if scale.data_ptr() % 16 == 0 else scale.clone() for scale in (qparams[2], weight_scale[0]))
+    y = torch._scaled_mm(rows, weight.t(), *scales, bias=fused, out_dtype=dtype, use_fast_accum=True)
     return y if bias is None or fused is not None else y + bias
 
 

@@ -27,7 +27,7 @@ class Tile:
             capability 9.0 and later) or "gather" (any GPU, any geometry).
         rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels.
         warps, stages: of a Triton launch.
-        splits: programs that share the sum of one block, where there are too few blocks to fill the GPU.
+        splits: programs that share the sum of one block, where its blocks alone would leave much of the GPU idle.
     """
 
     kernel: str
@@ -112,10 +112,15 @@ def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, 
     # With a stride, blocks of channels must not reach into the next pixel.
     tiles = _CONV if geometry[0][-1] == 1 or weight[1] % 128 == 0 else _CONV_HALF_DEPTH
     steps = math.ceil(weight[1] / 128) * math.prod(weight[2:])
-    most = max(min(steps // 4, _MAX_SPLITS), 1)
-    splits = (min(max(_processors() // _blocks(tile, pixels, weight[0]), 1), most) for tile in tiles)
-    split = [dataclasses.replace(tile, splits=number) for tile, number in zip(tiles, splits, strict=True)]
-    return _by_blocks(split, pixels, weight[0])
+    split = [
+        dataclasses.replace(tile, splits=splits)
+        for tile in tiles
+        for splits in range(1, max(min(steps // 4, _MAX_SPLITS), 1) + 1)
+    ]
+    # Of each tile the best number of programs for a block, and one: what splitting costs is the vaguer guess.
+    guessed = _by_blocks(split, pixels, weight[0], steps)
+    best = [next(tile for tile in guessed if tile.rows == block.rows) for block in tiles]
+    return _by_blocks(tuple(dict.fromkeys((*best, *tiles))), pixels, weight[0], steps)
 
 
 def is_valid(tile: Tile) -> bool:
@@ -150,16 +155,18 @@ def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bo
     return all(step == 1 for step in stride) and (len(weight) == 4 or over_time)
 
 
-def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int) -> tuple[Tile, ...]:
-    """``tiles``, quickest first by a guess.
+def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -> tuple[Tile, ...]:
+    """``tiles``, quickest first by a guess in microseconds of an H200, for sums of ``steps`` * 128 products.
 
-    Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty. A block
-    takes a time that grows with its area, and a part that does not (fitted to convolutions on an H200).
+    Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty: then
+    shorter waves of more programs can win. A block takes a time that grows with its area, and a part that does not
+    (fitted to convolutions); the sums of several programs are written, read and added up in a kernel of its own.
     """
 
     def time(tile: Tile) -> float:
         waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / _processors())
-        return waves * (tile.rows * tile.columns + 6500) / tile.splits
+        products = waves * steps / tile.splits * (tile.rows * tile.columns + 6500) * 2.4e-5
+        return products + (3 + tile.splits * rows * columns * 2e-6 if tile.splits > 1 else 0)
 
     return tuple(sorted(tiles, key=time))
 
