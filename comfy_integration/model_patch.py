@@ -8,30 +8,42 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
-from onlinequant_backend import OnlineQuantError, onlinequant, sampling_step
 from onlinequant_backend.progress import Listener, told_to
+from onlinequant_backend.sampling import SamplingRun, current_run
+
+from .compiled_method import CompiledMethod
+from .record import Record, record_of
 
 _log = logging.getLogger("onlinequant")
 
 # Where ComfyUI's own TorchCompileModel keeps its wrapper as well: a model has one, that of the last node that compiles.
-WRAPPER, KEY = "apply_model", "torch.compile"
+APPLY_MODEL, KEY = "apply_model", "torch.compile"
+SAMPLER_SAMPLE, OWN_KEY = "sampler_sample", "onlinequant"
 
 
 def quantize_model(model: Any, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> Any:
     """A clone of a ``ModelPatcher`` that samples in 8 bit; ``model`` stays as it is.
 
-    ``options``: of the backend. ``whole_run``: observe the steps of one sampling run, however many, instead of
-    ``calibration_steps`` calls. ``listener`` is told how far it has come.
+    ``options``: of the backend. ``whole_run``: observe all calls of one sampling run, however many, instead of
+    ``calibration_steps``. ``listener`` is told how far it has come.
     """
     clone = _clone(model)
-    clone.remove_wrappers_with_key(WRAPPER, KEY)
-    clone.add_wrapper_with_key(WRAPPER, KEY, Hook(options, whole_run, listener))
+    hook = ModelHook(options, whole_run, listener)
+    for kind, key, wrapper in ((APPLY_MODEL, KEY, hook), (SAMPLER_SAMPLE, OWN_KEY, hook.sample)):
+        clone.remove_wrappers_with_key(kind, key)
+        clone.add_wrapper_with_key(kind, key, wrapper)
     return clone
+
+
+def record_of_model(model: Any) -> Record | None:
+    """What was seen of the denoiser of a model that ``quantize_model`` returned; None for any other model."""
+    for hook in model.get_wrappers(APPLY_MODEL, KEY):
+        if isinstance(hook, ModelHook):
+            return hook.record(model.model.diffusion_model)
+    return None
 
 
 def _clone(model: Any) -> Any:
@@ -44,89 +56,54 @@ def _clone(model: Any) -> Any:
     return model.clone()
 
 
-class Hook:
-    """What ComfyUI calls around each call of a model: it puts the compiled denoiser in place for that long.
+class ModelHook:
+    """What ComfyUI calls around each call of a model, and its ``sample`` around each sampling run.
 
-    The model is shared with other nodes, which must not notice. Only what is inside the denoiser's own wrappers is
-    compiled, so that these (caches that skip steps, say) may do what no graph can.
+    Only what is inside the denoiser's own wrappers is compiled, so that these (caches that skip steps, say) may do what
+    no graph can.
     """
 
     def __init__(self, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> None:
         self._options = dict(options)
         self._whole_run = whole_run
         self._listener = listener
-        self._original: Callable[..., Any] | None = None
-        self._compiled: Callable[..., Any] | None = None
-        self._failed = False
+        self._method = CompiledMethod(options, listener)
+
+    def record(self, denoiser: Any) -> Record:
+        """What was seen of a denoiser with these options, by this hook or an earlier one."""
+        return record_of(denoiser, self._options)
+
+    def sample(
+        self, executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Around a sampling run: all of its calls are observed, and at its end there is an 8-bit model."""
+        run = SamplingRun(len(sigmas) - 1, is_observed=self._whole_run)
+        with told_to(self._listener), run.current():
+            result = executor(guider, sigmas, extra_args, _counting(run, callback), *args, **kwargs)
+            try:
+                run.end()
+            except Exception as error:
+                self._method.give_up(error)
+            return result
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        if self._failed:
-            return executor(*args, **kwargs)
+        """Around a call of the model."""
         denoiser = executor.class_obj.diffusion_model
         name = "_forward" if hasattr(denoiser, "_forward") else "forward"
         with contextlib.ExitStack() as stack:
             stack.enter_context(told_to(self._listener))
-            stack.enter_context(_replaced(denoiser, name, self._guarded(getattr(denoiser, name))))
-            sampling = _sampling((*args, *kwargs.values()))
-            if self._whole_run and sampling is not None:
-                stack.enter_context(sampling_step(lambda: _position(sampling)))
+            stack.enter_context(self._method.in_place(denoiser, name))
+            run = current_run()
+            if run is not None:
+                stack.enter_context(self.record(denoiser).call(run))
             return executor(*args, **kwargs)
 
-    def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """``original`` through the backend; as it is, from then on, where that fails."""
-        if original != self._original:
-            # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
-            self._compiled = torch.compile(original, backend=onlinequant, options=dict(self._options))
-            self._original = original
-        compiled = self._compiled
-        assert compiled is not None
 
-        def denoise(*args: Any, **kwargs: Any) -> Any:
-            if self._failed:
-                return original(*args, **kwargs)
-            try:
-                return compiled(*args, **kwargs)
-            except Exception as error:
-                # If this fails as well, it is no fault of ours, and ComfyUI's to deal with.
-                result = original(*args, **kwargs)
-                self._give_up(error)
-                return result
+def _counting(run: SamplingRun, callback: Callable[..., Any] | None) -> Callable[..., Any]:
+    """The sampler's callback after each step, which also tells the run how far it has come."""
 
-        return denoise
+    def after_step(step: int, *args: Any) -> Any:
+        run.step = min(step + 2, run.steps)  # the next one; ComfyUI counts from 0
+        return None if callback is None else callback(step, *args)
 
-    def _give_up(self, error: Exception) -> None:
-        self._failed = True
-        trace = None if isinstance(error, OnlineQuantError) else error  # a mistake of the user's says all by itself
-        _log.warning("onlinequant failed, so the model goes on in float: %s", error, exc_info=trace)
-        self._listener(f"in float, since it failed: {error}")
-
-
-@contextlib.contextmanager
-def _replaced(denoiser: torch.nn.Module, name: str, method: Callable[..., Any]) -> Iterator[None]:
-    """Within the block, ``denoiser.name`` is ``method``; afterwards it is what it was before."""
-    missing = object()
-    before = vars(denoiser).get(name, missing)
-    setattr(denoiser, name, method)
-    try:
-        yield
-    finally:
-        if before is missing:
-            delattr(denoiser, name)
-        else:
-            setattr(denoiser, name, before)
-
-
-def _sampling(arguments: tuple[Any, ...]) -> Mapping[str, torch.Tensor] | None:
-    """What ComfyUI hands to the model about the sampling run; None where a sampler of somebody else's leaves it out."""
-    for options in arguments:
-        if isinstance(options, Mapping) and isinstance(options.get("sigmas"), torch.Tensor):
-            schedule = options.get("sample_sigmas")
-            return options if isinstance(schedule, torch.Tensor) and len(schedule) > 1 else None
-    return None
-
-
-def _position(sampling: Mapping[str, torch.Tensor]) -> tuple[int, int]:
-    """Which step of a run a call belongs to, of how many, by its noise level: a step may take several calls."""
-    levels = sampling["sample_sigmas"].detach().float().cpu()[:-1]
-    level = sampling["sigmas"].detach().float().cpu().max()
-    return int((levels - level).abs().argmin()) + 1, len(levels)
+    return after_step

@@ -11,17 +11,18 @@ from .config import QuantConfig
 from .errors import OnlineQuantError
 from .report import NodeDecision, Report, reports
 from .runtime import invalidate, reset
-from .sampling import sampling_step
+from .sampling import SamplingRun, sampling_run
 
 __all__ = [
     "NodeDecision",
     "OnlineQuantError",
     "QuantConfig",
     "Report",
+    "SamplingRun",
     "invalidate",
     "onlinequant",
     "reports",
     "reset",
-    "sampling_step",
+    "sampling_run",
 ]
 __version__ = "0.1.0"

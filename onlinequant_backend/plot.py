@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, FigureBase
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -24,13 +24,22 @@ _THRESHOLD_STYLES = {"conv": (0, (6, 3)), "linear": (0, (2, 2))}
 
 
 def plot_layers(report: Report, path: str | os.PathLike[str]) -> None:
-    """Draw compute density (x) against sensitivity (y), one mark a layer, into the PNG ``path``.
+    """``draw_layers`` into the PNG ``path``; raises OSError where that cannot be written.
 
-    Layers without a measured sensitivity, or with one of 0, lie on a rug below the axes. Neither pyplot nor
-    matplotlib's global backend is touched. Raises OSError where ``path`` cannot be written.
+    Neither pyplot nor matplotlib's global backend is touched.
     """
     figure = Figure(figsize=(10, 6.5), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
+    draw_layers(figure, report)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, format="png")
+
+
+def draw_layers(figure: FigureBase, report: Report) -> None:
+    """Draw compute density (x) against sensitivity (y), one mark a layer, into an empty ``figure``.
+
+    Layers without a measured sensitivity, or with one of 0, lie on a rug below the axes.
+    """
     scatter, rug = figure.subplots(2, 1, sharex=True, height_ratios=(9, 1))
     scatter.set(xscale="log", yscale="log")  # before any mark: axes without one could not change their scale
     measured = [decision for decision in report.decisions if decision.sensitivity and decision.density > 0]
@@ -43,8 +52,6 @@ def plot_layers(report: Report, path: str | os.PathLike[str]) -> None:
         scatter.set_xlim(1, 1000)
     _draw_thresholds((scatter, rug), report)
     _label(figure, scatter, rug, report)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png")
 
 
 def _draw_marks(axes: Axes, decisions: Sequence[NodeDecision], heights: Sequence[float]) -> None:
@@ -76,7 +83,7 @@ def _draw_thresholds(all_axes: Sequence[Axes], report: Report) -> None:
             axes.axvline(threshold, color="#555555", linewidth=1.1, linestyle=_THRESHOLD_STYLES[kind], zorder=1)
 
 
-def _label(figure: Figure, scatter: Axes, rug: Axes, report: Report) -> None:
+def _label(figure: FigureBase, scatter: Axes, rug: Axes, report: Report) -> None:
     counts = report.counts()
     layers = ", ".join(f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']} {kind}" for kind in _MARKERS)
     figure.suptitle(f"{report.model}: {layers} layers in 8 bit", fontsize=13, fontweight="bold")

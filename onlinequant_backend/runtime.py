@@ -24,7 +24,7 @@ from .persistence import Entry
 from .precision import Precision
 from .progress import Progress, tell
 from .report import Report, clear
-from .sampling import current_step
+from .sampling import current_run
 from .sensitivity import measure_end_to_end, relative_error
 from .weights import WeightSet, getter, registry
 
@@ -87,6 +87,9 @@ class QuantizedGraph:
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
+        run = current_run()
+        if run is not None:
+            run.called.append((self._report, self._report.phase))
         if self._gave_up:
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
@@ -94,9 +97,7 @@ class QuantizedGraph:
             return self._run_float(args)
         try:
             parameters = self._parameters(args)
-            weights = self._sets.get(id(parameters[0]))
-            if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
-                weights = self._find_set(parameters)
+            weights = self._set(parameters)
             if weights.selection is not None and not weights.is_current(parameters):
                 self._follow(parameters, weights)
             if weights.selection is None:
@@ -155,6 +156,12 @@ class QuantizedGraph:
                 sizes.append((value.shape, value.stride()))
         return tuple(fixed), tuple(sizes)
 
+    def _set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
+        weights = self._sets.get(id(parameters[0]))
+        if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
+            weights = self._find_set(parameters)
+        return weights
+
     def _find_set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
         with self._lock:
@@ -196,21 +203,60 @@ class QuantizedGraph:
             return self._observe(args, parameters, weights)
 
     def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
-        step, steps = current_step(weights.calls() + 1, self._config.calibration_steps)
-        last = step >= steps
-        self._show_progress(step, steps)
+        run = current_run()
+        if run is not None and run.is_observed:
+            self._report.calibration_steps = run.steps
+            self._show_progress(run.step, run.steps)
+            run.at_end((self, weights), functools.partial(self._end_run, args))
+            last = False
+        else:
+            step = weights.calls() + 1
+            last = step >= self._config.calibration_steps
+            self._show_progress(step, self._config.calibration_steps)
+        result = self._call_observed(args, parameters, weights, last)
+        weights.count_call(self._fingerprint(weights, parameters))
+        self._report.calls_observed = max(self._report.calls_observed, weights.calls())
+        if last:
+            self._end_observing(args, weights, result)
+        return result
+
+    def _call_observed(
+        self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, last: bool
+    ) -> Any:
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
         weights.check_not_freed()
         floats = [parameters[position] for position in self._candidates] if last else None
         with torch.no_grad():
-            result = self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
-        weights.count_call(self._fingerprint(weights, parameters))
-        self._report.calls_observed = max(self._report.calls_observed, weights.calls())
-        if last:
-            if self._config.sensitivity == "end_to_end":
-                measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
-            weights.freeze()
-        return result
+            return self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
+
+    def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
+        if self._config.sensitivity == "end_to_end":
+            measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
+        weights.freeze()
+
+    def _end_run(self, args: Sequence[Any]) -> None:
+        """A sampling run is over that was observed: compile, so that the next one finds all done."""
+        try:
+            parameters = self._parameters(args)
+            with self._lock:
+                weights = self._set(parameters)
+                if weights.selection is not None or self._gave_up:
+                    return
+                with weights.layers[0].lock:
+                    if not weights.is_calibrated():
+                        # Which call is the last one nobody knows before: so its sensitivities are measured after it.
+                        result = self._call_observed(args, parameters, weights, last=True)
+                        self._end_observing(args, weights, result)
+                    self._select(parameters, weights)
+            key = self._key(args, weights)
+            if key in self._compiled:  # for another model that has the same graph
+                tell(self._report.summary())
+            self._compile(key, args, parameters, weights)
+        except OnlineQuantError:
+            raise
+        except Exception as error:
+            self._gave_up = True
+            self._stay_in_float(error)
 
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:

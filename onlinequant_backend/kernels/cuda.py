@@ -60,10 +60,14 @@ def _cublas(
 ) -> torch.Tensor:
     fused = None if bias is None or dtype is torch.float32 else bias.to(dtype)
     # Sums in the tensor cores' own precision: those of fp8 are of 14 bits of mantissa, plenty beside 3 of each factor.
-    # cuBLAS wants scales at multiples of 16 bytes: so do models lay theirs out, but not everyone who calls the op.
-    scales = (scale if scale.data_ptr() % 16 == 0 else scale.clone() for scale in (qparams[2], weight_scale[0]))
-    y = torch._scaled_mm(rows, weight.t(), *scales, bias=fused, out_dtype=dtype, use_fast_accum=True)
+    scale, weight_scale = _aligned(qparams[2]), _aligned(weight_scale[0])
+    y = torch._scaled_mm(rows, weight.t(), scale, weight_scale, bias=fused, out_dtype=dtype, use_fast_accum=True)
     return y if bias is None or fused is not None else y + bias
+
+
+def _aligned(scale: torch.Tensor) -> torch.Tensor:
+    """``scale`` where cuBLAS can read it. Models lay theirs out like that, but not everyone who calls the op does."""
+    return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
 def geglu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,14 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat
-from onlinequant_backend.comfy_integration.model_patch import KEY, WRAPPER, quantize_model
+from onlinequant_backend.comfy_integration.model_patch import (
+    APPLY_MODEL,
+    KEY,
+    OWN_KEY,
+    SAMPLER_SAMPLE,
+    quantize_model,
+    record_of_model,
+)
 from tests.small import Small, X, small
 from tests.tiny import OPTIONS, relative_error
 
@@ -34,7 +42,7 @@ class Patcher:
 
     def __init__(self, denoiser: nn.Module) -> None:
         self.model = SimpleNamespace(diffusion_model=denoiser)
-        self.wrappers: dict[str, list[Callable[..., Any]]] = {}
+        self.wrappers: dict[tuple[str, str], list[Callable[..., Any]]] = {}
 
     def clone(self) -> Patcher:
         other = Patcher(self.model.diffusion_model)
@@ -42,29 +50,45 @@ class Patcher:
         return other
 
     def remove_wrappers_with_key(self, kind: str, key: str) -> None:
-        assert kind == WRAPPER
-        self.wrappers.pop(key, None)
+        self.wrappers.pop((kind, key), None)
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable[..., Any]) -> None:
-        assert kind == WRAPPER
-        self.wrappers.setdefault(key, []).append(wrapper)
+        self.wrappers.setdefault((kind, key), []).append(wrapper)
+
+    def get_wrappers(self, kind: str, key: str) -> list[Callable[..., Any]]:
+        return self.wrappers.get((kind, key), [])
 
     @torch.no_grad()
-    def apply(self, x: torch.Tensor, step: int = 0, **transformer_options: Any) -> torch.Tensor:
-        """One call of the model at a step of a run with the schedule ``SIGMAS``."""
-        options = {"sigmas": SIGMAS[step].expand(2), "sample_sigmas": SIGMAS, **transformer_options}
+    def apply(self, x: torch.Tensor = X) -> torch.Tensor:
+        """One call of the model."""
 
-        def executor(x: torch.Tensor, _options: object) -> torch.Tensor:
+        def executor(x: torch.Tensor) -> torch.Tensor:
             return self.model.diffusion_model(x)
 
         executor.class_obj = self.model  # type: ignore[attr-defined]
-        ((wrapper,),) = self.wrappers.values() or (([lambda inner, *arguments: inner(*arguments)]),)
-        result: torch.Tensor = wrapper(executor, x, options)
-        return result
+        return self._wrapped(APPLY_MODEL, KEY, executor, x)
 
-    def run(self, x: torch.Tensor = X) -> list[torch.Tensor]:
-        """The model's answer at each step of a run."""
-        return [self.apply(x, step) for step in range(len(SIGMAS) - 1)]
+    def run(self, x: torch.Tensor = X, interrupted_after: int | None = None) -> list[torch.Tensor]:
+        """The model's answer at each step of a run, which the sampler reports to a callback."""
+        results: list[torch.Tensor] = []
+        reported: list[int] = []
+
+        def sampler(_guider: object, sigmas: torch.Tensor, _extra: object, callback: Callable[..., Any]) -> None:
+            for step in range(len(sigmas) - 1):
+                if step == interrupted_after:
+                    raise KeyboardInterrupt
+                results.append(self.apply(x))
+                callback(step, "denoised", "x", len(sigmas) - 1)
+
+        with contextlib.suppress(KeyboardInterrupt):
+            self._wrapped(SAMPLER_SAMPLE, OWN_KEY, sampler, None, SIGMAS, {}, lambda step, *_: reported.append(step))
+        assert reported == list(range(len(results)))
+        return results
+
+    def _wrapped(self, kind: str, key: str, executor: Callable[..., Any], *args: Any) -> Any:
+        wrappers = self.get_wrappers(kind, key)
+        assert len(wrappers) <= 1
+        return wrappers[0](executor, *args) if wrappers else executor(*args)
 
 
 @pytest.fixture(autouse=True)
@@ -96,9 +120,36 @@ def is_8_bit(result: torch.Tensor, expected: torch.Tensor) -> bool:
 def test_the_first_run_is_observed_and_the_second_is_in_8_bit(denoiser: Denoiser, told: list[str]) -> None:
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
     assert all(torch.equal(result, expected) for result in model.run())
-    assert [text.split(" (")[0] for text in told] == [f"observing {step} of 3" for step in (1, 2, 3)]
-    assert all(is_8_bit(result, expected) for result in model.run())
+    observing = [text.split(" (")[0] for text in told if text.startswith("observing")]
+    assert observing == [f"observing {step} of 3" for step in (1, 2, 3)]
     assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
+    told.clear()
+    assert all(is_8_bit(result, expected) for result in model.run())
+    assert not told
+
+
+def test_an_interrupted_run_is_observed_again(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    for _ in range(2):
+        model.run(interrupted_after=2)
+        assert told[-1].startswith("observing 2 of 3")
+    assert all(torch.equal(result, expected) for result in model.run())
+    assert all(is_8_bit(result, expected) for result in model.run())
+
+
+def test_what_was_seen_is_recorded(denoiser: Denoiser, told: list[str]) -> None:
+    model = patched(Patcher(denoiser), told)
+    assert record_of_model(Patcher(denoiser)) is None
+    record = record_of_model(model)
+    assert record is not None and not record.reports and not record.milliseconds()
+    model.run()
+    model.run()
+    assert record.reports == oq.reports() and len(record.reports) == 1
+    times = record.milliseconds()
+    assert times.keys() == {"calibrating", "quantized"} and all(0 < ms < 60_000 for ms in times.values())
+    # Another node with the same options goes on with it; one with others does not.
+    assert record_of_model(patched(Patcher(denoiser), told)) is record
+    assert record_of_model(patched(Patcher(denoiser), told, precision="float")) is not record
 
 
 def test_a_number_of_calls_goes_on_in_the_same_run(denoiser: Denoiser, told: list[str]) -> None:
@@ -106,13 +157,9 @@ def test_a_number_of_calls_goes_on_in_the_same_run(denoiser: Denoiser, told: lis
     assert [is_8_bit(result, expected) for result in model.run()] == [False, False, True]
 
 
-@pytest.mark.parametrize("schedule", [None, torch.zeros(0)])
-def test_a_sampler_without_a_schedule_has_its_calls_counted(
-    denoiser: Denoiser, told: list[str], schedule: torch.Tensor | None
-) -> None:
+def test_calls_outside_of_a_run_are_counted(denoiser: Denoiser, told: list[str]) -> None:
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
-    results = [model.apply(X, sample_sigmas=schedule) for _ in range(3)]
-    assert [is_8_bit(result, expected) for result in results] == [False, False, True]
+    assert [is_8_bit(model.apply(), expected) for _ in range(3)] == [False, False, True]
 
 
 def test_the_model_itself_stays_as_it_is(denoiser: Denoiser, told: list[str]) -> None:
@@ -126,7 +173,7 @@ def test_the_model_itself_stays_as_it_is(denoiser: Denoiser, told: list[str]) ->
 
 def test_the_last_node_that_compiles_counts(denoiser: Denoiser, told: list[str]) -> None:
     model = Patcher(denoiser)
-    model.add_wrapper_with_key(WRAPPER, KEY, lambda *_arguments: pytest.fail("TorchCompileModel's"))
+    model.add_wrapper_with_key(APPLY_MODEL, KEY, lambda *_arguments: pytest.fail("TorchCompileModel's"))
     first_told: list[str] = []
     patched(patched(model, first_told), told).run()
     assert told and not first_told
@@ -191,4 +238,4 @@ def test_dynamic_vram_is_switched_off_where_that_can_be(
 
     patched(Dynamic(denoiser), told).run()
     assert asked == ([True] if error is None else [True, False])
-    assert told[-1].startswith("observing 3 of 3")
+    assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
