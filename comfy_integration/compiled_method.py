@@ -14,6 +14,10 @@ from onlinequant_backend.progress import Listener
 
 _log = logging.getLogger("onlinequant")
 
+# Of one method, over all models of its class, with all their options, patches and ControlNets. Dynamo's own limit is 8,
+# after which it leaves everything in float without a word.
+_MOST_GRAPHS = 64
+
 
 class CompiledMethod:
     """What one node has compiled.
@@ -65,7 +69,8 @@ class CompiledMethod:
             if self._failed:
                 return original(*args, **kwargs)
             try:
-                return compiled(*args, **kwargs)
+                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+                    return compiled(*args, **kwargs)
             except Exception as error:
                 # If this fails as well, it is no fault of ours, and ComfyUI's to deal with.
                 result = original(*args, **kwargs)

@@ -188,6 +188,22 @@ def test_the_node_executed_again_neither_observes_nor_compiles_again(denoiser: D
     assert len(oq.reports()) == 1 and not again
 
 
+def test_many_models_of_one_class_are_all_compiled(told: list[str]) -> None:
+    class Scaled(Denoiser):
+        scale = 0
+
+        def _forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super()._forward(x) * self.scale
+
+    for scale in range(1, 11):  # more than Dynamo has graphs for one method by default
+        denoiser = Scaled().eval().requires_grad_(False)
+        denoiser.scale = scale
+        model = patched(Patcher(denoiser), told)
+        model.run()
+        assert all(is_8_bit(result, denoiser(X)) for result in model.run())
+    assert len(oq.reports()) == 10
+
+
 def test_a_model_without_an_inner_forward_is_compiled_whole(told: list[str]) -> None:
     model = small()
     quantized, expected = patched(Patcher(model), told), model(X)
