@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import graph, keys, selection, shapes
+from . import graph, keys, selection
 from .build import CompiledGraph, build
 from .cache import Cache
 from .calibration import Observation
@@ -25,16 +25,11 @@ from .precision import Precision
 from .progress import Progress, tell
 from .report import Report, clear
 from .sampling import current_run
-from .sensitivity import measure_end_to_end, relative_error
+from .sensitivity import measure_end_to_end
+from .sizes import CompiledGraphs, Key
 from .weights import WeightSet, getter, registry
 
 _log = logging.getLogger("onlinequant")
-
-# Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
-_SAME_PICTURE = 0.3
-
-# Kinds of calls, such as values of a float, that a graph is compiled for; as many as Dynamo traces a frame for.
-_MOST_KINDS = 8
 
 
 class QuantizedGraph:
@@ -68,19 +63,13 @@ class QuantizedGraph:
         self._parameters = getter(parameters)
         self._names = [graph.qualified_name(inputs[position]) for position in parameters]
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
-        self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
-        self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
-        self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
-        self._may_be_symbolic = config.shapes != "static" and shapes.has_symbols(graph_module)
         self._grad_enabled = torch.is_grad_enabled()
         self._may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
         self._sets: dict[int, WeightSet] = {}
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
-        self._compiled: dict[tuple[tuple[Any, ...], tuple[Any, ...]], CompiledGraph | None] = {}
-        # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
-        self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
+        self._compiled = CompiledGraphs(graph_module, config.shapes, self._build)
         self._lock = threading.RLock()
         self._decided = False
         self._gave_up = False
@@ -104,8 +93,9 @@ class QuantizedGraph:
                 result = self._calibrate(args, parameters, weights)
                 if weights.selection is None:
                     return result
-            key = self._key(args, weights)
-            compiled = self._compiled[key] if key in self._compiled else self._compile(key, args, parameters, weights)
+            key = self._compiled.key(args, weights)
+            known = self._compiled.known
+            compiled = known[key] if key in known else self._compile(key, args, weights)
             if compiled is not None:
                 compiled.prepare(weights)
             asked = weights.begin_check()
@@ -139,22 +129,6 @@ class QuantizedGraph:
         for weights in self._sets.values():
             weights.check_not_freed()
         return self._graph(*args)
-
-    def _key(self, args: Sequence[Any], weights: WeightSet) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-        """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
-        fixed: list[Any] = [weights.selection, weights.layout]
-        sizes: list[Any] = []
-        for position in self._others:
-            value = args[position]
-            if not isinstance(value, torch.Tensor):
-                (sizes if isinstance(value, int) else fixed).append(value)
-            elif position in self._wrapped_floats:
-                if position not in self._open_floats:
-                    fixed.append(float(value))
-            else:
-                fixed.append(value.dtype)
-                sizes.append((value.shape, value.stride()))
-        return tuple(fixed), tuple(sizes)
 
     def _set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         weights = self._sets.get(id(parameters[0]))
@@ -248,10 +222,10 @@ class QuantizedGraph:
                         result = self._call_observed(args, parameters, weights, last=True)
                         self._end_observing(args, weights, result)
                     self._select(parameters, weights)
-            key = self._key(args, weights)
-            if key in self._compiled:  # for another model that has the same graph
+            key = self._compiled.key(args, weights)
+            if key in self._compiled.known:  # for another model that has the same graph
                 tell(self._report.summary())
-            self._compile(key, args, parameters, weights)
+            self._compile(key, args, weights)
         except OnlineQuantError:
             raise
         except Exception as error:
@@ -293,7 +267,7 @@ class QuantizedGraph:
             self._decide(parameters, weights, refusals)
         weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
-        if self._compiled and weights in self._entries:  # no compile will come, after which it would be published
+        if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
             self._report.phase = "quantized" if weights.selection else "float"
             self._publish(parameters, weights)
 
@@ -337,58 +311,14 @@ class QuantizedGraph:
             if changed:
                 _log.info("quantized %d changed weights again in %.2f s", changed, time.perf_counter() - start)
 
-    def _compile(
-        self,
-        key: tuple[tuple[Any, ...], tuple[Any, ...]],
-        args: Sequence[Any],
-        parameters: Sequence[torch.Tensor],
-        weights: WeightSet,
-    ) -> CompiledGraph | None:
+    def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
         """The 8-bit graph for these sizes; None, with a reason in the report, if it cannot be built."""
         with self._lock:
-            if key in self._compiled:
-                return self._compiled[key]
-            fixed, _ = key
-            kinds = {fixed for fixed, _ in self._compiled}
-            if fixed not in kinds and len(kinds) >= _MOST_KINDS:
-                _log.warning("a number among the inputs is never the same twice, so this call runs in float")
-                return None
-            # The first graph that a model needs is made for its sizes alone, any other one for all sizes.
-            is_first = shapes.is_first(weights.layers[0]) and self._config.shapes == "auto"
-            symbolic = self._may_be_symbolic and not is_first
-            general = self._general.setdefault(fixed, {}) if symbolic else {}
-            compiled = next((known for known in general.values() if self._serves(known, args, weights)), None)
-            if compiled is None:
-                expanded = shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
-                compiled = self._build(args, parameters, weights, symbolic and expanded not in general)
-                if compiled is not None and compiled.is_symbolic:
-                    general[expanded] = compiled
-                    if not self._serves(compiled, args, weights):
-                        compiled = self._build(args, parameters, weights, symbolic=False)
-            self._compiled[key] = compiled
-            return compiled
+            known = self._compiled.known
+            return known[key] if key in known else self._compiled.make(key, args, weights)
 
-    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> bool:
-        """Whether a compiled graph is right for these sizes.
-
-        One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and
-        writes, so one comparison with the float graph shows whether that assumption matters.
-        """
-        if compiled.fits(args):
-            return True
-        may_repeat = not weights.has_freed() and self._may_repeat
-        if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
-            return False
-        try:
-            with torch.no_grad():
-                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
-        except Exception as error:  # Inductor's own look at the sizes
-            _log.debug("a graph for all sizes is not for these: %s", error)
-            return False
-
-    def _build(
-        self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, symbolic: bool
-    ) -> CompiledGraph | None:
+    def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
+        parameters = self._parameters(args)
         self._report.phase = "compiling"
         start = time.perf_counter()
         entry = self._entry(weights, parameters)
@@ -402,9 +332,7 @@ class QuantizedGraph:
             self._report.phase_reason = f"{outcome} compiled by Inductor"
         except Exception as error:
             if symbolic:
-                _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
-                self._may_be_symbolic = False
-                return self._build(args, parameters, weights, symbolic=False)
+                raise
             compiled = None
             self._stay_in_float(error)
         self._report.compile_seconds += time.perf_counter() - start

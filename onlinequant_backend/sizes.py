@@ -1,0 +1,116 @@
+"""The compiled graphs of one Dynamo graph, and which of them a call needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx as fx
+
+from . import graph, shapes
+from .build import CompiledGraph
+from .sensitivity import relative_error
+from .weights import WeightSet
+
+_log = logging.getLogger("onlinequant")
+
+# Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
+_SAME_PICTURE = 0.3
+
+# Kinds of calls, such as values of a float, that a graph is compiled for; as many as Dynamo traces a frame for.
+_MOST_KINDS = 8
+
+Key = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+class CompiledGraphs:
+    """Compiled one by one as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
+
+    ``build(args, weights, symbolic)`` makes one; it returns None for failures of which it has given account, and raises
+    if ``symbolic``, which is for all sizes, is what has failed.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        which_shapes: str,
+        build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | None],
+    ) -> None:
+        self._graph = graph_module
+        self._which_shapes = which_shapes
+        self._build = build
+        inputs = graph.placeholders(graph_module)
+        self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
+        self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
+        self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
+        self._may_be_symbolic = which_shapes != "static" and shapes.has_symbols(graph_module)
+        self._may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
+        self.known: dict[Key, CompiledGraph | None] = {}
+        # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
+        self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
+
+    def key(self, args: Sequence[Any], weights: WeightSet) -> Key:
+        """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
+        fixed: list[Any] = [weights.selection, weights.layout]
+        sizes: list[Any] = []
+        for position in self._others:
+            value = args[position]
+            if not isinstance(value, torch.Tensor):
+                (sizes if isinstance(value, int) else fixed).append(value)
+            elif position in self._wrapped_floats:
+                if position not in self._open_floats:
+                    fixed.append(float(value))
+            else:
+                fixed.append(value.dtype)
+                sizes.append((value.shape, value.stride()))
+        return tuple(fixed), tuple(sizes)
+
+    def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
+        """The graph for a call whose key is not known yet, from now on in ``known``; None for the one in float."""
+        fixed, _ = key
+        kinds = {fixed for fixed, _ in self.known}
+        if fixed not in kinds and len(kinds) >= _MOST_KINDS:
+            _log.warning("a number among the inputs is never the same twice, so this call runs in float")
+            return None
+        is_first = shapes.is_first(weights.layers[0]) and self._which_shapes == "auto"
+        symbolic = self._may_be_symbolic and not is_first
+        general = self._general.setdefault(fixed, {}) if symbolic else {}
+        compiled = next((known for known in general.values() if self._serves(known, args, weights)), None)
+        if compiled is None:
+            expanded = shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
+            compiled = self._built(args, weights, symbolic and expanded not in general)
+            if compiled is not None and compiled.is_symbolic:
+                general[expanded] = compiled
+                if not self._serves(compiled, args, weights):
+                    compiled = self._built(args, weights, symbolic=False)
+        self.known[key] = compiled
+        return compiled
+
+    def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
+        if symbolic:
+            try:
+                return self._build(args, weights, True)
+            except Exception as error:
+                _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
+                self._may_be_symbolic = False
+        return self._build(args, weights, False)
+
+    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> bool:
+        """Whether a compiled graph is right for these sizes.
+
+        One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and
+        writes, so one comparison with the float graph shows whether that assumption matters.
+        """
+        if compiled.fits(args):
+            return True
+        may_repeat = not weights.has_freed() and self._may_repeat
+        if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
+            return False
+        try:
+            with torch.no_grad():
+                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+        except Exception as error:  # Inductor's own look at the sizes
+            _log.debug("a graph for all sizes is not for these: %s", error)
+            return False
