@@ -12,6 +12,8 @@ if __package__ and importlib.util.find_spec("folder_paths") is not None:  # Comf
     # The last place on the path: an installed onlinequant is preferred, and `tests` and the like hide nobody else's.
     sys.path.append(str(Path(__file__).parent))
 
+    WEB_DIRECTORY = "comfy_integration/web"  # help pages
+
     async def comfy_entrypoint() -> Any:
         """What ComfyUI asks for the nodes."""
         from onlinequant_backend.comfy_integration.nodes import OnlineQuantExtension
