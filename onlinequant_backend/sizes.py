@@ -26,7 +26,7 @@ Key = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
 class CompiledGraphs:
-    """Compiled one by one as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
+    """Compiled as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
 
     ``build(args, weights, symbolic)`` makes one; it returns None for failures of which it has given account, and raises
     if ``symbolic``, which is for all sizes, is what has failed.

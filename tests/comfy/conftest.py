@@ -8,6 +8,7 @@ checkout, in ``../shared/comfyui``; a copy is kept with the installation.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import os
 import shutil
@@ -18,13 +19,15 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from tests.comfy.workflow import HINT
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -33,8 +36,10 @@ else:
 
 ROOT = Path(__file__).parents[2]
 TOOLS = ROOT.parent / "shared" / "comfyui"
+COMPILER = Path(__file__).with_name("g++")
 VARIABLE = "ONLINEQUANT_COMFYUI"
 START_SECONDS, PROMPT_SECONDS = 180, 500
+Picture = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -46,35 +51,63 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in deselected]
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """How a prompt ended.
+
+    Attributes:
+        status: "success", "error" or "interrupted".
+        pictures: what it saved, [H, W, 3] with values in [0, 255].
+        texts: what its nodes show as text.
+        messages: what it said meanwhile, errors among it.
+    """
+
+    status: str
+    pictures: list[Picture]
+    texts: list[str]
+    messages: str
+
+
 class Server:
     """A running ComfyUI.
 
     Attributes:
         base: its base directory.
+        url: where it answers.
         log: the file that holds what it prints.
     """
 
-    def __init__(self, installation: Path, base: Path) -> None:
+    def __init__(self, installation: Path, base: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.installation = installation
         self.base = base
         self.log = base / "log.txt"
-        self._url = f"http://127.0.0.1:{_free_port()}"
+        self.url = f"http://127.0.0.1:{_free_port()}"
         command = [
             *(installation / "venv/bin/python", installation / "tools/run_comfy.py", installation / "ComfyUI"),
-            *("--cpu", "--listen", "127.0.0.1", "--port", self._url.rpartition(":")[2], "--base-directory", base),
+            *("--cpu", "--listen", "127.0.0.1", "--port", self.url.rpartition(":")[2], "--base-directory", base),
             *("--disable-auto-launch", "--database-url", "sqlite:///:memory:"),
             "--use-pytorch-cross-attention",  # the other one asks for free memory, where Dynamo breaks the graph
         ]
         unwanted = ("ONLINEQUANT_CACHE_DIR", "COMFYUI_ONEDIFF_SAVE_GRAPH_DIR", "TRITON_INTERPRET", "PYTHONPATH")
-        environment = {name: value for name, value in os.environ.items() if name not in unwanted}
+        variables = {name: value for name, value in os.environ.items() if name not in unwanted}
+        libraries = base / "libraries"
+        libraries.mkdir()
+        variables |= {
+            "CXX": str(COMPILER),
+            "KEPT_LIBRARIES": str(libraries),
+            "TORCH_LOGS": "recompiles",  # so that the log says when Dynamo traces anew, and why
+        }
         with self.log.open("w") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+            self._process = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env={**variables, **(environment or {})}
+            )
 
     def wait(self) -> None:
         """Wait until it answers."""
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
-                self._get("/system_stats")
+                self.get("/system_stats")
                 return
             time.sleep(0.5)
         pytest.fail(f"ComfyUI does not start:\n{self.log.read_text()[-5000:]}")
@@ -86,39 +119,84 @@ class Server:
         except subprocess.TimeoutExpired:
             self._process.kill()
 
-    def draw(self, workflow: dict[str, Any]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    def draw(self, workflow: dict[str, Any]) -> Picture:
         """Run a workflow in API format that succeeds and saves one picture; its values are in [0, 255]."""
-        body = json.dumps({"prompt": workflow}).encode()
-        request = urllib.request.Request(f"{self._url}/prompt", body, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as reply:
-            prompt = json.load(reply)["prompt_id"]
+        (picture,) = self.run(workflow).pictures
+        return picture
+
+    def run(self, workflow: dict[str, Any]) -> Result:
+        """Run a workflow in API format that succeeds."""
+        result = self.result(self.submit(workflow))
+        assert result.status == "success", result.messages[-5000:]
+        return result
+
+    def submit(self, workflow: dict[str, Any]) -> str:
+        """Have a workflow run, and return the name of the prompt."""
+        prompt: str = json.loads(self.post("/prompt", {"prompt": workflow}))["prompt_id"]
+        return prompt
+
+    def result(self, prompt: str) -> Result:
+        """Wait for the end of a prompt."""
         deadline = time.monotonic() + PROMPT_SECONDS
-        while not (history := self._get(f"/history/{prompt}")):
-            assert time.monotonic() < deadline and self._process.poll() is None, self.log.read_text()[-5000:]
-            time.sleep(0.2)
-        status, outputs = history[prompt]["status"], history[prompt]["outputs"]
-        assert status["status_str"] == "success", json.dumps(status, indent=1)[-5000:]
-        ((image,),) = (output["images"] for output in outputs.values())
-        return np.asarray(Image.open(self.base / "output" / image["filename"]), dtype=np.float64)
+        while not (history := self.get(f"/history/{prompt}")):
+            self._still_running(deadline)
+            time.sleep(0.05)
+        status, outputs = history[prompt]["status"], history[prompt]["outputs"].values()
+        was_interrupted = any(kind == "execution_interrupted" for kind, _ in status["messages"])
+        images = [image for output in outputs for image in output.get("images", ()) if image["type"] == "output"]
+        return Result(
+            status="interrupted" if was_interrupted else status["status_str"],
+            pictures=[np.asarray(Image.open(self.base / "output" / image["filename"]), float) for image in images],
+            texts=[text for output in outputs for text in output.get("text", ())],
+            messages=json.dumps(status["messages"], indent=1),
+        )
 
     def lines(self, containing: str) -> list[str]:
         """The lines of the log so far that contain a text."""
         return [line for line in self.log.read_text().splitlines() if containing in line]
 
-    def _get(self, path: str) -> Any:
-        with urllib.request.urlopen(self._url + path) as reply:
+    def wait_for(self, text: str, since: int = 0) -> None:
+        """Wait until a text is in the log, after so many characters of it."""
+        deadline = time.monotonic() + PROMPT_SECONDS
+        while text not in self.log.read_text()[since:]:
+            self._still_running(deadline)
+            time.sleep(0.02)
+
+    def get(self, path: str) -> Any:
+        with urllib.request.urlopen(self.url + path) as reply:
             return json.load(reply)
+
+    def post(self, path: str, body: Any) -> bytes:
+        data = json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as reply:
+            answer: bytes = reply.read()
+        return answer
+
+    def _still_running(self, deadline: float) -> None:
+        assert time.monotonic() < deadline and self._process.poll() is None, self.log.read_text()[-5000:]
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("comfyui")) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def running_server(base: Path, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+    """A ComfyUI whose base directory is this empty one."""
     installation = _installation()
-    base = tmp_path_factory.mktemp("comfyui")
     for name in ("custom_nodes", "input", "output", "temp", "user"):
         (base / name).mkdir()
-    (base / "models").symlink_to(installation / "models")
     (base / "custom_nodes" / "onlinequant").symlink_to(ROOT)
-    running = Server(installation, base)
+    for model in (installation / "models").glob("*/*"):  # not the folders, for tests add models of their own
+        link = base / "models" / model.relative_to(installation / "models")
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(model)
+    gradient = np.linspace(0, 255, 128 * 128 * 3).reshape(128, 128, 3)
+    Image.fromarray(gradient.astype(np.uint8)).save(base / "input" / HINT)
+    running = Server(installation, base, environment)
     try:
         running.wait()
         yield running
