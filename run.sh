@@ -41,7 +41,8 @@ demo)
 test)
     set_up
     lint
-    .venv/bin/python -m pytest "$@"
+    # All tests go to all cores; arguments decide for themselves.
+    .venv/bin/python -m pytest "${@:---numprocesses=auto}"
     ;;
 lint)
     set_up

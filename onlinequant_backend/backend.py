@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import cache, compat, graph, precision, progress, report, shapes
+from . import cache, compat, graph, keys, precision, progress, report, shapes
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
-from .runtime import QuantizedGraph
+from .runtime import QuantizedGraph, graphs
 
 _log = logging.getLogger("onlinequant")
 
@@ -37,8 +37,14 @@ def onlinequant(
     analyzed = graph.copy_graph(graph_module)
     run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device))
     infos = [info for _, info in layer_nodes(analyzed)]
+    model = compat.compiled_module_name()
+    reason = _why_float(infos, resolved, example_inputs)
+    identity = keys.identity(analyzed, config, resolved, device) if reason is None else None
+    known = None if identity is None else graphs.get((model, identity))
+    if known is not None:
+        return known
     entry = report.Report(
-        model=compat.compiled_module_name(),
+        model=model,
         precision=resolved.name,
         precision_reason=resolved.reason,
         calibration_steps=config.calibration_steps,
@@ -47,7 +53,6 @@ def onlinequant(
         decisions=[info.decision() for info in infos],
     )
     report.register(entry)
-    reason = _why_float(infos, resolved, example_inputs)
     if reason is not None:
         entry.phase, entry.phase_reason = "float", reason
         _log.info("%s stays in float: %s", entry.model, reason)
@@ -55,7 +60,10 @@ def onlinequant(
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"
-    return QuantizedGraph(analyzed, config, resolved, device, entry, store)
+    quantized = QuantizedGraph(analyzed, config, resolved, device, entry, store)
+    if identity is not None:
+        graphs[model, identity] = quantized
+    return quantized
 
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:

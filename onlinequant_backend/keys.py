@@ -115,6 +115,31 @@ def _graph(graph_module: fx.GraphModule, config: QuantConfig) -> str:
     return "\n".join(lines)
 
 
+def identity(
+    graph_module: fx.GraphModule, config: QuantConfig, precision: Precision, device: torch.device
+) -> str | None:
+    """Equal for graphs of one process that do the same in the same way; None for one that cannot be compared by text.
+
+    Dynamo traces again when anything changes that the code has looked at, a dict's length, say; it may find the same.
+    """
+    lines = [repr(config.to_dict()), precision.name, str(device), str(torch.is_grad_enabled())]
+    for node in graph_module.graph.nodes:
+        if node.op in ("get_attr", "call_module"):  # values that the text does not show
+            return None
+        lines.append(f"{node.name} {node.op} {_target(node.target)} {node.args} {node.kwargs}")
+        if node.op == "placeholder":
+            lines.append(f"{graph.is_parameter(node)} {graph.is_wrapped_float(node)} {_symbolic(node)}")
+    return "\n".join(lines)
+
+
+def _symbolic(node: fx.Node) -> str:
+    """Unlike ``_layout``, with the names of symbols instead of the sizes that they stand for."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return f"{type(value).__name__} {value}"
+    return f"{[str(size) for size in (*value.shape, *value.stride())]} {value.dtype} {value.device}"
+
+
 def _target(target: Any) -> str:
     if isinstance(target, str):
         return target

@@ -355,6 +355,10 @@ class QuantizedGraph:
             entry.release()
 
 
+# Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.
+graphs: weakref.WeakValueDictionary[tuple[str, str], QuantizedGraph] = weakref.WeakValueDictionary()
+
+
 def _requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
@@ -374,4 +378,5 @@ def reset() -> None:
     Compiled models go on as they are; ``torch._dynamo.reset()`` makes them start anew.
     """
     registry.clear()
+    graphs.clear()
     clear()

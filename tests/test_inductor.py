@@ -106,9 +106,10 @@ def test_dynamic_shapes() -> None:
     assert phases() == ["quantized"]
 
 
-def test_inference_mode() -> None:
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_inference_mode(requires_grad: bool) -> None:
     with torch.inference_mode():
-        model = net()
+        model = net().requires_grad_(requires_grad)
         x = noise(2, 4, 8, 8)
         step = torch.compile(model, backend=oq.onlinequant, options=dict(OPTIONS))
         for _ in range(4):

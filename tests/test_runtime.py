@@ -263,6 +263,54 @@ def test_one_graph_serves_many_blocks(inductor: EagerInductor) -> None:
     assert len(inductor.graphs) == 1
 
 
+class Optioned(nn.Module):
+    """As ComfyUI's UNet: it looks into a dict that other nodes put something into."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = net()
+
+    def forward(self, x: torch.Tensor, options: dict[str, float]) -> torch.Tensor:
+        for _ in options:  # so that Dynamo minds how many there are
+            pass
+        return self.net(x) * options.get("scale", 1.0)
+
+
+@torch.no_grad()
+def test_a_graph_that_is_traced_again_is_not_compiled_again(inductor: EagerInductor) -> None:
+    model = Optioned()
+    step = compiled(model)
+    for others in range(4):
+        options = {str(other): 1.0 for other in range(others)}
+        for _ in range(3):
+            result = step(X, options)
+        assert relative_error(result, model(X, options)) < CLOSE
+    # The first is for its own sizes, the second for all sizes.
+    assert (dynamo_graphs(), len(inductor.graphs), len(oq.reports())) == (4, 2, 2)
+    for _ in range(3):
+        result = step(X, {"scale": -2.0})
+    assert relative_error(result, model(X, {"scale": -2.0})) < CLOSE
+    assert len(inductor.graphs) == 3
+
+
+@torch.no_grad()
+def test_a_graph_with_a_constant_of_its_own_is_compiled_by_itself(inductor: EagerInductor) -> None:
+    class Constant(nn.Module):
+        def __init__(self, value: float) -> None:
+            super().__init__()
+            self.net, self.value = net(), value
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.net(x) * torch.tensor([self.value])
+
+    for value in (1.0, -1.0):
+        model = Constant(value)
+        step = compiled(model)
+        for _ in range(3):
+            result = step(X)
+        assert relative_error(result, model(X)) < CLOSE
+
+
 def add_in_place(weight: nn.Parameter, delta: torch.Tensor) -> None:
     weight.add_(delta)
 
@@ -578,6 +626,7 @@ def test_a_new_compile_reuses_the_calibration(inductor: EagerInductor) -> None:
     model = net()
     for expected_calls in (2, 0):
         torch._dynamo.reset()
+        gc.collect()  # the first graph as well
         step = compiled(model)
         for _ in range(3):
             step(X)
