@@ -129,7 +129,7 @@ def _build(
     taken = [positions[name] for name in names if name in positions]
     extras = [weights.extra(what, of) for what, of in context.extra_inputs]
     values = args if inputs is None else inputs.values
-    # Inductor cannot do with inference tensors that require gradients, as ComfyUI's ControlNets have; there are none here.
+    # Inductor cannot do with inference tensors that require gradients, as the weights of ComfyUI's ControlNets are.
     examples = [value.detach() if _requires_grad(value) else value for value in (values[i] for i in taken)]
     moved = [i for i, value in enumerate(examples) if device.type == "cuda" and _is_cpu_number(value)]
     for i in moved:

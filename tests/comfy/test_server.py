@@ -1,71 +1,117 @@
-"""The node in a real ComfyUI, on small random models: its pictures compared with those drawn without it."""
+"""The nodes in a real ComfyUI, on small random models: its pictures compared with those drawn without them.
+
+Whatever a workflow changes, its picture must be close to the one that the same workflow draws in float, and closer to
+it than to the float pictures of all others: a stale weight, graph or picture would show.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import re
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 
-from onlinequant_backend.report import STATS_FILE, Report
+from tests.comfy.server import running_server
+from tests.comfy.workflow import (
+    COMPILE,
+    DIT,
+    OTHER_DIT,
+    QUANTIZE,
+    SMALL_UNET,
+    Drawing,
+    Patch,
+    Video,
+    Workflow,
+    lora,
+    patch,
+)
 
 if TYPE_CHECKING:
-    from tests.comfy.conftest import Server
+    from tests.comfy.server import Picture, Server
 
 pytestmark = [pytest.mark.comfy, pytest.mark.timeout(1800)]
 
-STEPS, SIZE = 3, 128
 # PSNR in dB. Random weights, in the decoder as well, exaggerate every difference: 8 bit gives 26 to 30, even with seven
-# bits of weights, and a LoRA of another strength 12 to 18.
-CLOSE, SAME = 23.0, 60.0
-Picture = np.ndarray[Any, np.dtype[np.float64]]
+# bits of weights, and a LoRA of another strength 12 to 18. What was drawn in float is equal but for rounding.
+CLOSE, EXACT = 23.0, 60.0
+# By how much a picture is nearer to its own float picture than to any other one.
+NEARER = 2.0
 
 
-def workflow(model: str, seed: int, quantized: bool, lora: float | None = None) -> dict[str, Any]:
-    """A text-to-image workflow in API format; ``lora`` is the strength of one."""
-    nodes: dict[str, Any] = {}
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """A picture, or several, that a workflow drew.
 
-    def add(name: str, **inputs: Any) -> list[Any]:
-        nodes[name] = {"class_type": name.partition("#")[0], "inputs": inputs}
-        return [name, 0]
+    Attributes:
+        psnr: to the picture that the same workflow draws in float, in dB.
+        nearest_other: the same for the float picture of another workflow that it is nearest to.
+        compiled: how many graphs were compiled meanwhile.
+        traced: how often Dynamo traced something anew that it had traced.
+    """
 
-    checkpoint = add("CheckpointLoaderSimple", ckpt_name=f"tiny_{model}.safetensors")
-    denoiser, clip, vae = ([checkpoint[0], output] for output in range(3))
-    if lora is not None:
-        denoiser = add(
-            "LoraLoaderModelOnly",
-            model=denoiser,
-            lora_name=f"tiny_{model}_lora.safetensors",
-            strength_model=lora,
-        )
-    if quantized:
-        # As by default, but for what a test's sizes and any CPU need: no threshold, and 8 bit whatever the device.
-        denoiser = add(
-            "OnlineQuantModel",
-            model=denoiser,
-            quantized_conv_percentage=100,
-            quantized_linear_percentage=100,
-            conv_compute_density_threshold=0,
-            linear_compute_density_threshold=0,
-            precision="int8",
-            calibration_steps=0,
-        )
-    sampled = add(
-        "KSampler",
-        model=denoiser,
-        positive=add("CLIPTextEncode#positive", clip=clip, text="a photo of a cat"),
-        negative=add("CLIPTextEncode#negative", clip=clip, text="blurry"),
-        latent_image=add("EmptyLatentImage", width=SIZE, height=SIZE, batch_size=1),
-        seed=seed,
-        steps=STEPS,
-        cfg=2.0,
-        sampler_name="euler",
-        scheduler="normal",
-        denoise=0.5,
-    )
-    add("SaveImage", images=add("VAEDecode", samples=sampled, vae=vae), filename_prefix="test")
-    return nodes
+    psnr: float
+    nearest_other: float
+    compiled: int
+    traced: int
+    texts: list[str]
+
+    @property
+    def is_exact(self) -> bool:
+        return self.psnr > EXACT
+
+    @property
+    def is_8_bit(self) -> bool:
+        return CLOSE < self.psnr < EXACT
+
+    @property
+    def is_quick(self) -> bool:
+        """Nothing was traced or compiled, and if it is in 8 bit, nothing was observed either."""
+        return self.compiled == self.traced == 0
+
+
+class Studio:
+    """Draws workflows, compares what they draw with what they draw in float, and remembers the latter."""
+
+    def __init__(self, server: Server, floats: dict[Drawing | Video, Picture]) -> None:
+        self.server = server
+        self.floats = floats
+
+    def in_float(self, drawing: Drawing | Video) -> Picture:
+        """What it draws without our nodes."""
+        plain = drawing.in_float()
+        if plain not in self.floats:
+            self.floats[plain] = np.stack(self.server.run(plain.workflow()).pictures)
+        return self.floats[plain]
+
+    def draw(self, drawing: Drawing | Video, report: bool = False) -> Shot:
+        """Draw it as it is. It must be nearer to its own float picture than to all others of its size."""
+        own = self.in_float(drawing)
+        before = self._counts()
+        result = self.server.run(drawing.workflow(report))
+        compiled, traced, failed = (int(count) for count in np.subtract(self._counts(), before))
+        assert not failed, drawing
+        picture = np.stack(result.pictures)
+        others = [other for other in self.floats.values() if other.shape == own.shape and psnr(other, own) < EXACT]
+        nearest_other = max((psnr(picture, other) for other in others), default=0.0)
+        shot = Shot(psnr(picture, own), nearest_other, compiled, traced, result.texts)
+        assert shot.psnr > nearest_other + NEARER, (drawing, shot)
+        return shot
+
+    def prepare(self, drawing: Drawing | Video) -> None:
+        """Draw it once, in float or in 8 bit, so that the next time everything is there."""
+        assert self.draw(drawing).psnr > CLOSE
+
+    def _counts(self) -> list[int]:
+        return [len(self.server.lines(text)) for text in ("quantized:", "Recompiling function", "onlinequant failed")]
+
+
+@pytest.fixture(scope="module")
+def studio(server: Server) -> Studio:
+    return Studio(server, {})
 
 
 def psnr(picture: Picture, expected: Picture) -> float:
@@ -73,30 +119,183 @@ def psnr(picture: Picture, expected: Picture) -> float:
     return float(10 * np.log10(255**2 / max(np.mean((picture - expected) ** 2), 1e-12)))
 
 
+SMALL = Drawing(unet=SMALL_UNET)
+PLAIN = SMALL.quantized()
+TRANSFORMER = Drawing(DIT)
+
+
 def entries(server: Server) -> set[Path]:
     """What was saved, in the folder that ComfyUI keeps from its users."""
     return set(server.base.glob("user/__onlinequant/entries/*"))
 
 
-@pytest.mark.parametrize("model", ["sd15", "sdxl"])
-def test_the_first_picture_is_observed_and_all_others_are_in_8_bit_and_close(server: Server, model: str) -> None:
-    seeds_and_loras = [(1, None), (2, None), (1, 1.0), (1, 0.5)]
-    expected = {case: server.draw(workflow(model, case[0], False, case[1])) for case in seeds_and_loras}
-    saved, compiled = entries(server), len(server.lines("quantized:"))
+@pytest.mark.parametrize("drawing", [Drawing(), Drawing("sdxl"), Video()], ids=["sd15", "sdxl", "svd"])
+def test_the_first_picture_is_observed_and_all_others_are_in_8_bit_and_close(
+    studio: Studio, drawing: Drawing | Video
+) -> None:
+    saved = entries(studio.server)
+    first = studio.draw(drawing.quantized())
+    assert first.is_exact and first.compiled == 1
+    assert len(entries(studio.server) - saved) == 1
 
-    observed = server.draw(workflow(model, 1, True))
-    assert psnr(observed, expected[1, None]) > SAME
-    assert entries(server) == saved and not server.lines("quantized:")[compiled:]
+    second = studio.draw(drawing.quantized().but(seed=2), report=True)
+    assert second.is_8_bit and second.is_quick
+    (report,) = second.texts
+    assert "quantized: 8-bit layers" in report, report
+    assert len(re.findall(r"([1-9]\d*) of \1 (?:conv|linear)", report)) == 2, report
 
-    # The second prompt compiles. Those after it do not, whatever their seed and whatever the strength of a LoRA.
-    for seed, lora in [(2, None), (1, None), (1, 1.0), (1, 0.5)]:
-        picture = server.draw(workflow(model, seed, True, lora))
-        close = {case: psnr(picture, other) for case, other in expected.items()}
-        own = close.pop((seed, lora))
-        assert CLOSE < own < SAME, (seed, lora)
-        assert own > max(close.values()) + 2, (seed, lora)
-        assert len(server.lines("quantized:")) == compiled + 1
-    (entry,) = entries(server) - saved
-    report = Report.load(entry / STATS_FILE)
-    assert (report.phase, report.calls_observed) == ("quantized", STEPS)
-    assert all(decision.quantized for decision in report.decisions)
+
+def test_a_lora_comes_changes_its_strength_and_goes_and_nothing_is_compiled(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    for patches in [(lora(1.0),), (lora(0.5),), (), (lora(1.0),)]:
+        shot = studio.draw(SMALL.but(patches=patches).quantized())
+        assert shot.is_8_bit and shot.is_quick, patches
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["in float", "in 8 bit"])
+def test_a_control_net_stops_before_the_last_step(studio: Studio, quantized: bool) -> None:
+    controlled = PLAIN.but(control_end=0.7, control_quantized=quantized)
+    studio.prepare(PLAIN)
+    studio.prepare(controlled)
+    for drawing in (controlled, PLAIN, controlled.but(control_end=0.9, seed=2)):
+        shot = studio.draw(drawing)
+        assert shot.is_8_bit and shot.is_quick, drawing
+
+
+def test_a_second_size_is_one_more_graph_and_that_serves_all_others(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    second = studio.draw(PLAIN.but(size=(192, 128)))
+    assert second.is_8_bit and second.compiled == 1
+    long = "blurry, " * 60  # more than the 77 tokens of a chunk
+    for changes in ({"size": (64, 128)}, {"batch": 2}, {"cfg": 1.0}, {"negative": long}):
+        shot = studio.draw(PLAIN.but(**changes))
+        assert shot.is_8_bit and shot.is_quick, changes
+
+
+def test_a_patched_block_is_a_graph_of_its_own(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    patched = SMALL.but(patches=(patch("ScaleOutputBlocks", by=0.8),)).quantized()
+    studio.prepare(patched)
+    for drawing in (patched.but(seed=2), PLAIN, patched):
+        shot = studio.draw(drawing)
+        assert shot.is_8_bit and shot.is_quick, drawing
+
+
+def test_easy_cache_skips_steps_as_before(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    skipping = patch("EasyCache", reuse_threshold=0.5, start_percent=0.0, end_percent=1.0, verbose=False)
+    skipped = SMALL.but(patches=(skipping,), steps=6).quantized()
+    studio.prepare(skipped)
+    shot = studio.draw(skipped.but(seed=2))
+    assert shot.is_8_bit and shot.is_quick
+
+
+def test_hyper_tile_is_a_graph_of_its_own(studio: Studio) -> None:
+    tiled = SMALL.but(patches=(patch("HyperTile", tile_size=64, swap_size=2, max_depth=0, scale_depth=False),))
+    studio.prepare(tiled.quantized())
+    shot = studio.draw(tiled.quantized().but(seed=2))
+    assert shot.is_8_bit and shot.is_quick
+
+
+@pytest.mark.parametrize("before", [QUANTIZE, COMPILE], ids=["itself", "TorchCompileModel"])
+def test_behind_another_node_that_compiles_ours_counts(studio: Studio, before: Patch) -> None:
+    studio.prepare(PLAIN)
+    shot = studio.draw(PLAIN.but(patches=(before, QUANTIZE)))
+    assert shot.is_8_bit and shot.is_quick
+
+
+def test_torch_compile_model_behind_our_node_takes_its_place(studio: Studio) -> None:
+    studio.prepare(TRANSFORMER.quantized())
+    replaced = studio.draw(TRANSFORMER.but(patches=(QUANTIZE, COMPILE)))
+    assert replaced.is_exact and not replaced.compiled
+    assert studio.draw(TRANSFORMER.quantized()).is_8_bit
+
+
+def test_without_our_node_the_model_is_as_before(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    absent = studio.draw(PLAIN.in_float())
+    assert absent.is_exact and absent.is_quick
+
+
+def test_a_model_that_was_unloaded_goes_on_in_8_bit(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    studio.server.post("/free", {"unload_models": True, "free_memory": True})
+    shot = studio.draw(PLAIN)
+    assert shot.is_8_bit and not shot.compiled
+
+
+def test_several_models_in_one_workflow_do_not_disturb_each_other(studio: Studio) -> None:
+    drawings = [PLAIN, SMALL.but(patches=(lora(1.0),)).quantized(), TRANSFORMER.quantized()]
+    for drawing in drawings:
+        studio.prepare(drawing)
+    flow = Workflow()
+    for drawing in drawings:
+        drawing.add_to(flow)
+    pictures = studio.server.run(flow.nodes).pictures
+    assert len(pictures) == len(drawings)
+    for drawing in drawings:  # ComfyUI draws them in an order of its own
+        nearest = max(psnr(picture, studio.in_float(drawing)) for picture in pictures)
+        assert CLOSE < nearest < EXACT, drawing
+
+
+@pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "default"])
+def test_weights_in_few_bits_are_quantized_as_well(studio: Studio, dtype: str) -> None:
+    drawing = SMALL.but(weights=dtype).quantized()
+    studio.prepare(drawing)
+    shot = studio.draw(drawing.but(seed=2))
+    assert shot.is_8_bit and shot.is_quick
+
+
+def test_a_transformer_is_quantized_like_any_other_model(studio: Studio) -> None:
+    studio.prepare(TRANSFORMER.quantized())
+    shot = studio.draw(TRANSFORMER.quantized().but(seed=2))
+    assert shot.is_8_bit and shot.is_quick
+
+
+def test_a_prompt_can_be_interrupted_while_it_observes_and_while_it_compiles(studio: Studio) -> None:
+    server, drawing = studio.server, Drawing(OTHER_DIT).quantized()
+    studio.in_float(drawing)
+
+    interrupt(server, drawing.but(steps=500), "| 2/500 [")
+    observed = studio.server.log.stat().st_size
+    interrupt(server, drawing, f"| {drawing.steps}/{drawing.steps} [")
+    assert "quantized:" in server.log.read_text()[observed:]
+
+    shot = studio.draw(drawing)
+    assert shot.is_8_bit and shot.is_quick
+
+
+def interrupt(server: Server, drawing: Drawing, when: str) -> None:
+    """Interrupt a prompt when its log says so."""
+    before = len(server.log.read_text())
+    prompt = server.submit(drawing.workflow())
+    server.wait_for(when, before)
+    server.post("/interrupt", {})
+    assert server.result(prompt).status == "interrupted"
+
+
+def test_a_new_server_starts_from_the_cache_that_the_environment_names(studio: Studio, tmp_path: Path) -> None:
+    studio.prepare(PLAIN)
+    cache = tmp_path / "cache"
+    shutil.copytree(studio.server.base / "user/__onlinequant", cache)
+    base = tmp_path / "base"
+    base.mkdir()
+    with running_server(base, {"COMFYUI_ONEDIFF_SAVE_GRAPH_DIR": str(cache)}) as server:
+        restarted = Studio(server, studio.floats)
+        first = restarted.draw(PLAIN, report=True)
+        assert first.is_8_bit
+        assert "decisions from the cache" in first.texts[0]
+        assert not entries(server)
+
+
+def test_a_lora_that_leaves_the_weights_alone_is_a_graph_of_its_own(studio: Studio) -> None:
+    studio.prepare(PLAIN)
+    for strength in (1.0, 0.5):
+        assert studio.draw(SMALL.but(patches=(bypass(strength),)).quantized()).is_8_bit
+    again = studio.draw(SMALL.but(patches=(bypass(0.5),), seed=2).quantized())
+    assert again.is_8_bit and again.is_quick
+    assert studio.draw(PLAIN).is_8_bit
+
+
+def bypass(strength: float) -> Patch:
+    return lora(strength, "LoraLoaderBypassModelOnly")
