@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -14,9 +16,13 @@ from onlinequant_backend.progress import Listener
 
 _log = logging.getLogger("onlinequant")
 
-# Of one method, over all models of its class, with all their options, patches and ControlNets. Dynamo's own limit is 8,
-# after which it leaves everything in float without a word.
+# Of one model with all the options, patches and ControlNets that it meets. Dynamo stops at 8, after which it leaves
+# everything in float without a word.
 _MOST_GRAPHS = 64
+
+# Each model's own copy of a method's function, by what it was copied from.
+_copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Callable[..., Any]]]
+_copies = weakref.WeakKeyDictionary()
 
 
 class CompiledMethod:
@@ -60,7 +66,7 @@ class CompiledMethod:
         """``original`` through the backend; as it is, from then on, where that fails."""
         if original != self._original:
             # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
-            self._compiled = torch.compile(original, backend=onlinequant, options=dict(self._options))
+            self._compiled = torch.compile(_with_own_code(original), backend=onlinequant, options=dict(self._options))
             self._original = original
         compiled = self._compiled
         assert compiled is not None
@@ -78,3 +84,22 @@ class CompiledMethod:
                 return result
 
         return call
+
+
+def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
+    """The same method with a code object of its own, always the same one for a model.
+
+    Dynamo keeps what it knows by code object, and all of ComfyUI's UNets share one. It would check the guards of each
+    checkpoint's graphs at every call, and take the second checkpoint for other sizes of the first.
+    """
+    function = getattr(method, "__func__", None)
+    if not isinstance(function, types.FunctionType) or not isinstance(method.__self__, torch.nn.Module):  # type: ignore[attr-defined]
+        return method
+    model = method.__self__  # type: ignore[attr-defined]
+    copies = _copies.setdefault(model, {})
+    if function not in copies:
+        code, closure = function.__code__.replace(), function.__closure__
+        copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+        copy.__kwdefaults__ = function.__kwdefaults__
+        copies[function] = copy
+    return types.MethodType(copies[function], model)

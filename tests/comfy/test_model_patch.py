@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import types
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat
+from onlinequant_backend.comfy_integration import compiled_method
 from onlinequant_backend.comfy_integration.model_patch import (
     APPLY_MODEL,
     KEY,
@@ -188,20 +190,38 @@ def test_the_node_executed_again_neither_observes_nor_compiles_again(denoiser: D
     assert len(oq.reports()) == 1 and not again
 
 
-def test_many_models_of_one_class_are_all_compiled(told: list[str]) -> None:
-    class Scaled(Denoiser):
-        scale = 0
+class Scaled(Denoiser):
+    scale = 1
 
-        def _forward(self, x: torch.Tensor) -> torch.Tensor:
-            return super()._forward(x) * self.scale
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super()._forward(x) * self.scale
 
-    for scale in range(1, 11):  # more than Dynamo has graphs for one method by default
+
+def test_many_graphs_of_one_model_are_all_compiled(told: list[str]) -> None:
+    denoiser = Scaled().eval().requires_grad_(False)
+    model = patched(Patcher(denoiser), told)
+    for scale in range(1, 11):  # more than Dynamo makes of one method by default
+        denoiser.scale = scale
+        model.run()
+        assert all(is_8_bit(result, denoiser(X)) for result in model.run())
+    assert len(oq.reports()) == 10
+
+
+def test_models_of_one_class_are_traced_each_for_itself(told: list[str]) -> None:
+    guarded = []
+    for scale in (1, 2):
         denoiser = Scaled().eval().requires_grad_(False)
         denoiser.scale = scale
         model = patched(Patcher(denoiser), told)
         model.run()
         assert all(is_8_bit(result, denoiser(X)) for result in model.run())
-    assert len(oq.reports()) == 10
+        guarded.append(len(torch._C._dynamo.eval_frame._debug_get_cache_entry_list(own_code(denoiser))))
+    assert guarded == [1, 1]
+
+
+def own_code(denoiser: nn.Module) -> types.CodeType:
+    (copy,) = compiled_method._copies[denoiser].values()
+    return copy.__code__
 
 
 def test_a_model_without_an_inner_forward_is_compiled_whole(told: list[str]) -> None:
