@@ -129,7 +129,7 @@ def entries(server: Server) -> set[Path]:
     return set(server.base.glob("user/__onlinequant/entries/*"))
 
 
-@pytest.mark.parametrize("drawing", [Drawing(), Drawing("sdxl"), Video()], ids=["sd15", "sdxl", "svd"])
+@pytest.mark.parametrize("drawing", [Video(), Drawing("sdxl"), Drawing()], ids=["svd", "sdxl", "sd15"])
 def test_the_first_picture_is_observed_and_all_others_are_in_8_bit_and_close(
     studio: Studio, drawing: Drawing | Video
 ) -> None:
