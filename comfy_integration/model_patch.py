@@ -16,6 +16,7 @@ from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .record import Record, record_of
+from .summary import summaries
 
 _log = logging.getLogger("onlinequant")
 
@@ -68,6 +69,7 @@ class ModelHook:
         self._whole_run = whole_run
         self._listener = listener
         self._method = CompiledMethod(options, listener)
+        self._last_record: Record | None = None
 
     def record(self, denoiser: Any) -> Record:
         """What was seen of a denoiser with these options, by this hook or an earlier one."""
@@ -84,6 +86,8 @@ class ModelHook:
                 run.end()
             except Exception as error:
                 self._method.give_up(error)
+            else:
+                self._say_how_it_stands()
             return result
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,8 +99,14 @@ class ModelHook:
             stack.enter_context(self._method.in_place(denoiser, name))
             run = current_run()
             if run is not None:
-                stack.enter_context(self.record(denoiser).call(run))
+                self._last_record = self.record(denoiser)
+                stack.enter_context(self._last_record.call(run))
             return executor(*args, **kwargs)
+
+    def _say_how_it_stands(self) -> None:
+        """After each run: a page that was loaded anew does not know any more."""
+        if self._last_record is not None and self._last_record.reports:
+            self._listener(" · ".join(summaries(self._last_record.reports)))
 
 
 def _counting(run: SamplingRun, callback: Callable[..., Any] | None) -> Callable[..., Any]:

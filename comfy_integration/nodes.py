@@ -122,7 +122,7 @@ class OnlineQuantReport(io.ComfyNode):
         if record is None:
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")
         difference = None if picture is None or reference is None else _difference(picture, reference)
-        _text_on(cls.hidden.unique_id)("\n".join(filter(None, [summary.headline(record), difference])))
+        _text_on(cls.hidden.unique_id)(summary.headline(record, difference))
         chart = summary.chart(record)
         return io.NodeOutput(summary.table(record, difference), chart, ui=ui.PreviewImage(chart, cls=cls))
 

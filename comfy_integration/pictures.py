@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ class Comparison:
     side_by_side: torch.Tensor
 
     def __str__(self) -> str:
-        return f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}"
+        return "equal" if self.psnr == math.inf else f"PSNR {self.psnr:.1f} dB, SSIM {self.ssim:.4f}"
 
 
 def compare(picture: Any, reference: Any) -> Comparison:

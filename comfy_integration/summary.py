@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -12,30 +15,28 @@ from onlinequant_backend.plot import draw_layers
 
 from .record import Record
 
-_PHASES = {"float": "in float", "calibrating": "observed, in float", "quantized": "in 8 bit"}
+_PHASES = {"float": "in float", "calibrating": "in float, observed", "quantized": "in 8 bit"}
 _COLOURS = {"float": "#e07b28", "calibrating": "#e07b28", "quantized": "#1f6fb4"}
 
 
 def speed(record: Record) -> str:
     """One line: how long a call of the model took in each phase, as seen while sampling."""
-    seen = {phase: ms for phase, ms in record.milliseconds().items() if phase in _PHASES}
-    if not seen:
-        return "a call of the model: not timed yet"
+    seen = record.milliseconds()
     parts = [f"{seen[phase]:.4g} ms {name}" for phase, name in _PHASES.items() if phase in seen]
-    slow = seen.get("float", seen.get("calibrating"))
-    ratio = f" ({slow / seen['quantized']:.2f}x as fast)" if slow and "quantized" in seen else ""
-    return f"a call of the model: {', '.join(parts)}{ratio}"
+    return f"a call of the model: {' and '.join(parts) or 'not timed yet'}"
 
 
 def table(record: Record, difference: str | None) -> str:
     """Speed, the difference from the float picture, and every graph's report, in plain text of 120 columns."""
     head = [speed(record), f"the picture against float's: {difference or 'connect both to have them compared'}"]
-    return "\n\n".join(["\n".join(head), *(report.table() for report in record.reports)])
+    # Whoever looks at this in a browser has no use for a path of the server's.
+    reports = [dataclasses.replace(report, stats_path=None) for report in record.reports]
+    return "\n\n".join(["\n".join(head), *(report.table() for report in reports)])
 
 
 def chart(record: Record) -> torch.Tensor:
     """[1, H, W, 3] in [0, 1]: the speeds as bars, and the layers of the graph that has most."""
-    figure = Figure(figsize=(13, 6.5), dpi=100, layout="constrained")
+    figure = Figure(figsize=(10, 5.5), dpi=130, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     grid = figure.add_gridspec(1, 2, width_ratios=(1, 3))
     _draw_speeds(figure.add_subfigure(grid[0]), record)
@@ -61,10 +62,11 @@ def _draw_speeds(figure: SubFigure, record: Record) -> None:
     figure.suptitle("a call of the model" if shown else "not sampled with yet", fontsize=13, fontweight="bold")
 
 
-def headline(record: Record) -> str:
-    """What fits on the node: a line a graph, and the speed."""
-    return "\n".join([*_lines(record.reports), speed(record)])
+def headline(record: Record, difference: str | None = None) -> str:
+    """What fits on the node, in one line: it takes room from the chart."""
+    return " · ".join(filter(None, [*summaries(record.reports), speed(record), difference]))
 
 
-def _lines(reports: list[Report]) -> list[str]:
+def summaries(reports: Sequence[Report]) -> list[str]:
+    """A line for each graph, without those that say the same."""
     return list(dict.fromkeys(report.summary() for report in reports))

@@ -29,6 +29,10 @@ def test_images_lie_side_by_side_with_their_difference() -> None:
     torch.testing.assert_close(right, torch.full_like(reference, 0.1 * AMPLIFIED))
 
 
+def test_equal_pictures_are_called_equal() -> None:
+    assert str(compare(image(1, 16, 16, 3), image(1, 16, 16, 3))) == "equal"
+
+
 @pytest.mark.parametrize("size", [(2, 4, 16, 20), (1, 16, 3, 16, 20)])
 def test_latents_have_a_range_of_their_own(size: tuple[int, ...]) -> None:
     reference = {"samples": image(*size) * 10 - 5}
@@ -71,15 +75,17 @@ def test_the_table_tells_speed_difference_and_every_layer() -> None:
     seen = record({"calibrating": 2.0, "quantized": 1.0})
     text = summary.table(seen, "PSNR 31.0 dB, SSIM 0.9900")
     first, second, *_ = text.splitlines()
-    assert first == "a call of the model: 2000 ms observed, in float, 1000 ms in 8 bit (2.00x as fast)"
+    assert first == "a call of the model: 2000 ms in float, observed and 1000 ms in 8 bit"
     assert second == "the picture against float's: PSNR 31.0 dB, SSIM 0.9900"
-    assert seen.reports[0].table() in text
-    assert summary.headline(seen).splitlines() == [seen.reports[0].summary(), first]
+    assert made().table() in text
+    seen.reports[0].stats_path = "a path of the server's"
+    assert "path" not in summary.table(seen, None)
+    assert summary.headline(seen, "equal") == f"{seen.reports[0].summary()} · {first} · equal"
 
 
 def test_before_any_sampling_there_is_little_to_tell() -> None:
     assert summary.table(Record(), None).startswith("a call of the model: not timed yet")
-    assert summary.chart(Record()).shape == (1, 650, 1300, 3)
+    assert summary.chart(Record()).shape == (1, 715, 1300, 3)
 
 
 def test_a_call_that_compiled_is_not_timed() -> None:
@@ -103,7 +109,7 @@ def test_calls_of_different_runs_are_not_timed_together() -> None:
 
 def test_the_chart_shows_speeds_and_layers() -> None:
     empty, full = summary.chart(Record()), summary.chart(record({"calibrating": 2.0, "quantized": 1.0}))
-    assert full.shape == (1, 650, 1300, 3) and full.dtype == torch.float32
+    assert full.shape == (1, 715, 1300, 3) and full.dtype == torch.float32
     assert full.min() >= 0 and full.max() <= 1
     for part in (slice(0, 325), slice(325, 1300)):
         assert (empty[..., part, :] != full[..., part, :]).any()

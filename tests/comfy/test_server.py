@@ -19,6 +19,7 @@ from tests.comfy.server import running_server
 from tests.comfy.workflow import (
     COMPILE,
     DIT,
+    OPTIONS,
     OTHER_DIT,
     QUANTIZE,
     SMALL_UNET,
@@ -69,7 +70,7 @@ class Shot:
 
     @property
     def is_quick(self) -> bool:
-        """Nothing was traced or compiled, and if it is in 8 bit, nothing was observed either."""
+        """Nothing was compiled, and nothing traced again."""
         return self.compiled == self.traced == 0
 
 
@@ -157,6 +158,7 @@ def test_a_control_net_stops_before_the_last_step(studio: Studio, quantized: boo
     controlled = PLAIN.but(control_end=0.7, control_quantized=quantized)
     studio.prepare(PLAIN)
     studio.prepare(controlled)
+    assert bool(studio.server.lines("ControlNet: quantized:")) == quantized
     for drawing in (controlled, PLAIN, controlled.but(control_end=0.9, seed=2)):
         shot = studio.draw(drawing)
         assert shot.is_8_bit and shot.is_quick, drawing
@@ -190,7 +192,7 @@ def test_easy_cache_skips_steps_as_before(studio: Studio) -> None:
     assert shot.is_8_bit and shot.is_quick
 
 
-def test_hyper_tile_is_a_graph_of_its_own(studio: Studio) -> None:
+def test_hyper_tile_splits_the_graph_and_leaves_the_picture_alone(studio: Studio) -> None:
     tiled = SMALL.but(patches=(patch("HyperTile", tile_size=64, swap_size=2, max_depth=0, scale_depth=False),))
     studio.prepare(tiled.quantized())
     shot = studio.draw(tiled.quantized().but(seed=2))
@@ -226,16 +228,17 @@ def test_a_model_that_was_unloaded_goes_on_in_8_bit(studio: Studio) -> None:
 
 def test_several_models_in_one_workflow_do_not_disturb_each_other(studio: Studio) -> None:
     drawings = [PLAIN, SMALL.but(patches=(lora(1.0),)).quantized(), TRANSFORMER.quantized()]
-    for drawing in drawings:
-        studio.prepare(drawing)
-    flow = Workflow()
-    for drawing in drawings:
-        drawing.add_to(flow)
-    pictures = studio.server.run(flow.nodes).pictures
-    assert len(pictures) == len(drawings)
-    for drawing in drawings:  # ComfyUI draws them in an order of its own
-        nearest = max(psnr(picture, studio.in_float(drawing)) for picture in pictures)
-        assert CLOSE < nearest < EXACT, drawing
+    expected = [studio.in_float(drawing) for drawing in drawings]
+    # The first time, ComfyUI loads again what it has dropped meanwhile; a model that is new and has a LoRA is observed.
+    for worst in (np.inf, EXACT):
+        flow = Workflow()
+        for drawing in drawings:
+            drawing.add_to(flow)
+        pictures = studio.server.run(flow.nodes).pictures
+        assert len(pictures) == len(drawings)
+        # ComfyUI draws them in an order of its own.
+        distances = [max(psnr(picture, own[0]) for picture in pictures) for own in expected]
+        assert all(CLOSE < distance < worst for distance in distances), distances
 
 
 @pytest.mark.parametrize("dtype", ["fp8_e4m3fn", "default"])
@@ -253,13 +256,15 @@ def test_a_transformer_is_quantized_like_any_other_model(studio: Studio) -> None
 
 
 def test_a_prompt_can_be_interrupted_while_it_observes_and_while_it_compiles(studio: Studio) -> None:
-    server, drawing = studio.server, Drawing(OTHER_DIT).quantized()
+    # Of no other test, so that it is observed and compiled here.
+    drawing = Drawing(OTHER_DIT, patches=(patch(QUANTIZE.kind, **OPTIONS, exclude="final_layer.linear"),))
     studio.in_float(drawing)
+    compiled = len(studio.server.lines("quantized:"))
 
-    interrupt(server, drawing.but(steps=500), "| 2/500 [")
-    observed = studio.server.log.stat().st_size
-    interrupt(server, drawing, f"| {drawing.steps}/{drawing.steps} [")
-    assert "quantized:" in server.log.read_text()[observed:]
+    interrupt(studio.server, drawing.but(steps=500), "| 2/500 [")
+    assert len(studio.server.lines("quantized:")) == compiled
+    interrupt(studio.server, drawing, f"| {drawing.steps}/{drawing.steps} [")
+    assert len(studio.server.lines("quantized:")) == compiled + 1
 
     shot = studio.draw(drawing)
     assert shot.is_8_bit and shot.is_quick
@@ -281,11 +286,10 @@ def test_a_new_server_starts_from_the_cache_that_the_environment_names(studio: S
     base = tmp_path / "base"
     base.mkdir()
     with running_server(base, {"COMFYUI_ONEDIFF_SAVE_GRAPH_DIR": str(cache)}) as server:
-        restarted = Studio(server, studio.floats)
-        first = restarted.draw(PLAIN, report=True)
-        assert first.is_8_bit
-        assert "decisions from the cache" in first.texts[0]
+        first = Studio(server, studio.floats).draw(PLAIN, report=True)
+        assert first.is_8_bit and "decisions from the cache" in first.texts[0]
         assert not entries(server)
+    assert len(list(cache.glob("entries/*"))) == len(entries(studio.server))
 
 
 def test_a_lora_that_leaves_the_weights_alone_is_a_graph_of_its_own(studio: Studio) -> None:
