@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -147,10 +148,10 @@ class Server:
         """The lines of the log so far that contain a text."""
         return [line for line in self.log.read_text().splitlines() if containing in line]
 
-    def wait_for(self, text: str, since: int = 0) -> None:
-        """Wait until a text is in the log, after so many characters of it."""
+    def wait_for(self, pattern: str, since: int = 0) -> None:
+        """Wait until a regular expression is found in the log, after so many characters of it."""
         deadline = time.monotonic() + PROMPT_SECONDS
-        while text not in self.log.read_text()[since:]:
+        while not re.search(pattern, self.log.read_text()[since:]):
             self._still_running(deadline)
             time.sleep(0.02)
 
