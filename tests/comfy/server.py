@@ -40,7 +40,7 @@ ROOT = Path(__file__).parents[2]
 TOOLS = ROOT.parent / "shared" / "comfyui"
 COMPILER = Path(__file__).with_name("g++")
 VARIABLE = "ONLINEQUANT_COMFYUI"
-START_SECONDS, PROMPT_SECONDS = 180, 500
+START_SECONDS, PROMPT_SECONDS = 300, 1200
 Picture = np.ndarray[Any, np.dtype[np.float64]]
 
 
