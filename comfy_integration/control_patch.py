@@ -41,9 +41,10 @@ class ControlHook:
     def attach(self, control: Any) -> Any:
         """Have ``control`` and all copies of it run through the backend."""
         get_control, copy, cleanup = control.get_control, control.copy, control.cleanup
+        signature = inspect.signature(get_control)
 
         def hooked_get_control(*args: Any, **kwargs: Any) -> Any:
-            arguments = inspect.signature(get_control).bind(*args, **kwargs).arguments
+            arguments = signature.bind(*args, **kwargs).arguments
             with self._running(control.control_model, arguments.get("transformer_options")):
                 return get_control(*args, **kwargs)
 

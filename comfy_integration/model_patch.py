@@ -16,7 +16,6 @@ from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .record import Record, record_of
-from .summary import summaries
 
 _log = logging.getLogger("onlinequant")
 
@@ -65,7 +64,7 @@ class ModelHook:
     """
 
     def __init__(self, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> None:
-        self._options = dict(options)
+        self._options = repr(sorted(options.items()))  # what a record is found by, at every call
         self._whole_run = whole_run
         self._listener = listener
         self._method = CompiledMethod(options, listener)
@@ -106,7 +105,7 @@ class ModelHook:
     def _say_how_it_stands(self) -> None:
         """After each run: a page that was loaded anew does not know any more."""
         if self._last_record is not None and self._last_record.reports:
-            self._listener(" · ".join(summaries(self._last_record.reports)))
+            self._listener(" · ".join(self._last_record.summaries()))
 
 
 def _counting(run: SamplingRun, callback: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -13,7 +13,6 @@ from server import PromptServer
 
 from onlinequant_backend.cache import ENVIRONMENT_VARIABLES
 
-from . import summary
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model
 from .pictures import AMPLIFIED, compare
@@ -33,7 +32,7 @@ class OnlineQuantModel(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes a model draw the same picture faster, in 8 bit. The first sampling run is drawn in float and "
-                "observed, then the model is compiled. LoRAs, other sizes and other prompts are never observed again. "
+                "observed, then the model is compiled. LoRAs, sizes and prompts may change then. "
                 "Of several nodes that compile one model, such as TorchCompileModel, the last one counts."
             ),
             search_aliases=ALIASES,
@@ -118,6 +117,8 @@ class OnlineQuantReport(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: Any, picture: Any = None, reference: Any = None) -> io.NodeOutput:
+        from . import summary  # not when ComfyUI starts: matplotlib takes its time
+
         record = record_of_model(model)
         if record is None:
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")

@@ -7,8 +7,7 @@ import statistics
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -47,6 +46,10 @@ class Record:
         """The median time of a call in each phase that was seen: "calibrating", "quantized", "float"."""
         return {phase: 1e3 * statistics.median(seconds) for phase, seconds in self._seconds.items()}
 
+    def summaries(self) -> list[str]:
+        """A line for each graph, without those that say the same."""
+        return list(dict.fromkeys(report.summary() for report in self.reports))
+
     def _phase(self, run: SamplingRun) -> str | None:
         """The phase that all graphs were in during a call; None if they differ or if it changed, by compiling."""
         called, run.called = run.called, []
@@ -60,6 +63,6 @@ class Record:
 _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()
 
 
-def record_of(denoiser: nn.Module, options: Mapping[str, Any]) -> Record:
-    """The record of a denoiser with these options; it outlives the nodes, which a new LoRA makes anew."""
-    return _records.setdefault(denoiser, {}).setdefault(repr(sorted(options.items())), Record())
+def record_of(denoiser: nn.Module, options: str) -> Record:
+    """The record of a denoiser with these options, as text; it outlives the nodes, which a new LoRA makes anew."""
+    return _records.setdefault(denoiser, {}).setdefault(options, Record())

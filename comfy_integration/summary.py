@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure, SubFigure
 
-from onlinequant_backend import Report
 from onlinequant_backend.plot import draw_layers
 
 from .record import Record
@@ -64,9 +62,4 @@ def _draw_speeds(figure: SubFigure, record: Record) -> None:
 
 def headline(record: Record, difference: str | None = None) -> str:
     """What fits on the node, in one line: it takes room from the chart."""
-    return " · ".join(filter(None, [*summaries(record.reports), speed(record), difference]))
-
-
-def summaries(reports: Sequence[Report]) -> list[str]:
-    """A line for each graph, without those that say the same."""
-    return list(dict.fromkeys(report.summary() for report in reports))
+    return " · ".join(filter(None, [*record.summaries(), speed(record), difference]))

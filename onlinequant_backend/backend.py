@@ -67,7 +67,7 @@ def onlinequant(
 
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:
-    if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in inputs):
+    if torch.is_grad_enabled() and any(map(graph.requires_grad, inputs)):
         return "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
     if resolved.name == "float":
         return resolved.reason

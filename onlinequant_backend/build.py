@@ -130,7 +130,7 @@ def _build(
     extras = [weights.extra(what, of) for what, of in context.extra_inputs]
     values = args if inputs is None else inputs.values
     # Inductor cannot do with inference tensors that require gradients, as the weights of ComfyUI's ControlNets are.
-    examples = [value.detach() if _requires_grad(value) else value for value in (values[i] for i in taken)]
+    examples = [value.detach() if graph.requires_grad(value) else value for value in (values[i] for i in taken)]
     moved = [i for i, value in enumerate(examples) if device.type == "cuda" and _is_cpu_number(value)]
     for i in moved:
         examples[i] = examples[i].to(device)
@@ -149,10 +149,6 @@ def _build(
     if inputs is not None:
         inputs.finish()
     return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def _is_cpu_number(value: Any) -> bool:

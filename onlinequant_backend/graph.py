@@ -38,6 +38,11 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     return copy
 
 
+def requires_grad(value: Any) -> bool:
+    """Whether an argument of a graph is a tensor that needs a gradient."""
+    return isinstance(value, torch.Tensor) and value.requires_grad
+
+
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The graph's inputs in call order."""
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]

@@ -64,12 +64,12 @@ class QuantizedGraph:
         self._names = [graph.qualified_name(inputs[position]) for position in parameters]
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._grad_enabled = torch.is_grad_enabled()
-        self._may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
         self._sets: dict[int, WeightSet] = {}
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._compiled = CompiledGraphs(graph_module, config.shapes, self._build)
+        self._may_repeat = self._compiled.may_repeat
         self._lock = threading.RLock()
         self._decided = False
         self._gave_up = False
@@ -81,7 +81,7 @@ class QuantizedGraph:
             run.called.append((self._report, self._report.phase))
         if self._gave_up:
             return self._run_float(args)
-        if self._grad_enabled and torch.is_grad_enabled() and any(_requires_grad(arg) for arg in args):
+        if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
             return self._run_float(args)
         try:
@@ -357,10 +357,6 @@ class QuantizedGraph:
 
 # Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.
 graphs: weakref.WeakValueDictionary[tuple[str, str], QuantizedGraph] = weakref.WeakValueDictionary()
-
-
-def _requires_grad(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.requires_grad
 
 
 def invalidate(module: torch.nn.Module) -> int:

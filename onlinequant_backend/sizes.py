@@ -30,6 +30,10 @@ class CompiledGraphs:
 
     ``build(args, weights, symbolic)`` makes one; it returns None for failures of which it has given account, and raises
     if ``symbolic``, which is for all sizes, is what has failed.
+
+    Attributes:
+        known: those that there are, by ``key``; None for the float graph.
+        may_repeat: whether a call may be done twice: nothing is written in place.
     """
 
     def __init__(
@@ -46,7 +50,7 @@ class CompiledGraphs:
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = which_shapes != "static" and shapes.has_symbols(graph_module)
-        self._may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
+        self.may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
         self.known: dict[Key, CompiledGraph | None] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
@@ -105,7 +109,7 @@ class CompiledGraphs:
         """
         if compiled.fits(args):
             return True
-        may_repeat = not weights.has_freed() and self._may_repeat
+        may_repeat = not weights.has_freed() and self.may_repeat
         if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
             return False
         try:

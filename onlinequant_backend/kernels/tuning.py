@@ -160,7 +160,8 @@ def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -
 
     Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty: then
     shorter waves of more programs can win. A block takes a time that grows with its area, and a part that does not
-    (fitted to convolutions); the sums of several programs are written, read and added up in a kernel of its own.
+    (fitted to convolutions, before they could have several programs a block); the sums of those are written, read and
+    added up in a kernel of its own, whose time is an estimate from the bytes.
     """
 
     def time(tile: Tile) -> float:

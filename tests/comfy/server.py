@@ -71,7 +71,6 @@ class Server:
     """
 
     def __init__(self, installation: Path, base: Path, environment: Mapping[str, str] | None = None) -> None:
-        self.installation = installation
         self.base = base
         self.log = base / "log.txt"
         self.url = f"http://127.0.0.1:{_free_port()}"
@@ -111,11 +110,6 @@ class Server:
             self._process.wait(30)
         except subprocess.TimeoutExpired:
             self._process.kill()
-
-    def draw(self, workflow: dict[str, Any]) -> Picture:
-        """Run a workflow in API format that succeeds and saves one picture; its values are in [0, 255]."""
-        (picture,) = self.run(workflow).pictures
-        return picture
 
     def run(self, workflow: dict[str, Any]) -> Result:
         """Run a workflow in API format that succeeds."""

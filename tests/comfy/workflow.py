@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 # As by default, but for what a test's sizes and any CPU need: no threshold, and 8 bit whatever the device.
@@ -46,6 +46,12 @@ class Workflow:
         """The same; returns the first ``count`` outputs."""
         node = self.add(kind, **inputs).node
         return [Link(node, output) for output in range(count)]
+
+    def patched(self, model: Link, patches: Iterable[Patch]) -> Link:
+        """The model behind these patches."""
+        for kind, inputs in patches:
+            model = self.add(kind, model=model, **dict(inputs))
+        return model
 
     def sample(self, **inputs: Any) -> Link:
         """A KSampler, which samples even if ComfyUI still has what it returned for the same inputs."""
@@ -128,8 +134,7 @@ class Drawing:
             clip = flow.outputs("CheckpointLoaderSimple", 2, ckpt_name="tiny_sd15.safetensors")[1]
         if self.unet is not None:
             model = flow.add("UNETLoader", unet_name=self.unet, weight_dtype=self.weights)
-        for kind, inputs in self.patches:
-            model = flow.add(kind, model=model, **dict(inputs))
+        model = flow.patched(model, self.patches)
         positive = flow.add("CLIPTextEncode", clip=clip, text="a photo of a cat")
         negative = flow.add("CLIPTextEncode", clip=clip, text=self.negative)
         if self.control_end is not None:
@@ -190,8 +195,7 @@ class Video:
         loaded = flow.outputs("ImageOnlyCheckpointLoader", 3, ckpt_name="tiny_svd.safetensors")
         model, vision, vae = loaded
         model = flow.add("VideoLinearCFGGuidance", model=model, min_cfg=1.0)
-        for kind, inputs in self.patches:
-            model = flow.add(kind, model=model, **dict(inputs))
+        model = flow.patched(model, self.patches)
         positive, negative, latent = flow.outputs(
             "SVD_img2vid_Conditioning",
             3,
