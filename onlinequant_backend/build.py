@@ -50,8 +50,11 @@ class CompiledGraph:
         self._extra_inputs = extra_inputs
         self._symbolic = symbolic
 
-    def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
+    def __call__(self, args: Sequence[Any], weights: WeightSet, graphed: bool = True) -> Any:
+        """``graphed=False``: without its CUDA graph, if it has one."""
         function, extras = self.prepare(weights)
+        if not graphed:
+            function = self.function
         taken = self._take(args)
         if self._moved:
             device = weights.layers[0].device
@@ -121,6 +124,7 @@ def _build(
         precision,
         selection=weights.selection,
         device=device,
+        smoothing=weights.smoothing(),
         merge=lambda indices: weights.merge(indices) is not None,
     )
     run_passes(rewritten, REWRITE, context)

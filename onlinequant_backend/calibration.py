@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SAMPLES = 65536
 BINS = 1024
 # Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
+# Share of the observed values that "percentile" clips, of both ends together.
+_CLIPPED_SHARE = 1e-4
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
 
@@ -69,24 +71,58 @@ def _histogram(x: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, 
 def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:
     """The float32 [3] ``qparams`` of ``ops.quantize``: 1 / scale, zero point and scale.
 
-    Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "mse" clips
-    each end where rounding and clipping together cost the least squared error (Banner et al., "Post training 4-bit
-    quantization of convolutional networks for rapid-deployment", 2019, equation 3, over the observed distribution).
+    Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "percentile"
+    leaves the outermost values out, whose share is 10**-4; "mse" clips each end where rounding and clipping together
+    cost the least squared error (Banner et al., "Post training 4-bit quantization of convolutional networks for
+    rapid-deployment", 2019, equation 3, over the observed distribution).
     """
     assert observed.minimum is not None and observed.maximum is not None
     low, high = min(float(observed.minimum), 0.0), max(float(observed.maximum), 0.0)
-    lowest, highest = format.limits
-    if lowest:  # symmetric
+    if format.limits[0]:  # symmetric
         low, high = min(low, -high), max(high, -low)
     # A floating format rounds relative to each value, so clipping would gain nothing.
-    if method == "mse" and observed.histograms and not format.activation.is_floating_point:
+    if method != "minmax" and observed.histograms and not format.activation.is_floating_point:
         shares, centres = (torch.cat(parts).cpu() for parts in zip(*observed.histograms, strict=True))
-        low, high = _clipped(shares, centres, low, high, format)
-    low, high = low * format.headroom, high * format.headroom
+        clip = _clipped if method == "mse" else _percentile
+        low, high = clip(shares, centres, low, high, format)
+    return _qparams(low * format.headroom, high * format.headroom, format, observed.minimum.device)
+
+
+def widened(qparams: torch.Tensor, other: torch.Tensor, format: Format) -> torch.Tensor:
+    """Quantization parameters that cover what either of two covers; ``qparams`` itself if that covers both, but for a
+    hundredth."""
+    (low, high), (other_low, other_high) = (_range(of.tolist(), format) for of in (qparams, other))
+    margin = (high - low) / 100
+    if low - margin <= other_low and other_high <= high + margin:
+        return qparams
+    return _qparams(min(low, other_low), max(high, other_high), format, qparams.device)
+
+
+def _qparams(low: float, high: float, format: Format, device: torch.device) -> torch.Tensor:
+    lowest, highest = format.limits
     # A layer that only ever saw zeros still needs a scale that is positive.
     scale = max((high - low) / (highest - lowest), 1e-30)
     zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
-    return torch.tensor([1 / scale, zero_point, scale], device=observed.minimum.device)
+    return torch.tensor([1 / scale, zero_point, scale], device=device)
+
+
+def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
+    _, zero_point, scale = qparams
+    lowest, highest = format.limits
+    return (lowest - zero_point) * scale, (highest - zero_point) * scale
+
+
+def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
+    """The largest share of values that any observed call has at an end of the range; see ``drift.clipped_share``."""
+    inverse, zero_point, _ = qparams.tolist()
+    lowest, highest = format.limits
+    largest = 0.0
+    for shares, centres in observed.histograms:
+        q = centres * inverse + zero_point
+        # Rounding reaches half a step, and a bin may as well; where the zero point is 0, zeros lie at the lower end.
+        clipped = (q > highest - 1) | ((q < lowest + 1) & bool(zero_point or lowest))
+        largest = max(largest, float(shares[clipped].sum()))
+    return largest
 
 
 def _clipped(
@@ -102,6 +138,25 @@ def _clipped(
     return low, high
 
 
+def _percentile(
+    shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, format: Format
+) -> tuple[float, float]:
+    """The range that leaves the share ``_CLIPPED_SHARE`` of the values out, half of it at each end."""
+    if format.limits[0]:
+        centres = centres.abs()
+    centres, order = centres.sort()
+    below = shares[order].cumsum(0) / shares.sum()
+
+    def value(share: float) -> float:
+        return float(centres[min(int((below < share).sum()), len(centres) - 1)])
+
+    if format.limits[0]:
+        limit = value(1 - _CLIPPED_SHARE)
+        return max(low, -limit), min(high, limit)
+    lowest, highest = value(_CLIPPED_SHARE / 2), value(1 - _CLIPPED_SHARE / 2)
+    return min(max(low, lowest), 0.0), max(min(high, highest), 0.0)
+
+
 def _squared_error(shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, levels: float) -> float:
     """Rounding spreads evenly over a step, so it costs step**2 / 12 within the range; clipping costs its distance."""
     step = (high - low) / levels
@@ -115,15 +170,20 @@ class Observation:
 
     Attributes:
         layers: state of each observed layer.
-        weights: float weight of each, if its float output is to be compared with its 8-bit output, or None.
+        weights: float weight of each.
+        compares: whether each layer's float output is to be compared with its 8-bit output.
         kept: indices of the layers whose 8-bit copy is kept after that.
-        probe: index of the one layer whose 8-bit output is handed on in place of its float output, or None.
+        probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
+            probing, when there is nothing else to do.
+        widening: indices of the frozen layers whose ranges are to cover this call's inputs as well.
     """
 
     layers: Sequence[Layer]
-    weights: Sequence[torch.Tensor] | None = None
+    weights: Sequence[torch.Tensor] = ()
+    compares: bool = False
     kept: Container[int] = ()
-    probe: int | None = None
+    probed: Container[int] | None = None
+    widening: Container[int] = ()
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing.
@@ -131,16 +191,18 @@ class Observation:
         ``first``: index of the first layer that reads the same ``x``. Its range then is this layer's as well.
         """
         layer = self.layers[index]
-        if self.probe is not None:
-            return layer.quantized_output(x, bias, y) if index == self.probe else y
+        if self.probed is not None:
+            return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
+            if index in self.widening:
+                layer.widen(x)
             return y
-        shared = self.layers[first].observed
-        if index != first and (layer.observed is shared or layer.observed.minimum is None):
-            layer.observed = shared
+        shared = self.layers[first]
+        if index != first and (layer.observed is shared.observed or layer.observed.minimum is None):
+            layer.observed, layer.smoothing = shared.observed, shared.smoothing
         else:
-            layer.observed.update(x)
-        if self.weights is not None and layer.range_refusal() is None:
+            layer.observe(x, self.weights[index])
+        if self.compares and layer.range_refusal() is None:
             layer.refresh(self.weights[index])
             if layer.refusal() is None:
                 layer.measure_sensitivity(x, bias, y)

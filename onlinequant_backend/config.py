@@ -15,12 +15,12 @@ from . import compat, errors
 
 PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("local", "end_to_end")
-CALIBRATION_METHODS = ("mse", "minmax")
+CALIBRATION_METHODS = ("mse", "percentile", "minmax")
 CUDA_GRAPHS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
-# Options that cannot change the result.
-_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "lock_timeout")
+# Options that change nothing of what is in the cache.
+_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "drift_check_every", "lock_timeout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,13 +34,18 @@ class QuantConfig:
         linear_compute_density_threshold: the same for linear layers.
         precision: "auto", "int8", "fp8" or "float"; "auto" takes what the device is fast at.
         calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
-        calibration_method: "mse" clips each range where the squared error is least; "minmax" keeps all of it.
+        calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
+            10**-4 of the values; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float.
         sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
         selection: "density" keeps layers below the thresholds in float; "measured" those that gain too little in 8 bit
             when timed at their real shapes, whatever the thresholds (CUDA only); "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
+        max_error: largest relative error of a step that 8 bit may cost, measured when observing is over; layers stay in
+            float, most sensitive first, until it holds. None measures nothing and keeps all.
+        drift_check_every: every so many calls it is measured whether activations have outgrown the observed ranges,
+            which are then widened; sooner after a change of weights or sizes. 0 means never.
         free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
@@ -61,6 +66,8 @@ class QuantConfig:
     sensitivity: str = "local"
     selection: str = "auto"
     shapes: str = "auto"
+    max_error: float | None = None
+    drift_check_every: int = 64
     free_float_weights: bool = False
     cache_dir: str | None = None
     cache_size_limit: float = 20
@@ -83,6 +90,14 @@ class QuantConfig:
         if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
             raise errors.InvalidCalibrationStepsError(
                 f"calibration_steps is {steps!r}, but it counts observed calls: give an integer of at least 1."
+            )
+        if self.max_error is not None:
+            _check_amount("max_error", self.max_error, "||result - float|| / ||float||")
+            object.__setattr__(self, "max_error", float(self.max_error))
+        every = self.drift_check_every
+        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+            raise errors.InvalidOptionError(
+                f"drift_check_every is {every!r}, but it counts calls: give an integer, or 0 for never."
             )
         _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)

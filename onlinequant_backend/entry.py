@@ -18,7 +18,7 @@ from typing import Any
 # The files of an entry.
 CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
 AUTOTUNING_FILE = "autotuning.json"  # on GPUs
-FORMAT, VERSION = "onlinequant-calibration", "1"
+FORMAT, VERSION = "onlinequant-calibration", "2"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
 MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
@@ -42,6 +42,8 @@ class LayerCalibration:
         minimum, maximum: range of its input; may be infinite or NaN, and then the layer stays in float.
         qparams: 1 / scale, zero point and scale of its input; None where the range rules 8 bit out.
         sensitivity: relative, mean absolute and mean squared error of its output in 8 bit; None if not measured.
+        clipped: the largest share of an observed input's values that lie at an end of the quantized range.
+        smoothing: a factor for each channel of its input, in (0, 1]; None for no smoothing.
     """
 
     name: str
@@ -51,11 +53,13 @@ class LayerCalibration:
     maximum: float
     qparams: tuple[float, float, float] | None
     sensitivity: tuple[float, float, float] | None
+    clipped: float = 0
+    smoothing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("minimum", "maximum"):
+        for name in ("minimum", "maximum", "clipped"):
             object.__setattr__(self, name, _float32([getattr(self, name)])[0])
-        for name in ("qparams", "sensitivity"):
+        for name in ("qparams", "sensitivity", "smoothing"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _float32(getattr(self, name)))
 
@@ -87,14 +91,17 @@ class Calibration:
         about = {
             "model": self.model,
             "calls": self.calls,
-            "layers": [[layer.name, layer.kind, layer.weight_shape] for layer in self.layers],
+            "layers": [
+                [layer.name, layer.kind, layer.weight_shape, len(layer.smoothing or ())] for layer in self.layers
+            ],
             "about": self.about,
         }
         body = _pack(self.layers)
         metadata = {"format": FORMAT, "version": VERSION, "key": key, "calibration": _dumps(about), "sha256": ""}
+        sizes = len(self.layers), sum(len(layer.smoothing or ()) for layer in self.layers)
         # Over everything: the header as it is without the digest, and the tensors.
-        digest = hashlib.sha256(_header(metadata, len(self.layers)) + body).hexdigest()
-        header = _header({**metadata, "sha256": digest}, len(self.layers))
+        digest = hashlib.sha256(_header(metadata, *sizes) + body).hexdigest()
+        header = _header({**metadata, "sha256": digest}, *sizes)
         if len(header) > MAX_HEADER_BYTES or len(header) + len(body) > MAX_BYTES:
             raise InvalidEntryError("its layers have too many or too long names for a file")
         return header + body
@@ -132,7 +139,11 @@ def _decode(data: bytes) -> tuple[str, Calibration]:
     described = about.get("layers")
     if not isinstance(described, list) or len(described) > MAX_LAYERS:
         raise InvalidEntryError(f"it does not list its layers, at most {MAX_LAYERS}")
-    _check_tensors(header, body, len(described))
+    try:
+        factors = sum(int(layer[3]) for layer in described)
+    except (IndexError, KeyError, TypeError, ValueError, OverflowError):
+        raise InvalidEntryError("its list of layers is in a wrong form") from None
+    _check_tensors(header, body, len(described), factors)
     try:
         calibration = Calibration(about["model"], about["calls"], tuple(_unpack(described, body)), about["about"])
     except (KeyError, TypeError, ValueError) as error:
@@ -172,33 +183,37 @@ def _dumps(value: Any) -> str:
     return json.dumps(value, separators=(",", ":"), sort_keys=True)
 
 
-def _header(metadata: Mapping[str, str], layers: int) -> bytes:
-    """Length and header of a file with ``layers`` layers, padded so that the tensors are aligned."""
-    text = _dumps({_METADATA: metadata, **_tensors(layers)}).encode()
+def _header(metadata: Mapping[str, str], layers: int, factors: int) -> bytes:
+    """Length and header of a file with ``layers`` layers, padded so that the tensors are aligned.
+
+    ``factors``: how many of smoothing all of them have.
+    """
+    text = _dumps({_METADATA: metadata, **_tensors(layers, factors)}).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
 
-def _tensors(layers: int) -> dict[str, dict[str, Any]]:
+def _tensors(layers: int, factors: int) -> dict[str, dict[str, Any]]:
     """What the header says of the tensors. ``given``: whether a layer has ``qparams`` and ``sensitivity``."""
     tensors: dict[str, dict[str, Any]] = {}
     offset = 0
-    for name, dtype, width in (
-        ("minimum", "F32", None),
-        ("maximum", "F32", None),
-        ("qparams", "F32", 3),
-        ("sensitivity", "F32", 3),
-        ("given", "U8", 2),
+    for name, dtype, shape in (
+        ("minimum", "F32", [layers]),
+        ("maximum", "F32", [layers]),
+        ("clipped", "F32", [layers]),
+        ("qparams", "F32", [layers, 3]),
+        ("sensitivity", "F32", [layers, 3]),
+        ("smoothing", "F32", [factors]),
+        ("given", "U8", [layers, 2]),
     ):
-        end = offset + layers * (width or 1) * (4 if dtype == "F32" else 1)
-        shape = [layers] if width is None else [layers, width]
+        end = offset + math.prod(shape) * (4 if dtype == "F32" else 1)
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
     return tensors
 
 
-def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int) -> None:
-    expected = _tensors(layers)
+def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int, factors: int) -> None:
+    expected = _tensors(layers, factors)
     for name in sorted({*header, *expected}):
         if header.get(name) != expected.get(name):
             has, needed = _short(header.get(name)), expected.get(name)
@@ -212,19 +227,26 @@ def _pack(layers: Iterable[LayerCalibration]) -> bytes:
     layers = tuple(layers)
     floats = [layer.minimum for layer in layers]
     floats += [layer.maximum for layer in layers]
+    floats += [layer.clipped for layer in layers]
     floats += [value for layer in layers for value in layer.qparams or _NONE]
     floats += [value for layer in layers for value in layer.sensitivity or _NONE]
+    floats += [value for layer in layers for value in layer.smoothing or ()]
     given = bytes(value is not None for layer in layers for value in (layer.qparams, layer.sensitivity))
     return struct.pack(f"<{len(floats)}f", *floats) + given
 
 
 def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
     count = len(described)
-    floats, given = struct.unpack_from(f"<{8 * count}f", body), body[32 * count :]
-    for index, (name, kind, shape) in enumerate(described):
-        triples = [floats[start : start + 3] for start in (2 * count + 3 * index, 5 * count + 3 * index)]
+    end = len(body) - 2 * count
+    floats, given = struct.unpack_from(f"<{end // 4}f", body), body[end:]
+    end = 9 * count
+    for index, (name, kind, shape, factors) in enumerate(described):
+        minimum, maximum, clipped = floats[index : 3 * count : count]
+        triples = [floats[start : start + 3] for start in (3 * count + 3 * index, 6 * count + 3 * index)]
         qparams, sensitivity = (triple if given[2 * index + i] else None for i, triple in enumerate(triples))
-        yield LayerCalibration(name, kind, tuple(shape), floats[index], floats[count + index], qparams, sensitivity)
+        smoothing = tuple(floats[end : end + factors]) or None
+        end += factors
+        yield LayerCalibration(name, kind, tuple(shape), minimum, maximum, qparams, sensitivity, clipped, smoothing)
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:
@@ -266,6 +288,13 @@ def _check_layer(layer: LayerCalibration) -> None:
             raise InvalidEntryError(f"{layer.name} has the scale {scale} and 1 / scale = {inverse}")
         if not (0 <= zero_point <= 255 and zero_point == int(zero_point)):
             raise InvalidEntryError(f"the zero point of {layer.name} is {zero_point}, not a whole number in [0, 255]")
+    if not 0 <= layer.clipped <= 1:
+        raise InvalidEntryError(f"{layer.name} has clipped a share of {layer.clipped}")
+    if layer.smoothing is not None:
+        if len(layer.weight_shape) < 2 or len(layer.smoothing) != layer.weight_shape[1]:
+            raise InvalidEntryError(f"{layer.name} has {len(layer.smoothing)} factors of smoothing")
+        if not all(0 < factor <= 1 for factor in layer.smoothing):
+            raise InvalidEntryError(f"{layer.name} has factors of smoothing that are not in (0, 1]")
     if layer.sensitivity is not None and any(value < 0 for value in layer.sensitivity):
         raise InvalidEntryError(f"{layer.name} has negative errors: {layer.sensitivity}")
 

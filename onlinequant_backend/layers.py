@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .calibration import ActivationRange, freeze
+from .calibration import ActivationRange, clipped_share, freeze, widened
 from .changes import Stamp
 from .entry import LayerCalibration
 from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
 from .kernels import cpu
 from .layout import CHANNELS_LAST
+from .smoothing import smoothing_factors
 
 if TYPE_CHECKING:
     from .merged import MergedWeight
@@ -64,6 +65,10 @@ class Layer:
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
         lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
+        smoothing: what the channels of its input are multiplied by before they are quantized, and those of its weight
+            divided by; None for nothing. See ``smoothing_factors``.
+        clipped: the largest share of an observed call's input that the frozen range clips.
+        growth: by how much the range was widened since it was frozen; 1 if it was not.
         weight, weight_scale: the 8-bit copy, or None.
         merged: what the 8-bit copy is a part of, or None.
     """
@@ -83,6 +88,9 @@ class Layer:
         self.lock = threading.RLock()
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
+        self.smoothing: torch.Tensor | None = None
+        self.clipped = 0.0
+        self.growth = 1.0
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
         self.merged: MergedWeight | None = None
@@ -108,6 +116,17 @@ class Layer:
         self._qparams.copy_(qparams)
         self._ranged = True
 
+    def observe(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Take note of an input. The first one decides which channels are smoothed."""
+        # A floating format rounds small and large channels alike.
+        if self.observed.minimum is None and not self.format.activation.is_floating_point:
+            with torch.inference_mode(False), torch.no_grad():
+                self.smoothing = smoothing_factors(x, weight)
+        self.observed.update(self._smoothed(x))
+
+    def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.smoothing is None else x * self.smoothing
+
     def count_call(self, fingerprint: str) -> None:
         """Count one observed call of a model whose weights have this fingerprint."""
         if self.frozen:
@@ -118,8 +137,22 @@ class Layer:
     def freeze(self) -> None:
         """Observing is over; what was observed decides from now on."""
         if not self.frozen and self.range_refusal() is None:
-            _ = self.qparams
+            self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
         self.frozen = True
+
+    def widen(self, x: torch.Tensor | None = None) -> None:
+        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered."""
+        with torch.inference_mode(False), torch.no_grad():
+            other = self.qparams * torch.tensor([0.5, 1, 2], device=self.qparams.device)
+            if x is not None:
+                seen = ActivationRange()
+                seen.update(self._smoothed(x))
+                if not seen.is_finite():
+                    return
+                other = freeze(seen, self.format, self.method)
+            before = float(self.qparams[2])
+            self._set_qparams(widened(self.qparams, other, self.format))
+            self.growth *= float(self.qparams[2]) / before
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""
@@ -128,7 +161,12 @@ class Layer:
             self.observed = ActivationRange(low, high)
             if saved.qparams is not None:
                 self._set_qparams(torch.tensor(saved.qparams, device=self.device))
+            self.smoothing = None
+            if saved.smoothing is not None:
+                shape = [1, -1, *[1] * (len(saved.weight_shape) - 2)] if self.geometry is not None else [-1]
+                self.smoothing = torch.tensor(saved.smoothing, device=self.device).view(shape)
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
+        self.clipped = saved.clipped
         self.calls = calls
         self.calibrated_for = calibrated_for
         self.freeze()
@@ -136,7 +174,8 @@ class Layer:
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""
         self.observed = ActivationRange()
-        self.sensitivity = None
+        self.sensitivity = self.smoothing = None
+        self.clipped, self.growth = 0.0, 1.0
         self.calls = 0
         self.frozen = self._ranged = False
 
@@ -151,6 +190,8 @@ class Layer:
             maximum=math.nan if high is None else float(high),
             qparams=None if self.range_refusal() is not None else tuple(self.qparams.tolist()),
             sensitivity=None if self.sensitivity is None else dataclasses.astuple(self.sensitivity),
+            clipped=self.clipped,
+            smoothing=None if self.smoothing is None else tuple(self.smoothing.flatten().tolist()),
         )
 
     def refresh(self, weight: torch.Tensor) -> bool:
@@ -168,7 +209,7 @@ class Layer:
             shared = None
             if self.merged is not None and self.merged.shares_scale:
                 shared = self.merged.lay(self, float(scale_of(weight, self.format)))
-            q, scale = quantize_weight(weight, self.format, shared)
+            q, scale = quantize_weight(weight, self.format, shared, self.smoothing)
             if self.weight is None or self.weight_scale is None:
                 self.weight, self.weight_scale = self._new_copy(q), scale
             elif shared is None:
@@ -231,7 +272,7 @@ class Layer:
         if self.weight is None or self.weight_scale is None:
             return y
         qparams = self.qparams
-        xq = ops.quantize(x, qparams, self.format.activation, self.geometry is not None)
+        xq = ops.quantize(self._smoothed(x), qparams, self.format.activation, self.geometry is not None)
         if self.geometry is None:
             return ops.linear(xq, qparams, self.weight, self.weight_scale, bias, y.dtype)
         g = self.geometry
@@ -255,14 +296,18 @@ def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def quantize_weight(
-    weight: torch.Tensor, format: Format = ONEDNN, scale_of_all: float | None = None
+    weight: torch.Tensor,
+    format: Format = ONEDNN,
+    scale_of_all: float | None = None,
+    smoothing: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
 
     ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
     [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
     infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
-    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``.
+    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``. ``smoothing``: what the weight
+    is divided by first, see ``smoothing_factors``.
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
@@ -275,6 +320,8 @@ def quantize_weight(
     scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
     for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
         block = scratch[: len(source)].copy_(source)  # any dtype and memory format
+        if smoothing is not None:
+            block.div_(smoothing)
         flat = block.flatten(1)
         if not per_tensor:
             largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import formats
+from . import drift, formats
 from .kernels import cpu, cuda
 from .layout import CHANNELS_LAST
 
@@ -141,8 +141,9 @@ for _name, _fake in (
     ("group_norm", _group_norm_fake),
     ("conv", _conv_fake),
 ):
-    _library.impl(_name, getattr(cpu, _name), "CPU")
-    _library.impl(_name, getattr(cuda, _name), "CUDA")
+    for _device, _kernels in (("CPU", cpu), ("CUDA", cuda)):
+        _kernel = getattr(_kernels, _name)
+        _library.impl(_name, _kernel if _name.endswith("_norm") else drift.counted(_kernel), _device)
     torch.library.register_fake(f"onlinequant::{_name}", _fake, lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default

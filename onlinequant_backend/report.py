@@ -17,7 +17,7 @@ from . import cache, errors
 from .entry import STATS_FILE as STATS_FILE
 from .table import render_table
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 KINDS = ("conv", "linear")
 PHASES = ("calibrating", "compiling", "quantized", "float")
 
@@ -95,6 +95,8 @@ class Report:
         cache_hit: whether the decisions came from the cache.
         decisions: one for each convolution and linear layer, in the graph's order.
         compile_seconds: seconds spent in Inductor after observing.
+        error: relative error of a step in 8 bit when observing was over, with ``max_error``; None if not measured.
+        widened: by layer name, the factor by which its range has grown since observing, where larger values came.
         sensitivity_kind: the option ``sensitivity``.
         stats_path: where the report was last saved or loaded from; None if nowhere.
         config: every option, as ``QuantConfig.to_dict()`` gives them.
@@ -112,6 +114,8 @@ class Report:
     cache_hit: bool = False
     decisions: list[NodeDecision] = dataclasses.field(default_factory=list)
     compile_seconds: float = 0.0
+    error: float | None = None
+    widened: dict[str, float] = dataclasses.field(default_factory=dict)
     sensitivity_kind: str = "local"
     stats_path: str | None = None
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -220,6 +224,8 @@ _REPORT_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "calibration_steps": int,
     "cache_hit": bool,
     "compile_seconds": _NUMBER,
+    "error": _OPTIONAL_NUMBER,
+    "widened": dict,
     "sensitivity_kind": str,
     "config": dict,
     "decisions": list,

@@ -17,9 +17,10 @@ from . import graph, keys, selection
 from .build import CompiledGraph, build
 from .cache import Cache
 from .calibration import Observation
+from .choice import Choice
 from .config import QuantConfig
 from .errors import OnlineQuantError
-from .passes import OBSERVE, SELECT, PassContext, layer_nodes, run_passes
+from .passes import OBSERVE, PassContext, layer_nodes, run_passes
 from .persistence import Entry
 from .precision import Precision
 from .progress import Progress, tell
@@ -27,6 +28,7 @@ from .report import Report, clear
 from .sampling import current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
+from .watch import Watch
 from .weights import WeightSet, getter, registry
 
 _log = logging.getLogger("onlinequant")
@@ -68,10 +70,14 @@ class QuantizedGraph:
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
+        self._kinds: dict[tuple[Any, ...], int] = {}
         self._compiled = CompiledGraphs(graph_module, config.shapes, self._build)
         self._may_repeat = self._compiled.may_repeat
+        self._watch = Watch(lambda: self._observed, report, self._infos, self._may_repeat)
         self._lock = threading.RLock()
-        self._decided = False
+        self._choice = Choice(
+            graph_module, self._infos, config, precision, device, report, lambda: self._observed, self._may_repeat
+        )
         self._gave_up = False
         self._progress: Progress | None = None
 
@@ -110,7 +116,7 @@ class QuantizedGraph:
             return self._run_float(args)
         if compiled is None:
             return self._run_float(args)
-        result = compiled(args, weights)
+        result = self._watch.run(compiled, args, weights)
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
         if asked and self._may_repeat and not weights.end_check():
@@ -153,7 +159,8 @@ class QuantizedGraph:
             ]
             layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
             number = self._layouts.setdefault(layout, len(self._layouts))
-            weights = WeightSet(parameters, self._names, self._candidates, layers, number)
+            every = self._config.drift_check_every
+            weights = WeightSet(parameters, self._names, self._candidates, layers, number, every)
             registry.add(weights)
             for key, old in list(self._sets.items()):
                 if old.is_dead() or registry.is_successor(named, old):
@@ -172,7 +179,7 @@ class QuantizedGraph:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
-                self._select(parameters, weights)
+                self._select(args, parameters, weights)
                 return None
             return self._observe(args, parameters, weights)
 
@@ -199,9 +206,9 @@ class QuantizedGraph:
     ) -> Any:
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
         weights.check_not_freed()
-        floats = [parameters[position] for position in self._candidates] if last else None
+        floats = [parameters[position] for position in self._candidates]
         with torch.no_grad():
-            return self._observed(*args, Observation(weights.layers, floats, kept=frozenset(candidates)))
+            return self._observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))
 
     def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         if self._config.sensitivity == "end_to_end":
@@ -221,7 +228,7 @@ class QuantizedGraph:
                         # Which call is the last one nobody knows before: so its sensitivities are measured after it.
                         result = self._call_observed(args, parameters, weights, last=True)
                         self._end_observing(args, weights, result)
-                    self._select(parameters, weights)
+                    self._select(args, parameters, weights)
             key = self._compiled.key(args, weights)
             if key in self._compiled.known:  # for another model that has the same graph
                 tell(self._report.summary())
@@ -259,36 +266,21 @@ class QuantizedGraph:
             self._progress.close()
             self._progress = None
 
-    def _select(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+    def _select(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are."""
         weights.quantize(parameters, [i for i, info in enumerate(self._infos) if info.quantized])
         refusals = [layer.refusal() for layer in weights.layers]
-        if not self._decided:
-            self._decide(parameters, weights, refusals)
-        weights.select(parameters, [i for i, info in enumerate(self._infos) if info.quantized and not refusals[i]])
+        if not self._choice.is_made:
+            self._choice.make(args, weights, refusals, self._entry(weights, parameters).load_autotuning)
+        chosen = tuple(i for i, info in enumerate(self._infos) if info.quantized and not refusals[i])
+        alike = list(weights.smoothing().values())
+        pattern = tuple((i, alike.index(factors)) for i, factors in weights.smoothing().items())
+        weights.kind = self._kinds.setdefault((weights.layout, chosen, pattern), len(self._kinds))
+        weights.select(parameters, chosen)
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
             self._report.phase = "quantized" if weights.selection else "float"
             self._publish(parameters, weights)
-
-    def _decide(self, parameters: Sequence[torch.Tensor], weights: WeightSet, refusals: Sequence[str | None]) -> None:
-        for info, layer in zip(self._infos, weights.layers, strict=True):
-            info.sensitivity = layer.sensitivity
-        context = PassContext(
-            self._config,
-            self._precision,
-            measured=True,
-            unusable={info.name: why for info, why in zip(self._infos, refusals, strict=True) if why is not None},
-            freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.freed),
-            device=self._device,
-        )
-        if context.measures_speed:
-            selection.restore(self._entry(weights, parameters).load_autotuning())
-            slow = selection.measure(self._graph, self._precision.format, self._device)
-            context.unusable = {**slow, **context.unusable}
-        run_passes(self._graph, SELECT, context)
-        self._decided = True
-        self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""
@@ -306,16 +298,21 @@ class QuantizedGraph:
                     _log.info("another checkpoint was loaded, so it is calibrated anew")
                     weights.start_over()
                     self._entries.pop(weights, None)
-                    self._decided = False
+                    self._choice.is_made = False
                     self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
             if changed:
+                weights.schedule.restart()
                 _log.info("quantized %d changed weights again in %.2f s", changed, time.perf_counter() - start)
 
     def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
         """The 8-bit graph for these sizes; None, with a reason in the report, if it cannot be built."""
         with self._lock:
             known = self._compiled.known
-            return known[key] if key in known else self._compiled.make(key, args, weights)
+            if key not in known:
+                if known:  # another size
+                    weights.schedule.restart()
+                self._compiled.make(key, args, weights)
+            return known.get(key)
 
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)

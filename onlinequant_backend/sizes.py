@@ -57,7 +57,7 @@ class CompiledGraphs:
 
     def key(self, args: Sequence[Any], weights: WeightSet) -> Key:
         """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
-        fixed: list[Any] = [weights.selection, weights.layout]
+        fixed: list[Any] = [weights.kind]
         sizes: list[Any] = []
         for position in self._others:
             value = args[position]

@@ -42,6 +42,11 @@ def _summary(report: Report) -> Table:
     grid.add_row("in 8 bit", ", ".join(layers))
     grid.add_row("observed", observed + (", decisions from the cache" if report.cache_hit else ""))
     grid.add_row("compiled in", f"{report.compile_seconds:.1f} s")
+    if report.error is not None:
+        grid.add_row("error", f"{report.error:.3g} of a step, measured when observing was over")
+    if report.widened:
+        most = max(report.widened.values())
+        grid.add_row("widened", f"the ranges of {len(report.widened)} layers, by up to {most:.2g}x, for larger values")
     if report.stats_path is not None:
         grid.add_row("statistics", report.stats_path)
     return grid

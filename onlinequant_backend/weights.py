@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from . import drift
 from .changes import Snapshot
 from .formats import Format
 from .hollow import hollow_out
@@ -41,7 +42,9 @@ class WeightSet:
 
     Attributes:
         layers: one ``Layer`` for each candidate node, in the order of their indices.
+        schedule: which calls look whether activations have outgrown their ranges.
         layout: stands for the strides and dtypes of all parameters.
+        kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
         selection: indices of the layers that run in 8 bit; None until they do.
         extras: of each compiled graph, how it is called with these weights, and its extra inputs.
         ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
@@ -55,9 +58,11 @@ class WeightSet:
         candidates: Sequence[int],
         layers: Sequence[Layer],
         layout: int,
+        drift_check_every: int = 0,
     ) -> None:
         self.layers = layers
-        self.layout = layout
+        self.schedule = drift.Schedule(drift_check_every)
+        self.layout = self.kind = layout
         self.selection: tuple[int, ...] | None = None
         self.extras: dict[object, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {}
         self.ids = list(map(id, parameters))
@@ -114,6 +119,20 @@ class WeightSet:
             layer.freeze()
         for layer in self.layers:  # layers that read one tensor share its histograms
             layer.observed.histograms.clear()
+
+    def smoothing(self) -> dict[int, bytes]:
+        """The factors of the layers whose input is smoothed, by index, so that equal ones are equal."""
+        vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
+        return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
+
+    def outgrown(self, counts: drift.Counts) -> list[int]:
+        """Indices of the layers that clip more of their inputs than they did while they were observed."""
+        shares = counts.by_address()
+        return [
+            index
+            for index in self.selection or ()
+            if drift.has_drifted(shares.get(self.layers[index].qparams.data_ptr(), 0.0), self.layers[index].clipped)
+        ]
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""

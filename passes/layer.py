@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -88,6 +89,12 @@ class LayerInfo:
         """Compute density in FLOPs per byte."""
         return self.flops / self.bytes if self.bytes else 0.0
 
+    @property
+    def error(self) -> float:
+        """The relative error that 8 bit costs; infinite where it is not known."""
+        relative = self.sensitivity.relative if self.sensitivity else math.inf
+        return math.inf if math.isnan(relative) else relative
+
     def decision(self) -> NodeDecision:
         """What has been decided, as the report shows it."""
         return NodeDecision(
@@ -119,6 +126,7 @@ class PassContext:
         freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         device: where the graph runs.
+        smoothing: what identifies the factors that a layer's input is smoothed by, by the layer's index, if it is.
         merge: makes one weight of those of several layers, by their indices; returns whether it could.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
     """
@@ -130,6 +138,7 @@ class PassContext:
     freed: Collection[int] = ()
     selection: Sequence[int] | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
 

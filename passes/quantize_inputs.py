@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import operator
+
 import torch.fx as fx
 
 from onlinequant_backend import graph, ops
@@ -22,24 +24,34 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
         %q = call_function[target=torch._C._nn.linear](args = (%quantize, %wq))
         %k = call_function[target=torch._C._nn.linear](args = (%quantize, %wk))
 
-    The layers are then rewritten by ``rewrite_linear`` and ``rewrite_conv``; only together do they make sense.
-    Convolutions read channels last, linears rows, so the two never share; nor do readers on different sides of a call
-    that writes in place, perhaps into what they read. Leaves float layers alone.
+    A layer whose input is smoothed reads ``%x * %onlinequant_smoothing_0``, quantized, and shares that with layers of
+    equal factors. The layers are then rewritten by ``rewrite_linear`` and ``rewrite_conv``; only together do they make
+    sense. Convolutions read channels last, linears rows, so the two never share; nor do readers on different sides of
+    a call that writes in place, perhaps into what they read. Leaves float layers alone.
     """
-    shared: dict[tuple[fx.Node, int, bool], fx.Node] = {}
+    shared: dict[tuple[fx.Node, int, bool, object], fx.Node] = {}
     for node, info, (x, writes) in layer_reads(graph_module):
         if info.index is None or not is_selected(info, context) or _is_quantize(x):
             continue
-        key = (x, writes, info.kind == "conv")
+        key = (x, writes, info.kind == "conv", context.smoothing.get(info.index))
         if key not in shared:
-            context.extra_inputs.append(("qparams", info.index))
-            qparams = graph.add_placeholder(graph_module, f"onlinequant_qparams_{info.index}")
+            qparams = _extra_input(graph_module, "qparams", info.index, context)
+            source = x
+            if info.index in context.smoothing:
+                factors = _extra_input(graph_module, "smoothing", info.index, context)
+                with graph_module.graph.inserting_before(node):
+                    source = graph_module.graph.call_function(operator.mul, (x, factors))
             with graph_module.graph.inserting_before(node):
                 dtype = context.precision.format.activation
-                args = (x, qparams, dtype, info.kind == "conv", not context.saturates)
+                args = (source, qparams, dtype, info.kind == "conv", not context.saturates)
                 shared[key] = graph_module.graph.call_function(ops.quantize, args)
         node.replace_input_with(x, shared[key])
     return len(shared)
+
+
+def _extra_input(graph_module: fx.GraphModule, what: str, index: int, context: PassContext) -> fx.Node:
+    context.extra_inputs.append((what, index))
+    return graph.add_placeholder(graph_module, f"onlinequant_{what}_{index}")
 
 
 def _is_quantize(node: object) -> bool:

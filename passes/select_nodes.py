@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import fnmatch
-import math
 import operator
 
 import torch
@@ -115,19 +114,14 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
     """Keep the least sensitive share of the layers of one kind; equal sensitivities go by graph order."""
     percentage = getattr(context.config, f"quantized_{kind}_percentage")
     selected = [info for _, info in layer_nodes(graph_module) if info.kind == kind and info.quantized]
-    selected.sort(key=_sensitivity)
+    selected.sort(key=lambda info: info.error)
     keep = round(len(selected) * percentage / 100)
     for rank, info in enumerate(selected[keep:], start=keep + 1):
         info.quantized = False
         info.reason = (
-            f"sensitivity {_sensitivity(info):.3g} ranks {rank} of {len(selected)}; "
+            f"sensitivity {info.error:.3g} ranks {rank} of {len(selected)}; "
             f"quantized_{kind}_percentage={percentage:g} keeps {keep}"
         )
-
-
-def _sensitivity(info: LayerInfo) -> float:
-    relative = info.sensitivity.relative if info.sensitivity else math.inf
-    return math.inf if math.isnan(relative) else relative
 
 
 def _excluding_pattern(name: str, config: QuantConfig) -> str | None:

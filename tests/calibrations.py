@@ -26,6 +26,8 @@ LAYER = LayerCalibration(
     maximum=3.25,
     qparams=(64.0, 81.0, 0.015625),
     sensitivity=(0.01, 0.002, 1e-30),
+    clipped=0.125,
+    smoothing=(0.5, *[1.0] * 319),
 )
 NEVER_FINITE = LayerCalibration("conv_in", "conv", (320, 4, 3, 3), -math.inf, math.nan, None, None)
 CALIBRATION = Calibration("UNet2DConditionModel", 20, (NEVER_FINITE, LAYER), {"torch": "2.13.0", "device": "cpu"})

@@ -154,6 +154,10 @@ class GraphProbe:
         candidates = [info for info in self.infos if info.index is not None]
         return [Layer(info.geometry, self.context.precision.format, "minmax") for info in candidates]
 
+    def weights(self) -> list[torch.Tensor]:
+        """The float weight of every candidate."""
+        return [self.inputs[info.weight] for info in self.infos if info.index is not None]
+
     @torch.no_grad()
     def call(self, *extras: Any) -> Any:
         """Run the graph eagerly with those of the captured inputs that it still takes, then ``extras``."""
@@ -166,10 +170,11 @@ class GraphProbe:
         layers = self.new_layers()
         observed = graph.copy_graph(self.graph_module)
         run_passes(observed, OBSERVE, self.context)
-        observed(*self.inputs.values(), Observation(layers))
-        for info in self.infos:
-            if info.index is not None:
-                layers[info.index].refresh(self.inputs[info.weight])
+        floats = self.weights()
+        observed(*self.inputs.values(), Observation(layers, floats))
+        for layer, weight in zip(layers, floats, strict=True):
+            layer.refresh(weight)
+        self.context.smoothing = _set_of(layers).smoothing()
         weights = _set_of(layers)
         self.context.merge = lambda indices: weights.merge(indices) is not None
         return layers

@@ -12,7 +12,7 @@ from onlinequant_backend.kernels import reference
 from onlinequant_backend.layers import Layer
 from tests.tiny import noise, relative_error
 
-METHODS = ["minmax", "mse"]
+METHODS = ["minmax", "mse", "percentile"]
 FORMATS = [pytest.param(format, id=format.name) for format in (ONEDNN, INT8, FP8)]
 INTEGERS = FORMATS[:2]
 
@@ -91,16 +91,25 @@ def test_zero_is_representable(x: torch.Tensor, format: Format, method: str) -> 
 def test_mse_clips_outliers(sign: int, format: Format) -> None:
     x = heavy_tailed(16384)
     x = sign * torch.cat([x, x[x > 0]])  # more of them on one side
-    minmax, mse = (freeze(observed(*x.split(2048)), format, method) for method in METHODS)
+    minmax, mse = (freeze(observed(*x.split(2048)), format, method) for method in ("minmax", "mse"))
     assert mse[2] < 0.98 * minmax[2]
     assert squared_error(x, format, "mse") < 0.98 * squared_error(x, format, "minmax")
+
+
+@pytest.mark.parametrize("format", INTEGERS)
+def test_percentile_clips_one_in_ten_thousand(format: Format) -> None:
+    x = noise(60000)
+    xq = ops.quantize(x, freeze(observed(x), format, "percentile"), format.activation, False).float()
+    lowest, highest = format.limits
+    # Bins of the histogram and steps of the format make it a little more.
+    assert 0.5e-4 < float(((xq == lowest) | (xq == highest)).float().mean()) < 6e-4
 
 
 def test_nothing_is_clipped_in_fp8() -> None:
     seen = observed(torch.cat([noise(65535), torch.tensor([100.0])]))
     for format, clipped in ((FP8, False), (INT8, True)):
-        minmax, mse = (freeze(seen, format, method) for method in METHODS)
-        assert torch.equal(minmax, mse) != clipped
+        minmax, mse, percentile = (freeze(seen, format, method) for method in ("minmax", "mse", "percentile"))
+        assert torch.equal(minmax, mse) == torch.equal(minmax, percentile) != clipped
 
 
 @pytest.mark.parametrize("format", INTEGERS)
@@ -177,6 +186,9 @@ def test_what_is_kept_of_an_activation_is_small_and_a_copy(size: int, dtype: tor
     assert held <= 16384
 
 
+WEIGHTS = [noise(4, 8)] * 3
+
+
 class TestObservation:
     @pytest.fixture
     def layers(self) -> list[Layer]:
@@ -184,10 +196,10 @@ class TestObservation:
 
     def test_hands_the_output_on(self, layers: list[Layer]) -> None:
         y = noise(2, 4)
-        assert Observation(layers).see(0, 0, noise(2, 8), y, None) is y
+        assert Observation(layers, WEIGHTS).see(0, 0, noise(2, 8), y, None) is y
 
     def test_readers_of_one_tensor_share_their_range(self, layers: list[Layer]) -> None:
-        observation, x, y = Observation(layers), noise(2, 8), noise(2, 4)
+        observation, x, y = Observation(layers, WEIGHTS), noise(2, 8), noise(2, 4)
         for index, first in ((0, 0), (1, 0), (2, 2)):
             observation.see(index, first, x, y, None)
         first_range, second_range, third_range = (layer.observed for layer in layers)
@@ -196,7 +208,7 @@ class TestObservation:
 
     def test_readers_that_come_together_late_keep_ranges_of_their_own(self, layers: list[Layer]) -> None:
         """A layer that was observed in another graph, where it read something else."""
-        observation, y = Observation(layers), noise(2, 4)
+        observation, y = Observation(layers, WEIGHTS), noise(2, 4)
         for index in (0, 1):
             observation.see(index, index, noise(2, 8, seed=index), y, None)
         shared = noise(2, 8) * 9
@@ -210,7 +222,7 @@ class TestObservation:
         y = x @ weight.t() + bias
         layers[1].observed.update(x)
         layers[1].refresh(weight)
-        observation = Observation(layers, probe=1)
+        observation = Observation(layers, probed=(1,))
         assert observation.see(0, 0, x, y, bias) is y
         assert 0 < relative_error(observation.see(1, 1, x, y, bias), y) < 0.05
         assert layers[0].observed.minimum is None
@@ -218,7 +230,7 @@ class TestObservation:
     def test_measuring_compares_outputs_of_finite_layers(self, layers: list[Layer]) -> None:
         x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
         y = x @ weight.t() + bias
-        observation = Observation(layers, [weight] * len(layers), kept={0})
+        observation = Observation(layers, [weight] * len(layers), compares=True, kept={0})
         observation.see(0, 0, x, y, bias)
         observation.see(1, 1, x.clone().fill_(torch.nan), y, bias)
         assert [layer.weight is not None for layer in layers[:2]] == [True, False]

@@ -60,8 +60,13 @@ def layers(draw: st.DrawFn) -> LayerCalibration:
         qparams = (1 / scale, float(draw(st.integers(0, 255))), scale)
     sensitivity = draw(st.none() | st.tuples(*[st.floats(min_value=0, width=32) | st.just(math.nan)] * 3))
     name = draw(st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1))
-    shape = tuple(draw(st.lists(st.integers(1, 2**40), max_size=5)))
-    return LayerCalibration(name, draw(st.sampled_from(["conv", "linear"])), shape, low, high, qparams, sensitivity)
+    shape = tuple(draw(st.lists(st.integers(1, 50) | st.integers(1, 2**40), max_size=5)))
+    clipped = draw(st.floats(0, 1, width=32))
+    kind = draw(st.sampled_from(["conv", "linear"]))
+    smoothing = None
+    if len(shape) > 1 and shape[1] < 100 and draw(st.booleans()):
+        smoothing = tuple(draw(st.sampled_from([1.0, 0.5, 2.0**-9])) for _ in range(shape[1]))
+    return LayerCalibration(name, kind, shape, low, high, qparams, sensitivity, clipped, smoothing)
 
 
 @hypothesis.given(st.lists(layers(), max_size=5), st.integers(0, 2**40))
@@ -95,8 +100,10 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
     assert {name: (tensor.dtype.name, tensor.shape) for name, tensor in tensors.items()} == {
         "minimum": ("float32", (2,)),
         "maximum": ("float32", (2,)),
+        "clipped": ("float32", (2,)),
         "qparams": ("float32", (2, 3)),
         "sensitivity": ("float32", (2, 3)),
+        "smoothing": ("float32", (320,)),
         "given": ("uint8", (2, 2)),
     }
     assert tensors["qparams"][1].tolist() == list(LAYER.qparams or ())
@@ -189,7 +196,7 @@ def nested(depth: int) -> Any:
     [
         (metadata(format="other"), "not a calibration of onlinequant"),
         (lambda header: {**header, "__metadata__": nested(3)}, "not a calibration of onlinequant"),
-        (metadata(version="2"), "its version is '2'; this onlinequant reads '1'"),
+        (metadata(version="1"), "its version is '1'; this onlinequant reads '2'"),
         (metadata(version=nested(700)), "nested too deeply|its version is"),
         (metadata(version="9" * 10**6), r"its version is '9{99}\.\.\.; this"),
         (metadata(key=None), "has no key"),
@@ -200,7 +207,7 @@ def nested(depth: int) -> Any:
         (metadata(calibration=DEEP), "its metadata is not JSON"),
         (metadata(calibration='{"layers":{}}'), "does not list its layers"),
         (metadata(calibration=json.dumps({"layers": [0] * (entry.MAX_LAYERS + 1)})), "at most 100000"),
-        (metadata(calibration='{"layers":[[],[]]}'), "lacks something"),
+        (metadata(calibration='{"layers":[[],[]]}'), "list of layers is in a wrong form"),
         (metadata(calibration='{"layers":[1,2],"model":"m","calls":1,"about":{}}'), "in a wrong form"),
         (metadata(calibration='{"layers":[["a","conv",3],["b","conv",[]]],"model":"m","calls":1}'), "wrong form"),
         (metadata(sha256="0" * 64), "checksum is wrong"),
@@ -240,6 +247,10 @@ def layer(**changes: Any) -> Calibration:
         (layer(qparams=None), r"the range \[-1\.5, 3\.25\] and no scale"),
         (layer(minimum=4.0), r"begins at 4\.0 and ends at 3\.25"),
         (layer(sensitivity=(0.1, -0.1, 0.1)), "negative errors"),
+        (layer(smoothing=(0.5,)), "has 1 factors of smoothing"),
+        (layer(smoothing=(0.5,) * 319 + (0.0,)), r"not in \(0, 1\]"),
+        (layer(clipped=1.5), "clipped a share of 1.5"),
+        (layer(clipped=math.nan), "clipped a share of nan"),
         (layer(name=""), "layer's name is ''"),
         (layer(name="a\nb"), "cannot be printed"),
         (layer(name="\x1b[2J"), "cannot be printed"),
@@ -261,7 +272,7 @@ def layer(**changes: Any) -> Calibration:
         (calibration(about={"torch": 2}), "'torch' is 2, not a text"),
         (calibration(about={"": "text"}), "a name of what it says"),
     ],
-    ids=range(33),
+    ids=range(37),
 )
 def test_values_that_cannot_be_are_neither_written_nor_read(
     made: Calibration, message: str, monkeypatch: pytest.MonkeyPatch

@@ -648,3 +648,33 @@ def test_reset_forgets_what_this_process_knows(inductor: EagerInductor, monkeypa
     step = compiled(model)
     assert torch.equal(step(X), model(X))
     assert oq.reports()[-1].calls_observed == 1
+
+
+@torch.no_grad()
+def test_a_budget_keeps_the_most_sensitive_layers_in_float(inductor: EagerInductor) -> None:
+    def run(budget: float) -> oq.Report:
+        torch._dynamo.reset()
+        oq.reset()
+        model = net()
+        step = compiled(model, max_error=budget)
+        for _ in range(3):
+            result = step(X)
+        report = oq.reports()[-1]
+        assert report.error is not None and report.error <= budget
+        assert relative_error(result, model(X)) == pytest.approx(report.error, rel=0.05, abs=1e-6)
+        assert f"{report.error:.3g} of a step" in report.table()
+        return report
+
+    free = run(1.0)
+    assert free.error is not None and free.error > 0.001 and all(d.quantized for d in free.decisions)
+    some, none = run(0.6 * free.error), run(1e-9)
+    in_float = [d.sensitivity or 0 for d in some.decisions if not d.quantized]
+    in_8_bit = [d.sensitivity or 0 for d in some.decisions if d.quantized]
+    assert in_float and in_8_bit and min(in_float) >= max(in_8_bit)
+    assert all("max_error=1e-09" in d.reason for d in none.decisions)
+
+
+@pytest.mark.parametrize("value", [-1, "much", True])
+def test_a_budget_that_is_none_is_refused(value: object) -> None:
+    with pytest.raises(oq.errors.InvalidOptionError, match="max_error"):
+        oq.QuantConfig(max_error=value)  # type: ignore[arg-type]

@@ -22,7 +22,7 @@ def test_every_candidate_is_observed_and_the_result_is_exact() -> None:
     assert probe.after.counts - probe.before.counts == {observe: 7, "placeholder": 1}
 
     layers = probe.new_layers()
-    (result,) = probe.call(Observation(layers))
+    (result,) = probe.call(Observation(layers, probe.weights()))
     assert torch.equal(result, model(X))
     ranges = {info.name: layers[info.index].observed for info in probe.infos if info.index is not None}
     low, high = X.aminmax()

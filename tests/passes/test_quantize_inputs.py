@@ -116,3 +116,34 @@ def test_value_that_changes_between_two_readers_is_not_shared(change: Callable[[
     probe.run(*REWRITE)
     (result,) = probe.call_quantized(layers)
     assert relative_error(result, module(x)) < 0.05
+
+
+@torch.no_grad()
+def test_an_input_with_large_channels_is_smoothed_for_the_readers_of_equal_factors() -> None:
+    x = noise(64, 32)
+    x[:, 5] *= 100
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.first(x) + self.second(x)
+
+    torch.manual_seed(0)
+    module = Both()
+    for layer in (module.first, module.second):
+        layer.weight[:, 5] /= 100
+    for shared in (True, False):
+        probe = GraphProbe(module, x, precision=host_precision()).analyze()
+        layers = probe.observe()
+        assert layers[0].smoothing is not None and layers[0].smoothing is layers[1].smoothing
+        if not shared:
+            layers[1].smoothing = layers[0].smoothing / 2
+            probe.context.smoothing = {0: b"first", 1: b"second"}
+        probe.run(*REWRITE)
+        assert sum(what == "smoothing" for what, _ in probe.context.extra_inputs) == (1 if shared else 2)
+        if shared:
+            (result,) = probe.call_quantized(layers)
+            assert relative_error(result, module(x)) < 0.05

@@ -1,0 +1,84 @@
+"""Runs 8-bit graphs and looks at what they do: outgrown ranges are widened, and nothing non-finite gets out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.fx as fx
+
+from . import drift
+from .calibration import Observation
+from .report import Report
+
+if TYPE_CHECKING:
+    from .build import CompiledGraph
+    from .passes import LayerInfo
+    from .weights import WeightSet
+
+_log = logging.getLogger("onlinequant")
+
+
+class Watch:
+    """Watches one graph.
+
+    ``observed`` gives the float graph with observers, which is only made when it is needed. ``may_repeat``: whether a
+    call may be done twice: nothing is written in place.
+    """
+
+    def __init__(
+        self, observed: Callable[[], fx.GraphModule], report: Report, infos: Sequence[LayerInfo], may_repeat: bool
+    ) -> None:
+        self._observed = observed
+        self._report = report
+        self._infos = infos
+        self._may_repeat = may_repeat
+        self._expects_finite = True
+        self._said = False
+
+    def run(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> Any:
+        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges."""
+        device = weights.layers[0].device
+        due = weights.schedule.is_due() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        if not due:
+            result = compiled(args, weights)
+            # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
+            outgrown: Sequence[int] = ()
+            looks = device.type == "cpu"
+        else:
+            with drift.counting(weights.schedule.checks, device) as counts:
+                result = compiled(args, weights, graphed=False)
+            outgrown = weights.outgrown(counts)
+            looks = True
+        is_lost = looks and self._expects_finite and not drift.is_finite(result)
+        if not (outgrown or is_lost):
+            return result
+        try:
+            return self._follow(args, weights, outgrown, is_lost, result)
+        except Exception:  # out of memory, say
+            _log.exception("the observed ranges cannot be widened")
+            return result
+
+    def _follow(
+        self, args: Sequence[Any], weights: WeightSet, outgrown: Sequence[int], is_lost: bool, result: Any
+    ) -> Any:
+        """Widen ranges, in place, so that nothing is compiled again."""
+        if is_lost and not self._said:
+            self._said = True
+            _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
+        with weights.layers[0].lock, torch.no_grad():
+            if self._may_repeat and not weights.has_freed():
+                selection = weights.selection or ()
+                result = self._observed()(*args, Observation(weights.layers, widening=selection))
+                self._expects_finite = not is_lost or drift.is_finite(result)
+            else:
+                for index in outgrown:
+                    weights.layers[index].widen()
+                self._expects_finite = not is_lost
+        weights.schedule.restart()
+        growth = {info.name: layer.growth for info, layer in zip(self._infos, weights.layers, strict=True)}
+        self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
+        _log.info("larger values than observed: the ranges of %d layers are wider by now", len(self._report.widened))
+        return result

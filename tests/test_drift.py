@@ -1,0 +1,120 @@
+"""When ranges are looked at, and what counts as clipped."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from onlinequant_backend import drift, ops
+from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, widened
+from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
+from tests.tiny import noise
+
+FORMATS = pytest.mark.parametrize("format", [ONEDNN, INT8, FP8], ids=["uint8", "int8", "fp8"])
+
+
+def due(schedule: drift.Schedule, calls: int) -> list[int]:
+    return [call for call in range(1, calls + 1) if schedule.is_due()]
+
+
+def test_checks_begin_after_eight_calls_and_become_rarer() -> None:
+    schedule = drift.Schedule(64)
+    assert due(schedule, 250) == [8, 24, 56, 120, 184, 248]
+    assert schedule.checks == 6
+
+
+def test_after_a_change_the_next_call_is_checked() -> None:
+    schedule = drift.Schedule(4)
+    due(schedule, 10)
+    schedule.restart()
+    assert due(schedule, 15) == [1, 3, 7, 11, 15]
+
+
+def test_zero_switches_the_checks_off() -> None:
+    schedule = drift.Schedule(0)
+    schedule.restart()
+    assert not due(schedule, 100)
+
+
+def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.Tensor:
+    return ops.quantize(x, qparams, format.activation, False)
+
+
+def observed(x: torch.Tensor) -> ActivationRange:
+    seen = ActivationRange()
+    seen.update(x)
+    return seen
+
+
+@FORMATS
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_what_was_observed_does_not_look_like_drift(format: Format, method: str) -> None:
+    for x in (noise(64, 96), noise(64, 96).relu(), noise(64, 96).abs() + 1, torch.rand(64, 96), noise(4, 4)):
+        seen = observed(x)
+        qparams = freeze(seen, format, method)
+        share = float(drift.clipped_share(quantized(x, qparams, format), qparams))
+        assert not drift.has_drifted(share, clipped_share(seen, qparams, format))
+
+
+@FORMATS
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_clipped_share_is_that_of_the_values_beyond_the_range(format: Format, sign: int) -> None:
+    x = noise(1000, 50)
+    seen = observed(x)
+    qparams = freeze(seen, format, "minmax")
+    expected = clipped_share(seen, qparams, format)
+    assert expected < 0.001
+    x[:100] = sign * 4 * x.abs().max()
+    share = float(drift.clipped_share(quantized(x, qparams, format), qparams))
+    assert share == pytest.approx(0.1, abs=0.001)
+    assert drift.has_drifted(share, expected)
+
+
+def test_zeros_at_the_lower_end_are_not_clipped() -> None:
+    x = noise(100, 100).relu()
+    qparams = freeze(observed(x), ONEDNN, "minmax")
+    assert qparams[1] == 0
+    assert float(drift.clipped_share(quantized(x, qparams, ONEDNN), qparams)) < 0.001
+
+
+@FORMATS
+def test_widened_covers_both_ranges(format: Format) -> None:
+    small, large = noise(100, 10), 3 * noise(100, 10) + 1
+    narrow, wide = (freeze(observed(x), format, "minmax") for x in (small, large))
+    assert torch.equal(widened(wide, narrow, format), wide)
+    both = widened(narrow, wide, format)
+    for x in (small, large):
+        back = (quantized(x, both, format).float() - both[1]) * both[2]
+        assert float((back - x).abs().max()) <= (0.51 if format is not FP8 else 32) * float(both[2])
+
+
+def test_a_kernel_is_counted_only_when_asked_for() -> None:
+    seen = []
+    kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
+    qparams = torch.tensor([1.0, 3.0, 1.0])
+    xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
+    kernel(xq, qparams, 1)
+    with drift.counting(0, torch.device("cpu")) as counts:
+        kernel(xq, qparams, 2)
+        kernel(xq + 1, qparams, 3)  # of one tensor, only the first that reads it counts
+    kernel(xq, qparams, 4)
+    assert seen == [(1,), (2,), (3,), (4,)]
+    assert counts.by_address() == {qparams.data_ptr(): 0.5}
+
+
+def test_on_a_gpu_the_layers_take_turns() -> None:
+    operands = [torch.tensor([1.0, 3.0, 1.0]) for _ in range(8)]
+    found = []
+    for turn in range(4):
+        counts = drift.Counts(turn, 4)
+        for qparams in operands:
+            counts.see(torch.zeros(4, dtype=torch.uint8), qparams)
+        found.append(set(counts.by_address()))
+    assert [len(some) for some in found] == [2] * 4
+    assert set.union(*found) == {qparams.data_ptr() for qparams in operands}
+
+
+def test_results_of_any_structure_are_looked_at() -> None:
+    fine = torch.ones(2)
+    assert drift.is_finite({"a": [fine, 3, None], "b": torch.arange(2)})
+    assert not drift.is_finite((fine, {"x": torch.tensor([1.0, torch.inf])}))

@@ -1,0 +1,110 @@
+"""What becomes of calls that have outgrown the observed ranges."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+import onlinequant_backend as oq
+from onlinequant_backend.watch import Watch
+from tests.test_runtime import CLOSE, EagerInductor, compiled, inductor
+from tests.tiny import net, noise, relative_error
+
+__all__ = ["inductor"]
+
+X = noise(1, 4, 8, 8)
+
+
+def started(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
+    """Compiled, observed and in 8 bit."""
+    step = compiled(model, **{"drift_check_every": 4, **options})
+    for _ in range(3):
+        step(X)
+    return step
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", ["minmax", "mse"])
+def test_outgrown_ranges_are_widened_without_a_compile(method: str, inductor: EagerInductor) -> None:
+    model = net()
+    step, expected = started(model, calibration_method=method), model(4 * X)
+    errors = [relative_error(step(4 * X), expected) for _ in range(6)]
+    assert errors[0] > CLOSE  # nothing has changed that would make one look sooner
+    assert errors[2] == 0  # the call that finds out is done again in float
+    assert 0 < errors[-1] < CLOSE
+    report = oq.reports()[-1]
+    assert len(inductor.graphs) == 1 and report.phase == "quantized"
+    assert report.widened["conv_in"] == pytest.approx(4, rel=0.2)
+    assert "widened" in report.table()
+
+
+@torch.no_grad()
+def test_what_was_observed_goes_on_in_8_bit(inductor: EagerInductor) -> None:
+    step = started(net())
+    for seed in range(20):
+        x = noise(1, 4, 8, 8, seed=1)
+        assert relative_error(step(x), net()(x)) > 0, seed
+    assert not oq.reports()[-1].widened
+
+
+@torch.no_grad()
+def test_changed_weights_are_checked_at_once(inductor: EagerInductor) -> None:
+    model = net()
+    step = started(model)
+    model.conv_in.weight.mul_(6)
+    assert relative_error(step(X), model(X)) == 0
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert len(inductor.graphs) == 1
+
+
+@torch.no_grad()
+def test_without_float_weights_ranges_are_doubled_until_they_fit(inductor: EagerInductor) -> None:
+    model, other = net(), net()
+    step = started(model, free_float_weights=True, drift_check_every=1)
+    for _ in range(6):
+        result = step(4 * X)
+    assert relative_error(result, other(4 * X)) < 2 * CLOSE
+    assert oq.reports()[-1].widened["conv_in"] == pytest.approx(4)
+
+
+@torch.no_grad()
+def test_zero_never_widens(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, drift_check_every=0)
+    for _ in range(3):
+        step(X)
+    for _ in range(70):
+        assert relative_error(step(4 * X), model(4 * X)) > CLOSE
+
+
+@torch.no_grad()
+def test_a_result_that_is_not_finite_is_done_again_in_float(
+    inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net()
+    step = started(model)
+    graph = inductor.graphs[0]
+    forward = graph.forward
+    monkeypatch.setattr(graph, "forward", lambda *args: tuple(x * torch.nan for x in forward(*args)))
+    with caplog.at_level(logging.WARNING, "onlinequant"):
+        for _ in range(3):
+            assert relative_error(step(X), model(X)) == 0
+    assert sum("not finite" in record.message for record in caplog.records) == 1
+
+
+@torch.no_grad()
+def test_a_model_that_is_not_finite_in_float_either_is_left_alone(
+    inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = net()
+    model.conv_out.bias[0] = torch.nan
+    step = started(model)
+    assert step(X)[:, 0].isnan().all()
+    monkeypatch.setattr(Watch, "_follow", None)  # it fails if it is asked for again
+    assert step(X)[:, 0].isnan().all()
+    assert 0 < relative_error(step(X)[:, 1:], model(X)[:, 1:]) < CLOSE
+    assert not caplog.records[1:]
