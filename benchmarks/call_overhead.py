@@ -84,7 +84,7 @@ def main() -> None:
         "one whole call": lambda: step(*args),
         "  same parameters": lambda: weights.ids == list(map(id, parameters)),
         "  same values": lambda: weights.is_current(parameters),
-        "  same shapes": lambda: step._key(args, weights),
+        "  same shapes": lambda: step._compiled.key(args, weights),
     }
     table = Table(title=f"Overhead of one call with {options.weights} 8-bit weights, microseconds")
     for heading in ("", "all values in cache", "cold"):

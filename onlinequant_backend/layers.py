@@ -144,8 +144,8 @@ class Layer:
         """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered."""
         with torch.inference_mode(False), torch.no_grad():
             other = self.qparams * torch.tensor([0.5, 1, 2], device=self.qparams.device)
+            seen = ActivationRange()
             if x is not None:
-                seen = ActivationRange()
                 seen.update(self._smoothed(x))
                 if not seen.is_finite():
                     return
@@ -153,6 +153,8 @@ class Layer:
             before = float(self.qparams[2])
             self._set_qparams(widened(self.qparams, other, self.format))
             self.growth *= float(self.qparams[2]) / before
+            # What is clipped on purpose is no drift the next time.
+            self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""

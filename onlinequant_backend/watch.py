@@ -77,8 +77,10 @@ class Watch:
                 for index in outgrown:
                     weights.layers[index].widen()
                 self._expects_finite = not is_lost
-        weights.schedule.restart()
         growth = {info.name: layer.growth for info, layer in zip(self._infos, weights.layers, strict=True)}
+        known = self._report.widened
         self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
+        if self._report.widened != known:  # else looking again would only make the next call slow as well
+            weights.schedule.restart()
         _log.info("larger values than observed: the ranges of %d layers are wider by now", len(self._report.widened))
         return result

@@ -24,6 +24,8 @@ DEFAULTS = {
     "sensitivity": "local",
     "selection": "auto",
     "shapes": "auto",
+    "max_error": None,
+    "drift_check_every": 64,
     "free_float_weights": False,
     "cache_dir": None,
     "cache_size_limit": 20,
@@ -44,6 +46,8 @@ OTHER_VALUES = {
     "sensitivity": "end_to_end",
     "selection": "density",
     "shapes": "static",
+    "max_error": 0.1,
+    "drift_check_every": 0,
     "free_float_weights": True,
     "cache_dir": "/somewhere/else",
     "cache_size_limit": 0,
@@ -75,7 +79,9 @@ def test_defaults() -> None:
         ),
         ("precision", ["int4", "INT8", 8, None], errors.UnknownPrecisionError, "'auto', 'int8', 'fp8', 'float'"),
         ("calibration_steps", [0, -3, 2.0, True, "20"], errors.InvalidCalibrationStepsError, "at least 1"),
-        ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'minmax'"),
+        ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'percentile', 'minmax'"),
+        ("max_error", [-0.1, INF, NAN, "low", True], errors.InvalidOptionError, "[0, inf)"),
+        ("drift_check_every", [-1, 2.0, True, None, "64"], errors.InvalidOptionError, "0 for never"),
         ("sensitivity", ["global", None], errors.InvalidOptionError, "'local', 'end_to_end'"),
         ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
         ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
@@ -154,7 +160,7 @@ def test_cache_key_changes_with_every_option_but_the_place() -> None:
     assert OTHER_VALUES.keys() == DEFAULTS.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
     keys = {name: QuantConfig.from_options({name: value}).cache_key() for name, value in OTHER_VALUES.items()}
     default = QuantConfig().cache_key()
-    for name in ("cache_dir", "cache_size_limit", "lock_timeout"):
+    for name in ("cache_dir", "cache_size_limit", "drift_check_every", "lock_timeout"):
         assert keys.pop(name) == default
     assert len({default, *keys.values()}) == len(keys) + 1
 

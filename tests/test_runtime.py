@@ -672,9 +672,3 @@ def test_a_budget_keeps_the_most_sensitive_layers_in_float(inductor: EagerInduct
     in_8_bit = [d.sensitivity or 0 for d in some.decisions if d.quantized]
     assert in_float and in_8_bit and min(in_float) >= max(in_8_bit)
     assert all("max_error=1e-09" in d.reason for d in none.decisions)
-
-
-@pytest.mark.parametrize("value", [-1, "much", True])
-def test_a_budget_that_is_none_is_refused(value: object) -> None:
-    with pytest.raises(oq.errors.InvalidOptionError, match="max_error"):
-        oq.QuantConfig(max_error=value)  # type: ignore[arg-type]
