@@ -8,6 +8,7 @@ import torch
 from onlinequant_backend import drift, ops
 from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, widened
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
+from onlinequant_backend.layers import Layer
 from tests.tiny import noise
 
 FORMATS = pytest.mark.parametrize("format", [ONEDNN, INT8, FP8], ids=["uint8", "int8", "fp8"])
@@ -86,6 +87,20 @@ def test_widened_covers_both_ranges(format: Format) -> None:
     for x in (small, large):
         back = (quantized(x, both, format).float() - both[1]) * both[2]
         assert float((back - x).abs().max()) <= (0.51 if format is not FP8 else 32) * float(both[2])
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "percentile"])
+def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str) -> None:
+    layer = Layer(None, ONEDNN, method)
+    layer.observe(torch.rand(64, 96), noise(32, 96))
+    layer.freeze()
+    larger = (4 * noise(64, 96)).clamp(max=3)
+    before = drift.clipped_share(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
+    assert drift.has_drifted(float(before), layer.clipped)
+    layer.widen(larger)
+    after = drift.clipped_share(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
+    assert not drift.has_drifted(float(after), layer.clipped)
+    assert layer.growth > 2
 
 
 def test_a_kernel_is_counted_only_when_asked_for() -> None:
