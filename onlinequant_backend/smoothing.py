@@ -37,4 +37,6 @@ def _largest(tensor: torch.Tensor, is_second: bool) -> torch.Tensor:
     """The largest magnitude in each channel, which is the second dimension or the last; float32 [C]."""
     channel = 1 if is_second else tensor.dim() - 1
     others = [dim for dim in range(tensor.dim()) if dim != channel]
+    if tensor.dtype.itemsize == 1:  # float8, which has no amax
+        tensor = tensor.float()
     return torch.maximum(tensor.amax(others), -tensor.amin(others)).float()

@@ -49,6 +49,14 @@ def test_only_channels_that_stand_out_are_shrunk(dtype: torch.dtype) -> None:
     assert factors is not None and float(factors[0, 5, 0, 0]) in (1 / 128, 1 / 64, 1 / 32)
 
 
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_weights_may_be_kept_in_float8(dtype: torch.dtype) -> None:
+    x, weight = noise(3, 7, 16), noise(32, 16).to(dtype)
+    x[..., 2] *= 100
+    factors, expected = smoothing_factors(x, weight), smoothing_factors(x, weight.float())
+    assert factors is not None and expected is not None and torch.equal(factors, expected)
+
+
 def test_the_channels_of_rows_are_the_last_dimension() -> None:
     x, weight = noise(3, 7, 16), noise(32, 16)
     x[..., 2] *= 100
