@@ -161,6 +161,8 @@ class QuantizedGraph:
             number = self._layouts.setdefault(layout, len(self._layouts))
             every = self._config.drift_check_every
             weights = WeightSet(parameters, self._names, self._candidates, layers, number, every)
+            if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
+                weights.schedule.restart()
             registry.add(weights)
             for key, old in list(self._sets.items()):
                 if old.is_dead() or registry.is_successor(named, old):
