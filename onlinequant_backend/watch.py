@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -45,7 +45,7 @@ class Watch:
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
-            outgrown: Sequence[int] = ()
+            outgrown: Mapping[int, float] = {}
             looks = device.type == "cpu"
         else:
             with drift.counting(weights.schedule.checks, device) as counts:
@@ -62,7 +62,7 @@ class Watch:
             return result
 
     def _follow(
-        self, args: Sequence[Any], weights: WeightSet, outgrown: Sequence[int], is_lost: bool, result: Any
+        self, args: Sequence[Any], weights: WeightSet, outgrown: Mapping[int, float], is_lost: bool, result: Any
     ) -> Any:
         """Widen ranges, in place, so that nothing is compiled again."""
         if is_lost and not self._said:
@@ -82,5 +82,8 @@ class Watch:
         self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
         if self._report.widened != known:  # else looking again would only make the next call slow as well
             weights.schedule.restart()
+        else:
+            for index, share in outgrown.items():
+                weights.layers[index].clipped = max(weights.layers[index].clipped, share)
         _log.info("larger values than observed: the ranges of %d layers are wider by now", len(self._report.widened))
         return result

@@ -125,14 +125,11 @@ class WeightSet:
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
 
-    def outgrown(self, counts: drift.Counts) -> list[int]:
-        """Indices of the layers that clip more of their inputs than they did while they were observed."""
+    def outgrown(self, counts: drift.Counts) -> dict[int, float]:
+        """The layers that clip more of their inputs than they did while they were observed, and what share."""
         shares = counts.by_address()
-        return [
-            index
-            for index in self.selection or ()
-            if drift.has_drifted(shares.get(self.layers[index].qparams.data_ptr(), 0.0), self.layers[index].clipped)
-        ]
+        found = {index: shares.get(self.layers[index].qparams.data_ptr(), 0.0) for index in self.selection or ()}
+        return {i: share for i, share in found.items() if drift.has_drifted(share, self.layers[i].clipped)}
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
