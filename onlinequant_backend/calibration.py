@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 # Values of an input that its histogram looks at. Far fewer miss the tails, and then clipping does harm.
 SAMPLES = 65536
 BINS = 1024
-# Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
 # Share of the observed values that "percentile" clips, of both ends together.
 _CLIPPED_SHARE = 1e-4
+# Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
 
