@@ -107,14 +107,24 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
     kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
     qparams = torch.tensor([1.0, 3.0, 1.0])
-    xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
+    xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(1000)
     kernel(xq, qparams, 1)
     with drift.counting(0, torch.device("cpu")) as counts:
         kernel(xq, qparams, 2)
         kernel(xq + 1, qparams, 3)  # of one tensor, only the first that reads it counts
     kernel(xq, qparams, 4)
     assert seen == [(1,), (2,), (3,), (4,)]
-    assert counts.by_address() == {qparams.data_ptr(): 0.5}
+    assert counts.by_address() == {qparams.data_ptr(): 0.5 - 4 / 4000}
+
+
+@pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
+def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
+    xq = torch.full((1000,), 100, dtype=torch.uint8)
+    xq[:beyond] = 255
+    counts = drift.Counts()
+    counts.see(xq, torch.tensor([1.0, 3.0, 1.0]))
+    (share,) = counts.by_address().values()
+    assert drift.has_drifted(share, 0.0) is drifts
 
 
 def test_on_a_gpu_the_layers_take_turns() -> None:
