@@ -5,11 +5,12 @@
     python benchmarks/sensitivity.py --model sdxl-small --precision fp8 --every 4
 
 The truth is ``sensitivity="end_to_end"``: the squared error of the model's output with one layer alone in 8 bit, for
-which the model runs once for each layer. All other measures come from one run, with one backward pass for the last.
+which the model runs once for each layer. All other measures come from one run, but for the gradient's backward pass.
 
 - "mean error / mean output" is what ``sensitivity="local"`` is.
 - "share of the residual sum": of the squares, where a layer's error is first added to what it had no part in.
-- "squared gradient": of a random mixture of the model's outputs, with respect to the layer's output.
+- "squared gradient": of a random mixture of the model's outputs, with respect to the layer's output; this is what
+  ``sensitivity="gradient"`` is.
 - "conv", "linear", "all": Spearman's correlation of a measure with the truth; 1 where both order the layers alike.
 - "left": of the squared errors that all layers cause, the percentage that is left if a fifth of the layers, those that
   a measure finds most sensitive, stay in float. The last row is the least that is possible.

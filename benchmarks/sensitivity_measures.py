@@ -15,9 +15,11 @@ from onlinequant_backend.calibration import Observation
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
-from onlinequant_backend.sensitivity import measure_end_to_end
+from onlinequant_backend.sensitivity import estimate_by_gradient, measure_end_to_end
 
 _ADDS = (operator.add, operator.iadd, torch.add)
+
+_GRADIENT = "squared error x squared gradient (gradient)"
 
 # By layer name, by measure.
 Measures = dict[str, dict[str, float]]
@@ -51,14 +53,21 @@ class Observed:
     def _calibrate(self) -> None:
         names = [node.name for node in graph.placeholders(self.graph_module)]
         weights = [dict(zip(names, self.args, strict=True))[info.weight] for info in self.infos]
-        self.result = self._observing(*self.args, Observation(self.layers, weights))
-        for layer, weight in zip(self.layers, weights, strict=True):
-            layer.refresh(weight)
+        kept = range(len(self.layers))
+        self.result = self._observing(*self.args, Observation(self.layers, weights, compares=True, kept=kept))
+        for layer in self.layers:
             layer.freeze()
 
     def index(self, node: fx.Node) -> int | None:
         """Which layer a node of the graph is."""
         return self._indices.get(node)
+
+    def by_gradient(self) -> dict[str, float]:
+        """What ``sensitivity="gradient"`` makes of each layer's squared error."""
+        if not estimate_by_gradient(self._observing, self.args, self.layers):
+            raise RuntimeError("there are no gradients; set the log level of 'onlinequant' to INFO to see why")
+        found = zip(self.infos, self.layers, strict=True)
+        return {info.name: layer.sensitivity.mse for info, layer in found if layer.sensitivity is not None}
 
     def end_to_end(self, every: int) -> dict[str, float]:
         """The truth for one layer of so many: the mean squared error of the model's output with it alone in 8 bit."""
@@ -72,23 +81,16 @@ class Observed:
 _SKIPPED = Layer(None, formats.FP8, "minmax")  # has observed nothing, so it is not measured
 
 
-# Of no noise that a model is given: a mixture like its own input would be no random one.
-_SEED = 987654321
+def measure(observed: Observed) -> Measures:
+    """Everything but the truth."""
+    pass_ = _Pass(observed)
+    with torch.no_grad():
+        pass_.run(*observed.args)
+    estimates = observed.by_gradient()
+    return {name: {**_figures(seen), _GRADIENT: estimates[name]} for name, seen in pass_.seen.items()}
 
 
-def measure(observed: Observed, seed: int = _SEED) -> Measures:
-    """Everything but the truth, from one forward and one backward pass."""
-    with torch.enable_grad():
-        pass_ = _Pass(observed)
-        result = pass_.run(*observed.args)[0]
-        # The squared gradient of a random mixture of all outputs is, on average, that of all outputs together.
-        mixture = torch.randn(result.shape, generator=torch.Generator().manual_seed(seed)).to(result)
-        (result * mixture).sum().backward()
-    outputs = result.numel()
-    return {name: _figures(seen, outputs) for name, seen in pass_.seen.items()}
-
-
-def _figures(seen: Mapping[str, float], outputs: int) -> dict[str, float]:
+def _figures(seen: Mapping[str, float]) -> dict[str, float]:
     mse, relative = seen["mse"], seen["mse"] / max(seen["mean square"], 1e-30)
     return {
         "mean error / mean output (local)": seen["mae"] / max(seen["magnitude"], 1e-30),
@@ -96,12 +98,11 @@ def _figures(seen: Mapping[str, float], outputs: int) -> dict[str, float]:
         "squared error, summed": mse * seen["count"],
         "squared error / squared output": relative,
         "the same x share of the residual sum": relative * seen.get("share", 1.0),
-        "squared error x squared gradient": mse * seen.get("gradient", 0.0) * seen["count"] / outputs,
     }
 
 
 class _Pass(fx.Interpreter):
-    """Runs a graph, and takes note of each layer's own error and of the gradient that reaches its output."""
+    """Runs a graph, and takes note of each layer's own error."""
 
     def __init__(self, observed: Observed) -> None:
         super().__init__(observed.graph_module)
@@ -113,8 +114,6 @@ class _Pass(fx.Interpreter):
         result = super().run_node(n)
         index = self._observed.index(n)
         if index is not None:
-            if not result.requires_grad:
-                result.requires_grad_()
             self._see_layer(n, index, result)
         for layer, branch in self._sums.get(n, ()):
             self.seen[layer]["share"] = _mean_square(self.env[branch]) / _mean_square(result)
@@ -124,21 +123,19 @@ class _Pass(fx.Interpreter):
         info, layer = self._observed.infos[index], self._observed.layers[index]
         args, kwargs = self.fetch_args_kwargs_from_env(node)
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
-        with torch.no_grad():
-            expected = y.detach().float()
-            error = layer.quantized_output(args[0].detach(), bias, y.detach()).float() - expected
-            seen = self.seen[info.name] = {
-                "mse": _mean_square(error),
-                "mae": float(error.abs().mean()),
-                "magnitude": float(expected.abs().mean()),
-                "mean square": _mean_square(expected),
-                "count": expected.numel(),
-            }
-        y.register_hook(lambda gradient: seen.update(gradient=_mean_square(gradient)))
+        expected = y.float()
+        error = layer.quantized_output(args[0], bias, y).float() - expected
+        self.seen[info.name] = {
+            "mse": _mean_square(error),
+            "mae": float(error.abs().mean()),
+            "magnitude": float(expected.abs().mean()),
+            "mean square": _mean_square(expected),
+            "count": expected.numel(),
+        }
 
 
 def _mean_square(values: torch.Tensor) -> float:
-    return float(values.detach().float().square().mean())
+    return float(values.float().square().mean())
 
 
 def _residual_sums(observed: Observed) -> dict[fx.Node, list[tuple[str, fx.Node]]]:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Container, Sequence
+from collections.abc import Container, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 
 from .formats import Format
@@ -176,6 +177,9 @@ class Observation:
         probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
             probing, when there is nothing else to do.
         widening: indices of the frozen layers whose ranges are to cover this call's inputs as well.
+        gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
+            outside of a pass for these, when there is nothing else to do.
+        spared: bytes of free memory without which such a pass ends with MemoryError.
     """
 
     layers: Sequence[Layer]
@@ -184,6 +188,8 @@ class Observation:
     kept: Container[int] = ()
     probed: Container[int] | None = None
     widening: Container[int] = ()
+    gradients: MutableMapping[int, float] | None = None
+    spared: float = 0
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing.
@@ -191,6 +197,8 @@ class Observation:
         ``first``: index of the first layer that reads the same ``x``. Its range then is this layer's as well.
         """
         layer = self.layers[index]
+        if self.gradients is not None:
+            return self._with_gradient(index, y)
         if self.probed is not None:
             return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
@@ -208,6 +216,20 @@ class Observation:
                 layer.measure_sensitivity(x, bias, y)
             if index not in self.kept:
                 layer.drop_copy()
+        return y
+
+    def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:
+        if self.spared and psutil.virtual_memory().available < self.spared:
+            raise MemoryError("the memory is nearly used up")
+        gradients = self.gradients
+        assert gradients is not None
+
+        def add(gradient: torch.Tensor) -> None:
+            gradients[index] += float(gradient.float().square().sum())
+
+        # No weight needs a gradient. A copy, since the graph may write into it.
+        y = y if y.requires_grad else y.detach().requires_grad_().clone()
+        y.register_hook(add)
         return y
 
 

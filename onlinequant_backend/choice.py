@@ -14,7 +14,7 @@ from .config import QuantConfig
 from .passes import SELECT, LayerInfo, PassContext, layer_nodes, run_passes
 from .precision import Precision
 from .report import Report
-from .sensitivity import over_budget
+from .sensitivity import estimate_by_gradient, over_budget
 from .weights import WeightSet
 
 _log = logging.getLogger("onlinequant")
@@ -61,8 +61,7 @@ class Choice:
 
         ``args``: of a call. ``load_autotuning``: what is known of the speed of such layers, see ``Cache``.
         """
-        for info, layer in zip(self._infos, weights.layers, strict=True):
-            info.sensitivity = layer.sensitivity
+        self._rank(args, weights)
         context = PassContext(
             self._config,
             self._precision,
@@ -80,6 +79,19 @@ class Choice:
             self._hold_budget(self._config.max_error, args, weights)
         self.is_made = True
         self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]
+
+    def _rank(self, args: Sequence[Any], weights: WeightSet) -> None:
+        """Say how sensitive each layer is; where that decides anything, by what it does to the model's output."""
+        percentages = (self._config.quantized_conv_percentage, self._config.quantized_linear_percentage)
+        decides = self._config.max_error is not None or any(0 < percentage < 100 for percentage in percentages)
+        measured = [layer.sensitivity for layer in weights.layers if layer.sensitivity is not None]
+        asked = self._config.sensitivity == "gradient" and decides and not all(found.of_model for found in measured)
+        if asked and self._may_repeat and not weights.has_freed():
+            estimate_by_gradient(self._observed(), args, weights.layers)
+        for info, layer in zip(self._infos, weights.layers, strict=True):
+            info.sensitivity = layer.sensitivity
+        of_model = any(info.sensitivity is not None and info.sensitivity.of_model for info in self._infos)
+        self._report.sensitivity_kind = self._config.sensitivity if of_model else "local"
 
     def _hold_budget(self, max_error: float, args: Sequence[Any], weights: WeightSet) -> None:
         """Leave the most sensitive layers in float until a step's error is within the budget."""

@@ -14,7 +14,7 @@ from typing import Any
 from . import compat, errors
 
 PRECISIONS = ("auto", "int8", "fp8", "float")
-SENSITIVITIES = ("local", "end_to_end")
+SENSITIVITIES = ("gradient", "local", "end_to_end")
 CALIBRATION_METHODS = ("mse", "percentile", "minmax")
 CUDA_GRAPHS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
@@ -37,7 +37,9 @@ class QuantConfig:
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
             10**-4 of the values; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float.
-        sensitivity: "local" (a layer's own output error) or "end_to_end" (the model's; one forward per layer).
+        sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
+            model's output, by one backward pass, only made where it decides something), "local" (its own output's
+            error) or "end_to_end" (the model's, measured; one forward per layer).
         selection: "density" keeps layers below the thresholds in float; "measured" those that gain too little in 8 bit
             when timed at their real shapes, whatever the thresholds (CUDA only); "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
@@ -63,7 +65,7 @@ class QuantConfig:
     calibration_steps: int = 20
     calibration_method: str = "mse"
     exclude: tuple[str, ...] = ()
-    sensitivity: str = "local"
+    sensitivity: str = "gradient"
     selection: str = "auto"
     shapes: str = "auto"
     max_error: float | None = None

@@ -18,7 +18,7 @@ from typing import Any
 # The files of an entry.
 CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
 AUTOTUNING_FILE = "autotuning.json"  # on GPUs
-FORMAT, VERSION = "onlinequant-calibration", "2"
+FORMAT, VERSION = "onlinequant-calibration", "3"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
 MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
@@ -41,7 +41,8 @@ class LayerCalibration:
         weight_shape: shape of its weight.
         minimum, maximum: range of its input; may be infinite or NaN, and then the layer stays in float.
         qparams: 1 / scale, zero point and scale of its input; None where the range rules 8 bit out.
-        sensitivity: relative, mean absolute and mean squared error of its output in 8 bit; None if not measured.
+        sensitivity: relative, mean absolute and mean squared error that it causes in 8 bit, and whether these are the
+            model's output's instead of its own; None if not measured.
         clipped: the largest share of an observed input's values that lie at an end of the quantized range.
         smoothing: a factor for each channel of its input, in (0, 1]; None for no smoothing.
     """
@@ -52,16 +53,19 @@ class LayerCalibration:
     minimum: float
     maximum: float
     qparams: tuple[float, float, float] | None
-    sensitivity: tuple[float, float, float] | None
+    sensitivity: tuple[float, float, float, bool] | None
     clipped: float = 0
     smoothing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         for name in ("minimum", "maximum", "clipped"):
             object.__setattr__(self, name, _float32([getattr(self, name)])[0])
-        for name in ("qparams", "sensitivity", "smoothing"):
+        for name in ("qparams", "smoothing"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _float32(getattr(self, name)))
+        if self.sensitivity is not None:
+            *errors, of_model = self.sensitivity
+            object.__setattr__(self, "sensitivity", (*_float32(errors), of_model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +198,8 @@ def _header(metadata: Mapping[str, str], layers: int, factors: int) -> bytes:
 
 
 def _tensors(layers: int, factors: int) -> dict[str, dict[str, Any]]:
-    """What the header says of the tensors. ``given``: whether a layer has ``qparams`` and ``sensitivity``."""
+    """What the header says of the tensors. ``given``: whether a layer has ``qparams``, has
+    ``sensitivity``, and whether this is of the model."""
     tensors: dict[str, dict[str, Any]] = {}
     offset = 0
     for name, dtype, shape in (
@@ -204,7 +209,7 @@ def _tensors(layers: int, factors: int) -> dict[str, dict[str, Any]]:
         ("qparams", "F32", [layers, 3]),
         ("sensitivity", "F32", [layers, 3]),
         ("smoothing", "F32", [factors]),
-        ("given", "U8", [layers, 2]),
+        ("given", "U8", [layers, 3]),
     ):
         end = offset + math.prod(shape) * (4 if dtype == "F32" else 1)
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
@@ -229,24 +234,39 @@ def _pack(layers: Iterable[LayerCalibration]) -> bytes:
     floats += [layer.maximum for layer in layers]
     floats += [layer.clipped for layer in layers]
     floats += [value for layer in layers for value in layer.qparams or _NONE]
-    floats += [value for layer in layers for value in layer.sensitivity or _NONE]
+    floats += [value for layer in layers for value in (layer.sensitivity or _NONE)[:3]]
     floats += [value for layer in layers for value in layer.smoothing or ()]
-    given = bytes(value is not None for layer in layers for value in (layer.qparams, layer.sensitivity))
+    given = b"".join(map(_given, layers))
     return struct.pack(f"<{len(floats)}f", *floats) + given
+
+
+def _given(layer: LayerCalibration) -> bytes:
+    of_model = layer.sensitivity is not None and layer.sensitivity[3]
+    return bytes([layer.qparams is not None, layer.sensitivity is not None, of_model])
 
 
 def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
     count = len(described)
-    end = len(body) - 2 * count
+    end = len(body) - 3 * count
     floats, given = struct.unpack_from(f"<{end // 4}f", body), body[end:]
     end = 9 * count
     for index, (name, kind, shape, factors) in enumerate(described):
         minimum, maximum, clipped = floats[index : 3 * count : count]
-        triples = [floats[start : start + 3] for start in (3 * count + 3 * index, 6 * count + 3 * index)]
-        qparams, sensitivity = (triple if given[2 * index + i] else None for i, triple in enumerate(triples))
+        qparams, errors = (floats[start : start + 3] for start in (3 * count + 3 * index, 6 * count + 3 * index))
+        has_qparams, has_errors, of_model = map(bool, given[3 * index : 3 * index + 3])
         smoothing = tuple(floats[end : end + factors]) or None
         end += factors
-        yield LayerCalibration(name, kind, tuple(shape), minimum, maximum, qparams, sensitivity, clipped, smoothing)
+        yield LayerCalibration(
+            name=name,
+            kind=kind,
+            weight_shape=tuple(shape),
+            minimum=minimum,
+            maximum=maximum,
+            qparams=qparams if has_qparams else None,
+            sensitivity=(*errors, of_model) if has_errors else None,
+            clipped=clipped,
+            smoothing=smoothing,
+        )
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:

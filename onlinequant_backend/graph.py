@@ -19,7 +19,7 @@ _IN_PLACE_OPERATORS = frozenset(
 )
 
 # Tensor methods whose result shares its memory with their input.
-_VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
+VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -173,7 +173,7 @@ def readers(node: fx.Node) -> Iterator[fx.Node]:
     """Everything that reads ``node`` or what shares its memory."""
     for user in node.users:
         yield user
-        if (user.op == "call_method" and user.target in _VIEWS) or writes_in_place(user):
+        if (user.op == "call_method" and user.target in VIEWS) or writes_in_place(user):
             yield from readers(user)
 
 

@@ -41,12 +41,15 @@ class Generation:
 
 @dataclasses.dataclass
 class Sensitivity:
-    """How far a layer's 8-bit output is from its float output: ``mae`` and ``mse``, and ``mae`` over the mean of
-    the float output's magnitude."""
+    """How far 8 bit in one layer puts an output from the float one: ``mae``, ``mse``, and ``relative`` to the latter.
+
+    ``of_model``: whether it is the model's output, or else the layer's own.
+    """
 
     relative: float
     mae: float
     mse: float
+    of_model: bool = False
 
     def __post_init__(self) -> None:
         # As precise as the cache keeps them, so that decisions do not depend on where a figure comes from.

@@ -34,7 +34,8 @@ class NodeDecision:
         flops: floating-point operations of one call.
         bytes: input, weight and output, each moved once.
         density: ``flops / bytes``.
-        sensitivity: mean absolute error in 8 bit over the mean magnitude of the float output; None if not measured.
+        sensitivity: the error that 8 bit causes, relative to the float output; see ``Report.sensitivity_kind``; None if
+            not measured.
         mae: mean absolute error in 8 bit, in the output's units; None if not measured.
         mse: mean squared error in 8 bit; None if not measured.
         float_us, quantized_us: microseconds of one call in float and in 8 bit, alone; None if not measured.
@@ -97,7 +98,7 @@ class Report:
         compile_seconds: seconds spent in Inductor after observing.
         error: relative error of a step in 8 bit when observing was over, with ``max_error``; None if not measured.
         widened: by layer name, the factor by which its range has grown since observing, where larger values came.
-        sensitivity_kind: the option ``sensitivity``.
+        sensitivity_kind: what ``sensitivity`` is: "local" is of the layer's own output, the others are of the model's.
         stats_path: where the report was last saved or loaded from; None if nowhere.
         config: every option, as ``QuantConfig.to_dict()`` gives them.
         key: key of the cache entry, a hex digest.

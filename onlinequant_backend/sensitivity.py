@@ -1,11 +1,19 @@
-"""How much of the whole graph's output error each layer is to blame for."""
+"""How much of the whole graph's output error each layer is to blame for.
+
+A layer's own error says next to nothing of that: what is added to a residual stream, say, may drown in it. Spearman's
+correlation of the two over all layers is between -0.2 and 0.5, that of the gradient's estimate 0.94 and more
+(``benchmarks/sensitivity.py``).
+"""
 
 from __future__ import annotations
 
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
@@ -17,6 +25,51 @@ from .passes import LayerInfo
 from .progress import Progress
 
 _log = logging.getLogger("onlinequant")
+
+# Of no noise that a model is given: a mixture like its own input would be no random one.
+_SEED = 987654321
+# The share of the memory that was free which is left alone: where it runs out, a CPU's system kills without a word.
+_SPARED = 0.25
+
+
+def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: Sequence[Layer]) -> bool:
+    """Replace every layer's own squared error by the one that it causes in the graph's output; False if that fails.
+
+    To first order an error ``e`` of a layer's output becomes the error ``J e`` of the graph's. Of independent values of
+    ``e`` the expected square is their mean square times that of all of ``J``, which is the expected squared gradient of
+    a random mixture of the outputs (Hutchinson's estimator). So it takes one forward and one backward pass, and their
+    memory, that of training: where that is not there, or no gradient, the layers keep their own errors.
+    """
+    gradients: dict[int, float] = defaultdict(float)
+    observation = Observation(layers, gradients=gradients, spared=_free_memory(args) * _SPARED)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            # Inference tensors cannot be kept for a backward pass.
+            copies = [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in args]
+            output = _flat(observed(*copies, observation))
+            mixture = torch.randn(output.numel(), generator=torch.Generator().manual_seed(_SEED)).to(output)
+            (output * mixture).sum().backward()
+        mean_square = float(output.detach().square().mean())
+    except Exception as error:
+        _log.info("no gradients, so layers go by their own errors: %s: %s", type(error).__name__, error)
+        return False
+    estimates: dict[Layer, float] = defaultdict(float)
+    for index, layer in enumerate(layers):  # one may be called more than once
+        if layer.sensitivity is not None and not layer.sensitivity.of_model:
+            estimates[layer] += layer.sensitivity.mse * gradients[index] / output.numel()
+    if not all(map(math.isfinite, gradients.values())) or not all(gradients.values()) or not mean_square > 0:
+        _log.info("not all gradients are finite numbers other than 0, so layers go by their own errors")
+        return False
+    for layer, mse in estimates.items():
+        # The mean magnitude of normal errors.
+        layer.sensitivity = Sensitivity(math.sqrt(mse / mean_square), math.sqrt(mse * 2 / math.pi), mse, of_model=True)
+    return True
+
+
+def _free_memory(args: Sequence[Any]) -> float:
+    """Bytes that are free where the system does not say no in time; 0 elsewhere."""
+    on_cpu = all(arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor))
+    return float(psutil.virtual_memory().available) if on_cpu else 0.0
 
 
 def measure_end_to_end(
@@ -45,7 +98,7 @@ def measure_end_to_end(
             error = _flat(observed(*args, Observation(layers, probed=(index,)))) - expected
             mae = float(error.abs().mean())
             magnitude = max(float(expected.abs().mean()), torch.finfo(torch.float32).tiny)
-            layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
+            layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()), of_model=True)
             measured += 1
     return measured
 

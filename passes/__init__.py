@@ -11,6 +11,7 @@ import torch.fx as fx
 from .annotate_density import annotate_density
 from .drop_identities import drop_identities
 from .drop_unused_inputs import drop_unused_inputs
+from .functionalize import functionalize
 from .fuse_channel_add import fuse_channel_add
 from .fuse_geglu import fuse_geglu
 from .fuse_group_norm import fuse_group_norm
@@ -42,7 +43,7 @@ __all__ = [
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-ANALYZE: tuple[Pass, ...] = (share_activations, name_layers, annotate_density, select_nodes)
+ANALYZE: tuple[Pass, ...] = (functionalize, share_activations, name_layers, annotate_density, select_nodes)
 OBSERVE: tuple[Pass, ...] = (insert_observers,)
 SELECT: tuple[Pass, ...] = (select_nodes,)
 REWRITE: tuple[Pass, ...] = (

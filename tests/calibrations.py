@@ -25,7 +25,7 @@ LAYER = LayerCalibration(
     minimum=-1.5,
     maximum=3.25,
     qparams=(64.0, 81.0, 0.015625),
-    sensitivity=(0.01, 0.002, 1e-30),
+    sensitivity=(0.01, 0.002, 1e-30, True),
     clipped=0.125,
     smoothing=(0.5, *[1.0] * 319),
 )

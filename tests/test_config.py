@@ -21,7 +21,7 @@ DEFAULTS = {
     "calibration_steps": 20,
     "calibration_method": "mse",
     "exclude": [],
-    "sensitivity": "local",
+    "sensitivity": "gradient",
     "selection": "auto",
     "shapes": "auto",
     "max_error": None,

@@ -58,7 +58,8 @@ def layers(draw: st.DrawFn) -> LayerCalibration:
     if (math.isfinite(low) and math.isfinite(high) and (low or high)) or draw(st.booleans()):
         scale = draw(finite)
         qparams = (1 / scale, float(draw(st.integers(0, 255))), scale)
-    sensitivity = draw(st.none() | st.tuples(*[st.floats(min_value=0, width=32) | st.just(math.nan)] * 3))
+    errors = [st.floats(min_value=0, width=32) | st.just(math.nan)] * 3
+    sensitivity = draw(st.none() | st.tuples(*errors, st.booleans()))
     name = draw(st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1))
     shape = tuple(draw(st.lists(st.integers(1, 50) | st.integers(1, 2**40), max_size=5)))
     clipped = draw(st.floats(0, 1, width=32))
@@ -104,10 +105,10 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
         "qparams": ("float32", (2, 3)),
         "sensitivity": ("float32", (2, 3)),
         "smoothing": ("float32", (320,)),
-        "given": ("uint8", (2, 2)),
+        "given": ("uint8", (2, 3)),
     }
     assert tensors["qparams"][1].tolist() == list(LAYER.qparams or ())
-    assert tensors["given"].tolist() == [[0, 0], [1, 1]]
+    assert tensors["given"].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert (metadata["format"], metadata["version"], metadata["key"]) == (entry.FORMAT, entry.VERSION, KEY)
 
 
@@ -196,7 +197,7 @@ def nested(depth: int) -> Any:
     [
         (metadata(format="other"), "not a calibration of onlinequant"),
         (lambda header: {**header, "__metadata__": nested(3)}, "not a calibration of onlinequant"),
-        (metadata(version="1"), "its version is '1'; this onlinequant reads '2'"),
+        (metadata(version="1"), "its version is '1'; this onlinequant reads '3'"),
         (metadata(version=nested(700)), "nested too deeply|its version is"),
         (metadata(version="9" * 10**6), r"its version is '9{99}\.\.\.; this"),
         (metadata(key=None), "has no key"),
@@ -246,7 +247,7 @@ def layer(**changes: Any) -> Calibration:
         (layer(qparams=(0.5, math.nan, 2.0)), "zero point"),
         (layer(qparams=None), r"the range \[-1\.5, 3\.25\] and no scale"),
         (layer(minimum=4.0), r"begins at 4\.0 and ends at 3\.25"),
-        (layer(sensitivity=(0.1, -0.1, 0.1)), "negative errors"),
+        (layer(sensitivity=(0.1, -0.1, 0.1, False)), "negative errors"),
         (layer(smoothing=(0.5,)), "has 1 factors of smoothing"),
         (layer(smoothing=(0.5,) * 319 + (0.0,)), r"not in \(0, 1\]"),
         (layer(clipped=1.5), "clipped a share of 1.5"),

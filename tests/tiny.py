@@ -41,7 +41,7 @@ class Net(nn.Module):
         super().__init__()
         self.conv_in = nn.Conv2d(4, channels, 3, padding=1)
         self.blocks = nn.ModuleList(Block(channels) for _ in range(blocks))
-        self.conv_out = nn.Conv2d(channels, 4, 1)
+        self.conv_out = nn.Conv2d(channels, 4, 3, padding=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.conv_in(x)

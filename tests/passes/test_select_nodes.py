@@ -12,7 +12,7 @@ from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
-from tests.graph_probe import SYMMETRIC, GraphProbe, WithWeight
+from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight
 from tests.tiny import net, noise
 
 IMAGE = noise(1, 4, 8, 8)
@@ -236,28 +236,39 @@ def test_layer_that_saw_no_finite_numbers_stays_float() -> None:
 
 
 class Residual(nn.Module):
-    """A residual block with a shortcut, and a small last layer behind it."""
+    """A residual block with a shortcut, between a first and a last layer of some channels."""
 
-    def __init__(self, outputs: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.block, self.shortcut, self.last = nn.Conv2d(4, 64, 5), nn.Conv2d(4, 64, 1), nn.Conv2d(64, outputs, 1)
+        self.first = nn.Conv2d(4, channels, 1)
+        self.block, self.shortcut = nn.Conv2d(channels, 64, 5, padding=2), nn.Conv2d(channels, 64, 1)
+        self.last = nn.Conv2d(64, channels // 4, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.block(F.pad(x, (2, 2, 2, 2))) + self.shortcut(x)).flatten(2)
+        x = self.first(x.contiguous().to(torch.float32))
+        return self.last(self.block(x) + self.shortcut(x)).flatten(2)
 
 
-@pytest.mark.parametrize(
-    ("precision", "outputs", "quantized"),
-    [
-        (SYMMETRIC[0], 1, ["block", "shortcut", "last"]),
-        (SYMMETRIC[1], 1, ["block"]),
-        (SYMMETRIC[1], 8, ["block", "last"]),  # twice the work of the shortcut
-    ],
-)
-def test_fp8_spares_what_is_quick_and_has_no_other_way(
-    precision: Precision, outputs: int, quantized: list[str]
-) -> None:
-    probe = GraphProbe(Residual(outputs), IMAGE, precision=precision).analyze()
-    assert probe.quantized() == quantized
-    refusals = [info.reason for info in probe.infos if not info.quantized]
-    assert all("its error would be the whole picture's" in reason for reason in refusals)
+class Wide(nn.Module):
+    """Layers that are first and last and nothing else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(4, 16, 3), nn.Conv2d(16, 4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.first(x))
+
+
+@pytest.mark.parametrize("precision", [EIGHT_BITS, *SYMMETRIC], ids=lambda precision: precision.name)
+def test_what_is_quick_and_has_no_other_way_stays_in_float(precision: Precision) -> None:
+    probe = GraphProbe(Residual(16), IMAGE, precision=precision).analyze()
+    assert probe.quantized() == ["block"]
+    reasons = {info.name: info.reason for info in probe.infos if not info.quantized}
+    assert all("its error would be the whole picture's" in reason for reason in reasons.values())
+    for name, which in (("first", "first layer"), ("shortcut", "a shortcut"), ("last", "last layer")):
+        assert which in reasons[name]
+
+
+def test_much_work_is_done_in_8_bit_even_first_and_last() -> None:
+    assert GraphProbe(Wide(), IMAGE).analyze().quantized() == ["first", "last"]

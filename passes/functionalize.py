@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+import torch
+import torch.fx as fx
+from torch.utils import _pytree as pytree
+
+from onlinequant_backend import graph
+
+from .layer import PassContext
+
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
+
+
+def functionalize(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Write into a new tensor instead of into one that the graph itself has made.
+
+    Before::
+
+        %iadd = call_function[target=operator.iadd](args = (%x, %y))
+        %cat = call_function[target=torch.cat](args = ([%x, %z],))
+
+    After: the same numbers, in a graph that may be run twice and captured, and whose fusions see what is read::
+
+        %add = call_function[target=operator.add](args = (%x, %y))
+        %cat = call_function[target=torch.cat](args = ([%add, %z],))
+
+    Leaves alone what writes into the graph's inputs, what is read later through another view of the same memory, and
+    sums of several dtypes.
+    """
+    order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
+    owners: dict[int, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        for storage in _storages(node):
+            owners.setdefault(storage, []).append(node)
+    changed = 0
+    for node in list(graph_module.graph.nodes):
+        if node.target in _OUT_OF_PLACE and _is_private(node, owners, order):
+            written = node.args[0]
+            written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
+            node.target = _OUT_OF_PLACE[node.target]
+            changed += 1
+    return changed
+
+
+def _storages(node: fx.Node) -> Iterator[int]:
+    for value in pytree.tree_leaves(node.meta.get("example_value")):
+        if isinstance(value, torch.Tensor):
+            yield value.untyped_storage()._cdata
+
+
+def _is_private(node: fx.Node, owners: dict[int, list[fx.Node]], order: dict[fx.Node, int]) -> bool:
+    """Whether nobody would notice if an in-place operator left what it writes into as it is."""
+    written, value = node.args[0], node.args[1]
+    if not isinstance(written, fx.Node) or not isinstance(written.meta.get("example_value"), torch.Tensor):
+        return False
+    other = value.meta.get("example_value") if isinstance(value, fx.Node) else value
+    target = graph.example(written)
+    if not isinstance(other, (torch.Tensor, int, float)) or torch.result_type(target, other) != target.dtype:
+        return False
+    (storage,) = _storages(written)
+    for owner in owners[storage]:
+        if owner.op in ("placeholder", "get_attr"):
+            return False
+        is_before = order[owner] < order[node]
+        if is_before and owner is not written and any(order[user] > order[node] for user in owner.users):
+            return False
+    return True
