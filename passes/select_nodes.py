@@ -23,7 +23,7 @@ from .layer import (
 # Nodes from the input of a residual block to its end, at most.
 _BLOCK_LENGTH = 32
 # The share of a model's operations that its first or last layer may have to stay in float.
-_LITTLE_WORK = 0.03
+_LITTLE_WORK = 0.05
 _NOT_WORTH_IT = "its error would be the whole picture's, and it takes little time"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
