@@ -69,7 +69,7 @@ def main() -> None:
     table = Table(title=f"{options.dtype}, batch {options.batch}, default thresholds (conv 100, linear 300)")
     headings = ["model", "TFLOP"]
     for kind in ("convs", "linears"):
-        headings += [kind, "too thin", "no kernel", "8 bit"]
+        headings += [kind, "too thin", "other reasons", "8 bit"]
     for heading in [*headings, "FLOPs in 8 bit"]:
         table.add_column(heading, justify="right")
     for name in options.models:

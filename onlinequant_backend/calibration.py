@@ -34,7 +34,8 @@ class ActivationRange:
 
     Attributes:
         minimum, maximum: 0-d float32, exact over all calls; None before the first.
-        histograms: for each call the share of values in each bin and the bins' centres, float32 [BINS] both.
+        histograms: for each call the share of values in each bin and the bins' centres, float32 [BINS] both; without
+            meaning where a range is not finite.
     """
 
     minimum: torch.Tensor | None = None
@@ -42,12 +43,11 @@ class ActivationRange:
     histograms: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
 
     def update(self, x: torch.Tensor) -> None:
-        """Widen the range by ``x`` (any float dtype and shape) and keep its histogram."""
+        """Widen the range by ``x`` (any float dtype and shape) and keep its histogram; never waits for a GPU."""
         low, high = (bound.float() for bound in torch.aminmax(x))
         self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
         self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
-        if bool(torch.isfinite(low) & torch.isfinite(high)):
-            self.histograms.append(_histogram(x, float(low), float(high)))
+        self.histograms.append(_histogram(x, low, high))
 
     def is_finite(self) -> bool:
         """Whether anything has been seen, and nothing but finite numbers."""
@@ -56,17 +56,18 @@ class ActivationRange:
         return bool(torch.isfinite(self.minimum) & torch.isfinite(self.maximum))
 
 
-def _histogram(x: torch.Tensor, low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
+def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     # Flatten in memory order, which copies nothing.
     flat = x.permute(*sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
     while math.gcd(step, flat.numel()) > 1:  # else it would visit only some of the channels
         step += 1
     flat = flat[::step].float()
-    if low == high:  # histc would take its own range
-        return torch.ones(1, device=x.device), torch.tensor([low], device=x.device)
-    edges = torch.linspace(low, high, BINS + 1, device=x.device)
-    return torch.histc(flat, BINS, low, high) / flat.numel(), (edges[1:] + edges[:-1]) / 2
+    width = (high - low) / BINS
+    # Bounds that are equal or not finite give NaN. torch.histc is slower, and wants the bounds as numbers.
+    bins = ((flat - low) / width).nan_to_num_(0).clamp_(0, BINS - 1).long()
+    counts = torch.zeros(BINS, device=x.device).scatter_add_(0, bins, torch.ones_like(flat))
+    return counts / flat.numel(), low + (torch.arange(BINS, device=x.device) + 0.5) * width
 
 
 def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:

@@ -20,7 +20,7 @@ CUDA_GRAPHS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
 # Options that change nothing of what is in the cache.
-_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "drift_check_every", "lock_timeout")
+_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,6 +48,8 @@ class QuantConfig:
             float, most sensitive first, until it holds. None measures nothing and keeps all.
         drift_check_every: every so many calls it is measured whether activations have outgrown the observed ranges,
             which are then widened; sooner after a change of weights or sizes. 0 means never.
+        compile_in_background: whether the model goes on in float until it is compiled, in another thread; not
+            with ``free_float_weights``, under autocast, or where the graph writes into its inputs.
         free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
@@ -70,6 +72,7 @@ class QuantConfig:
     shapes: str = "auto"
     max_error: float | None = None
     drift_check_every: int = 64
+    compile_in_background: bool = False
     free_float_weights: bool = False
     cache_dir: str | None = None
     cache_size_limit: float = 20
@@ -106,6 +109,7 @@ class QuantConfig:
         _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("shapes", self.shapes, SHAPES)
+        _check_choice("compile_in_background", self.compile_in_background, (True, False))
         _check_choice("free_float_weights", self.free_float_weights, (True, False))
         for name, unit in (("cache_size_limit", "GB"), ("lock_timeout", "seconds")):
             _check_amount(name, getattr(self, name), unit)

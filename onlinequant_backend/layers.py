@@ -210,6 +210,7 @@ class Layer:
 
     def requantize(self, weight: torch.Tensor) -> None:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change."""
+        stamp = Stamp.of(weight)  # before that: another thread may change the weight meanwhile
         with torch.inference_mode(False), torch.no_grad():
             shared = None
             if self.merged is not None and self.merged.shares_scale:
@@ -227,7 +228,7 @@ class Layer:
             else:
                 cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
         self._source = weakref.ref(weight)
-        self._stamp = Stamp.of(weight)
+        self._stamp = stamp
         Generation.number += 1
 
     def _new_copy(self, q: torch.Tensor) -> torch.Tensor:

@@ -14,6 +14,7 @@ import torch
 import torch.fx as fx
 
 from . import graph, keys, selection
+from .background import Background
 from .build import CompiledGraph, build
 from .cache import Cache
 from .calibration import Observation
@@ -79,13 +80,14 @@ class QuantizedGraph:
             graph_module, self._infos, config, precision, device, report, lambda: self._observed, self._may_repeat
         )
         self._gave_up = False
+        self._background = Background()
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
         run = current_run()
         if run is not None:
             run.called.append((self._report, self._report.phase))
-        if self._gave_up:
+        if self._gave_up or self._background.is_busy():
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
@@ -101,6 +103,9 @@ class QuantizedGraph:
                     return result
             key = self._compiled.key(args, weights)
             known = self._compiled.known
+            if key not in known and self._may_work_aside():
+                self._finish_aside(args)
+                return self._run_float(args)
             compiled = known[key] if key in known else self._compile(key, args, weights)
             if compiled is not None:
                 compiled.prepare(weights)
@@ -181,6 +186,10 @@ class QuantizedGraph:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
+                # GPUs select by measured times, which nothing else may disturb.
+                if self._may_work_aside() and self._device.type != "cuda":
+                    self._finish_aside(args)
+                    return self._run_float(args)
                 self._select(args, parameters, weights)
                 return None
             return self._observe(args, parameters, weights)
@@ -190,7 +199,8 @@ class QuantizedGraph:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._show_progress(run.step, run.steps)
-            run.at_end((self, weights), functools.partial(self._end_run, args))
+            finish = self._finish_aside if self._may_work_aside() else self._finish
+            run.at_end((self, weights), functools.partial(finish, args))
             last = False
         else:
             step = weights.calls() + 1
@@ -217,29 +227,53 @@ class QuantizedGraph:
             measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
         weights.freeze()
 
-    def _end_run(self, args: Sequence[Any]) -> None:
-        """A sampling run is over that was observed: compile, so that the next one finds all done."""
+    def _may_work_aside(self) -> bool:
+        config = self._config
+        if not config.compile_in_background or config.free_float_weights or not self._may_repeat:
+            return False
+        # Belongs to a thread and is compiled in.
+        return not torch.is_autocast_enabled(self._device.type)
+
+    def _finish_aside(self, args: Sequence[Any]) -> None:
+        """``_finish`` in another thread; calls are in float until that is done."""
+        inputs = graph.placeholders(self._graph)
+        # The caller may write into what it has passed as soon as this has returned.
+        kept = [
+            value.clone() if isinstance(value, torch.Tensor) and not graph.is_parameter(node) else value
+            for node, value in zip(inputs, args, strict=True)
+        ]
+        self._report.phase, self._report.phase_reason = "compiling", "in the background, float goes on"
+        self._background.start(functools.partial(self._finish, kept, raises=False), self._device)
+
+    def _finish(self, args: Sequence[Any], raises: bool = True) -> None:
+        """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.
+
+        ``raises``: whether there is somebody to hear of a user's mistake.
+        """
         try:
             parameters = self._parameters(args)
             with self._lock:
                 weights = self._set(parameters)
-                if weights.selection is not None or self._gave_up:
+                if self._gave_up:
                     return
-                with weights.layers[0].lock:
-                    if not weights.is_calibrated():
-                        # Which call is the last one nobody knows before: so its sensitivities are measured after it.
-                        result = self._call_observed(args, parameters, weights, last=True)
-                        self._end_observing(args, weights, result)
-                    self._select(args, parameters, weights)
-            key = self._compiled.key(args, weights)
-            if key in self._compiled.known:  # for another model that has the same graph
-                tell(self._report.summary())
-            self._compile(key, args, weights)
-        except OnlineQuantError:
-            raise
+                if weights.selection is None:
+                    self._end_run(args, parameters, weights)
+                self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
+            if raises and isinstance(error, OnlineQuantError):
+                raise
             self._gave_up = True
             self._stay_in_float(error)
+
+    def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+        with weights.layers[0].lock:
+            if not weights.is_calibrated():
+                # Which call is the last one nobody knows before: so its sensitivities are measured after it.
+                result = self._call_observed(args, parameters, weights, last=True)
+                self._end_observing(args, weights, result)
+            self._select(args, parameters, weights)
+        if self._compiled.key(args, weights) in self._compiled.known:  # for another model that has the same graph
+            tell(self._report.summary())
 
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:

@@ -169,12 +169,11 @@ class WeightSet:
 
     def select(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
         """Run the layers at ``indices`` in 8 bit from now on; the others' 8-bit copies are freed."""
-        self.quantize(parameters, indices)
+        self._bring_up_to_date(parameters, indices)
         for index in indices:
             self.layers[index].in_use = True
         for layer in self.layers:
             layer.drop_copy()
-        self._take_snapshot(parameters, indices)
         self.selection = tuple(indices)  # last: from now on other threads may run
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
@@ -185,7 +184,7 @@ class WeightSet:
         for layer, weight in full.items():
             layer.freed = True
             layer.restamp(weight)
-        self._take_snapshot(parameters, self.selection)
+        self._bring_up_to_date(parameters, self.selection)
         return freed
 
     def has_freed(self) -> bool:
@@ -200,14 +199,16 @@ class WeightSet:
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many layers that were."""
         assert self.selection is not None
-        changed = self.quantize(parameters, self.selection)
-        self._take_snapshot(parameters, self.selection)
-        return changed
+        return self._bring_up_to_date(parameters, self.selection)
 
-    def _take_snapshot(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> None:
-        self._watched = getter([self._candidates[index] for index in selection])
-        self._snapshot = Snapshot(self._watched(parameters), [self.layers[index].freed for index in selection])
-        self._generation = Generation.number
+    def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
+        watched = getter([self._candidates[index] for index in selection])
+        # Taken before quantizing, so that what another thread changes meanwhile is noticed at the next call; put in
+        # place after it, so that no thread takes for current what is not quantized yet.
+        snapshot = Snapshot(watched(parameters), [self.layers[index].freed for index in selection])
+        changed = self.quantize(parameters, selection)
+        self._watched, self._snapshot, self._generation = watched, snapshot, Generation.number
+        return changed
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether every 8-bit copy still is what these parameters, identical to the set's, would give.

@@ -26,6 +26,7 @@ DEFAULTS = {
     "shapes": "auto",
     "max_error": None,
     "drift_check_every": 64,
+    "compile_in_background": False,
     "free_float_weights": False,
     "cache_dir": None,
     "cache_size_limit": 20,
@@ -53,6 +54,7 @@ OTHER_VALUES = {
     "cache_size_limit": 0,
     "lock_timeout": 1.5,
     "cuda_graphs": False,
+    "compile_in_background": True,
     "inductor": {"max_autotune": True},
     "mode": "max-autotune",
 }
@@ -82,9 +84,10 @@ def test_defaults() -> None:
         ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'percentile', 'minmax'"),
         ("max_error", [-0.1, INF, NAN, "low", True], errors.InvalidOptionError, "[0, inf)"),
         ("drift_check_every", [-1, 2.0, True, None, "64"], errors.InvalidOptionError, "0 for never"),
-        ("sensitivity", ["global", None], errors.InvalidOptionError, "'local', 'end_to_end'"),
+        ("sensitivity", ["global", None], errors.InvalidOptionError, "'gradient', 'local', 'end_to_end'"),
         ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
         ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
+        ("compile_in_background", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("free_float_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("cache_size_limit", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
         ("lock_timeout", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
@@ -160,7 +163,7 @@ def test_cache_key_changes_with_every_option_but_the_place() -> None:
     assert OTHER_VALUES.keys() == DEFAULTS.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
     keys = {name: QuantConfig.from_options({name: value}).cache_key() for name, value in OTHER_VALUES.items()}
     default = QuantConfig().cache_key()
-    for name in ("cache_dir", "cache_size_limit", "drift_check_every", "lock_timeout"):
+    for name in ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout"):
         assert keys.pop(name) == default
     assert len({default, *keys.values()}) == len(keys) + 1
 

@@ -171,14 +171,14 @@ def test_a_call_that_comes_while_another_selects(inductor: EagerInductor, monkey
     caller = Caller(model, compiled(model))
     rounds([caller], 2)
     selecting, called = threading.Event(), threading.Event()
-    take_snapshot = weights.WeightSet._take_snapshot
+    quantize = weights.WeightSet._bring_up_to_date
 
-    def take_snapshot_late(*arguments: Any) -> None:
+    def quantize_late(*arguments: Any) -> int:
         selecting.set()
         called.wait(0.5)  # in vain, since the other call has to wait for this one
-        take_snapshot(*arguments)
+        return quantize(*arguments)
 
-    monkeypatch.setattr(weights.WeightSet, "_take_snapshot", take_snapshot_late)
+    monkeypatch.setattr(weights.WeightSet, "_bring_up_to_date", quantize_late)
 
     def second() -> torch.Tensor:
         assert selecting.wait(60)

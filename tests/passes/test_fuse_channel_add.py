@@ -59,11 +59,18 @@ def video(module: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tenso
     return module.temporal(frames) + time[:, :, None, None, None]
 
 
+def in_place(module: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+    h = module.conv(x)
+    h += spread(time)
+    return h
+
+
 @precisions
 @pytest.mark.parametrize(
     ("combine", "fused"),
     [
         pytest.param(res_block, 1, id="ResBlock"),
+        pytest.param(in_place, 1, id="in place"),
         pytest.param(lambda m, x, t: torch.add(spread(t), m.conv(x)), 1, id="on the left"),
         pytest.param(lambda m, x, t: m.conv(x) + x.mean((2, 3), keepdim=True), 1, id="mean"),
         pytest.param(lambda m, x, t: m.conv(x) + spread(t) + spread(t * 2), 1, id="two of them"),
@@ -100,12 +107,6 @@ def test_half_precision(dtype: torch.dtype) -> None:
     assert relative_error(result, module(*inputs)) < 0.05
 
 
-def in_place(module: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-    h = module.conv(x)
-    h += spread(time)
-    return h
-
-
 def read_twice(module: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
     h = module.conv(x)
     return (h + spread(time)) * h
@@ -119,7 +120,6 @@ def doubled(module: nn.Module, x: torch.Tensor, time: torch.Tensor) -> torch.Ten
 @pytest.mark.parametrize(
     "combine",
     [
-        in_place,
         read_twice,
         doubled,
         pytest.param(lambda m, x, t: m.conv(x).add_(spread(t)), id="in place by a method"),

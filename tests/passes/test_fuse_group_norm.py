@@ -125,7 +125,7 @@ def test_layers_share_the_result() -> None:
     class Shared(Normed):
         def __init__(self) -> None:
             super().__init__(F.silu)
-            self.second = nn.Conv2d(20, 8, 1)
+            self.second = nn.Conv2d(20, 8, 3, padding=1)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             y = self.between(self.norm(x))

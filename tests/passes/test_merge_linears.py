@@ -192,7 +192,7 @@ def test_merged_inputs_are_appended_after_those_of_other_layers() -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.before, self.attention, self.after = nn.Linear(32, 32), Attention(), nn.Linear(16, 8)
+            self.before, self.attention, self.after = nn.Linear(32, 32), Attention(), nn.Linear(16, 64)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.after(self.attention(self.before(x)))

@@ -21,7 +21,7 @@ class Readers(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(4, 4, 1)
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
         self.first = nn.Linear(8, 8)
         self.second = nn.Linear(8, 8)
 

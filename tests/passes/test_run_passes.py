@@ -34,7 +34,7 @@ def use_before_definition(graph_module: fx.GraphModule, context: PassContext) ->
 
 def test_order_of_the_passes() -> None:
     assert [[run.__name__ for run in passes] for passes in (ANALYZE, OBSERVE, SELECT, REWRITE)] == [
-        ["share_activations", "name_layers", "annotate_density", "select_nodes"],
+        ["functionalize", "share_activations", "name_layers", "annotate_density", "select_nodes"],
         ["insert_observers"],
         ["select_nodes"],
         [
