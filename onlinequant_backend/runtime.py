@@ -186,8 +186,8 @@ class QuantizedGraph:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
-                # GPUs select by measured times, which nothing else may disturb.
-                if self._may_work_aside() and self._device.type != "cuda":
+                # GPUs select by measured times, which nothing else may disturb; and without a compile it is quick.
+                if self._may_work_aside() and self._device.type != "cuda" and not self._compiled.known:
                     self._finish_aside(args)
                     return self._run_float(args)
                 self._select(args, parameters, weights)

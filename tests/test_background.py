@@ -1,0 +1,284 @@
+"""Compiling in another thread: the model goes on in float, exactly, and nothing that happens meanwhile is lost."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+import onlinequant_backend as oq
+from onlinequant_backend import compat
+from onlinequant_backend.layers import Layer
+from onlinequant_backend.progress import told_to
+from onlinequant_backend.sampling import sampling_run
+from tests.small import CLOSE, WIDE, Small, X, compiled, fused, small
+from tests.test_runtime import EagerInductor
+from tests.tiny import noise, relative_error
+
+ASIDE = {"compile_in_background": True}
+
+
+class SlowInductor(EagerInductor):
+    """Compiles when it is allowed to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.may_end = threading.Event(), threading.Event()
+        self.thread: threading.Thread | None = None
+
+    def __call__(self, *given: Any, **named: Any) -> Callable[..., Any]:
+        self.thread = threading.current_thread()
+        self.begun.set()
+        assert self.may_end.wait(60)
+        return super().__call__(*given, **named)
+
+    def finish(self) -> None:
+        """Let it compile, and wait until all that follows is done, too."""
+        assert self.begun.wait(60)
+        self.may_end.set()
+        background = [thread for thread in threading.enumerate() if thread.name == "onlinequant-background"]
+        for thread in background:
+            thread.join(60)
+            assert not thread.is_alive()
+
+
+@pytest.fixture(autouse=True)
+def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowInductor]:
+    stand_in = SlowInductor()
+    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    yield stand_in
+    stand_in.may_end.set()
+
+
+def report() -> oq.Report:
+    return oq.reports()[-1]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_float_goes_on_until_the_compile_is_done(mode: Callable[[], Any], inductor: SlowInductor) -> None:
+    told = list[str]()
+    with mode(), told_to(told.append):
+        model = small()
+        step, expected = compiled(model, ASIDE), model(X)
+        for _ in range(6):
+            assert torch.equal(step(X), expected)
+        assert inductor.begun.wait(60)
+        assert inductor.thread is not threading.main_thread()
+        assert torch.equal(step(X), expected)
+        assert (report().phase, report().calls_observed) == ("compiling", 2)
+        inductor.finish()
+        for _ in range(3):
+            assert 0 < relative_error(step(X), expected) < CLOSE
+    assert len(inductor.graphs) == 1
+    assert (report().phase, report().stats_path is not None) == ("quantized", True)
+    assert told[-1] == report().summary()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("replace", [False, True], ids=["in place", "new parameters"])
+def test_weights_that_change_while_compiling(replace: bool, inductor: SlowInductor) -> None:
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        step(X)
+    assert inductor.begun.wait(60)
+    before = model(X)
+    for name, weight in fused(model).items():
+        layer = model.get_submodule(name.removesuffix(".weight"))
+        if replace:
+            layer.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)
+        else:
+            layer.weight.copy_(weight.clone())
+    assert relative_error(before, model(X)) > 3 * CLOSE
+    assert torch.equal(step(X), model(X))
+    inductor.finish()
+    for _ in range(2):
+        assert 0 < relative_error(step(X), model(X)) < CLOSE
+
+
+@torch.no_grad()
+def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    step = compiled(model, ASIDE)
+    requantize, weight = Layer.requantize, model.linear.weight
+    changed = threading.Event()
+
+    def change_afterwards(layer: Layer, given: torch.Tensor) -> None:
+        new_copy = Layer._new_copy
+
+        def change(of: Layer, q: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread() is not threading.main_thread() and given is weight and not changed.is_set():
+                weight.copy_(-weight)  # after it was read, before anybody could take note of it
+                changed.set()
+            return new_copy(of, q)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Layer, "_new_copy", change)
+            requantize(layer, given)
+
+    for _ in range(2):
+        step(X)
+    for layer in oq.runtime.registry._sets:
+        layer.layers[1].drop_copy()
+    monkeypatch.setattr(Layer, "requantize", change_afterwards)
+    step(X)
+    inductor.finish()
+    assert changed.is_set()
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+
+
+@torch.no_grad()
+def test_the_caller_may_write_into_what_it_has_passed(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = small(), X.clone()
+    step = compiled(model, {**ASIDE, "max_error": 1e-9})
+    seen = list[torch.Tensor]()
+    over_budget = oq.choice.over_budget
+
+    def looking(observed: Any, args: Any, *rest: Any) -> Any:
+        seen.extend(value for value in args if isinstance(value, torch.Tensor) and value.shape == X.shape)
+        assert written.wait(60)
+        return over_budget(observed, args, *rest)
+
+    monkeypatch.setattr("onlinequant_backend.choice.over_budget", looking)
+    written = threading.Event()
+    for _ in range(3):
+        step(x)
+    x.zero_()
+    written.set()
+    inductor.finish()
+    assert torch.equal(seen[0], X)
+
+
+@torch.no_grad()
+def test_another_size_is_compiled_aside_as_well(inductor: SlowInductor) -> None:
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        step(X)
+    inductor.finish()
+    assert not torch.equal(step(X), model(X))
+    inductor.begun.clear()
+    inductor.may_end.clear()
+    assert torch.equal(step(WIDE), model(WIDE))
+    assert inductor.begun.wait(60)
+    assert torch.equal(step(WIDE), model(WIDE))
+    inductor.finish()
+    step(WIDE)  # the first of a size looks for drift, and may be in float
+    for x in (WIDE, X, WIDE):
+        assert 0 < relative_error(step(x), model(x)) < CLOSE
+
+
+@torch.no_grad()
+def test_an_observed_run_ends_at_once(inductor: SlowInductor) -> None:
+    model = small()
+    step, expected = compiled(model, ASIDE), model(X)
+    with sampling_run(4):
+        for _ in range(4):
+            assert torch.equal(step(X), expected)
+    with sampling_run(4):
+        assert torch.equal(step(X), expected)
+        inductor.finish()
+        assert 0 < relative_error(step(X), expected) < CLOSE  # in the middle of a run
+    assert report().calls_observed == 4
+
+
+@torch.no_grad()
+def test_a_compile_that_fails_is_told_and_float_goes_on(
+    inductor: SlowInductor, caplog: pytest.LogCaptureFixture
+) -> None:
+    inductor.error = RuntimeError("no compiler")
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        step(X)
+    inductor.finish()
+    for _ in range(3):
+        assert torch.equal(step(X), model(X))
+    assert (report().phase, report().phase_reason) == ("float", "it failed: RuntimeError: no compiler")
+    assert sum("goes on in float" in message for message in caplog.messages) == 1
+
+
+@torch.no_grad()
+def test_what_belongs_to_the_callers_thread_is_compiled_there(inductor: SlowInductor) -> None:
+    inductor.may_end.set()
+    model = small()
+    step = compiled(model, ASIDE)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for _ in range(3):
+            picture = step(X)
+        assert relative_error(picture.float(), model(X).float()) < CLOSE
+    assert inductor.thread is threading.main_thread()
+
+
+@torch.no_grad()
+def test_float_weights_are_not_given_up_behind_a_running_call(inductor: SlowInductor) -> None:
+    inductor.may_end.set()
+    step = compiled(small(), {**ASIDE, "free_float_weights": True})
+    for _ in range(3):
+        step(X)
+    assert inductor.thread is threading.main_thread()
+    assert report().phase == "quantized"
+
+
+@torch.no_grad()
+def test_two_graphs_of_one_model_at_once(inductor: SlowInductor) -> None:
+    model = small()
+    options = {**ASIDE, "shapes": "static"}
+    steps = [compiled(model, options), compiled(model, {**options, "exclude": ("linear",)})]
+    for _ in range(3):
+        for step in steps:
+            assert torch.equal(step(X), model(X))
+    inductor.finish()
+    for step in steps:
+        step(X)
+    inductor.finish()
+    for step in steps:
+        assert 0 < relative_error(step(X), model(X)) < CLOSE
+
+
+_LEAVING = """
+import threading
+import torch
+from onlinequant_backend import compat
+import onlinequant_backend as oq
+from tests.small import X, compiled, small
+
+begun = threading.Event()
+
+def never(*_given, **_named):
+    begun.set()
+    threading.Event().wait(60)
+
+compat.compile_fx = never
+with torch.no_grad():
+    step = compiled(small(), {"compile_in_background": True})
+    for _ in range(3):
+        step(X)
+assert begun.wait(60)
+print("leaving")
+"""
+
+
+def test_nobody_waits_for_it_at_exit() -> None:
+    done = subprocess.run([sys.executable, "-c", _LEAVING], capture_output=True, text=True, timeout=55)
+    assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+
+
+@torch.no_grad()
+def test_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    model: Small = small()
+    x = noise(1, 4, 8, 8, seed=5)
+    step = compiled(model, ASIDE)
+    pictures = [step(x) for _ in range(3)]
+    for thread in threading.enumerate():
+        if thread.name == "onlinequant-background":
+            thread.join(120)
+    assert all(torch.equal(picture, model(x)) for picture in pictures)
+    assert 0 < relative_error(step(x), model(x)) < CLOSE
+    assert report().phase == "quantized"
