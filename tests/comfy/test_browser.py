@@ -215,7 +215,8 @@ def test_the_model_node_says_that_it_observes_then_compiles_then_is_quantized(vi
     observing = [text.partition(" (")[0] for text in first if text.startswith("observing")]
     assert list(dict.fromkeys(observing)) == [f"observing {step} of {STEPS}" for step in range(1, STEPS + 1)]
     quantized, layers = map(int, re.findall(r"^UNetModel: quantized: (\d+) of (\d+) layers", first[-1])[0])
-    assert quantized == layers - 2  # those of the time embedding are excluded
+    # Those of the time embedding are excluded, and a few would cost too much quality.
+    assert layers / 2 < quantized <= layers - 2
     assert set(second) <= {first[-1]}
 
 

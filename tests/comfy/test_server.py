@@ -142,7 +142,10 @@ def test_the_first_picture_is_observed_and_all_others_are_in_8_bit_and_close(
     assert second.is_8_bit and second.is_quick
     (report,) = second.texts
     assert "quantized: 8-bit layers" in report, report
-    assert len(re.findall(r"([1-9]\d*) of \1 (?:conv|linear)", report)) == 2, report
+    layers = [tuple(map(int, found)) for found in re.findall(r"([1-9]\d*) of (\d+) (?:conv|linear)", report)]
+    spared = re.findall(r"^ +(\d+)  .*its error would be the whole picture's", report, re.MULTILINE)
+    assert len(layers) == 2, report
+    assert sum(candidates - quantized for quantized, candidates in layers) == sum(map(int, spared)), report
 
 
 def test_a_lora_comes_changes_its_strength_and_goes_and_nothing_is_compiled(studio: Studio) -> None:
