@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import logging
 import tempfile
@@ -94,7 +95,7 @@ def build(
 
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
     caches; None leaves them where they are by default. If it turns out that nothing can be written there any more, a
-    temporary directory takes its place.
+    temporary directory takes its place. What cannot be compiled in regions is compiled as a whole.
     """
     try:
         return _build(graph_module, args, weights, config, precision, symbolic, directory)
@@ -127,7 +128,7 @@ def _build(
         smoothing=weights.smoothing(),
         merge=lambda indices: weights.merge(indices) is not None,
     )
-    run_passes(rewritten, REWRITE, context)
+    changes = run_passes(rewritten, REWRITE, context)
     positions = {node.name: position for position, node in enumerate(graph.placeholders(graph_module))}
     names = [node.name for node in graph.placeholders(rewritten)]
     taken = [positions[name] for name in names if name in positions]
@@ -148,8 +149,15 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
-    with _compilation(inputs), compile_caches(directory):
-        function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
+    try:
+        with _compilation(inputs), compile_caches(directory):
+            function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
+    except Exception as error:
+        if not changes["outline_regions"]:
+            raise
+        _log.warning("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
+        whole = dataclasses.replace(config, regional_compilation=False)
+        return _build(graph_module, args, weights, whole, precision, symbolic, directory)
     if inputs is not None:
         inputs.finish()
     return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)

@@ -14,6 +14,7 @@ import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import CompileContext
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 
 
 class UnwrappedError(ShortenTraceback):

@@ -21,6 +21,7 @@ from .keep_output_layout import keep_output_layout
 from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes, layer_reads
 from .merge_linears import merge_linears
 from .name_layers import name_layers
+from .outline_regions import outline_regions
 from .quantize_inputs import quantize_inputs
 from .rewrite_conv import rewrite_conv
 from .rewrite_linear import rewrite_linear
@@ -58,6 +59,7 @@ REWRITE: tuple[Pass, ...] = (
     fuse_geglu,
     keep_output_layout,
     drop_unused_inputs,
+    outline_regions,
 )
 
 _log = logging.getLogger("onlinequant")

@@ -24,7 +24,7 @@ from .layer import (
 _BLOCK_LENGTH = 32
 # The share of a model's operations that its first or last layer may have to stay in float.
 _LITTLE_WORK = 0.05
-_NOT_WORTH_IT = "its error would be the whole picture's, and it takes little time"
+_NOT_WORTH_IT = "quick, but its error would be the whole picture's"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

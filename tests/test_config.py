@@ -27,6 +27,7 @@ DEFAULTS = {
     "max_error": None,
     "drift_check_every": 64,
     "compile_in_background": False,
+    "regional_compilation": "auto",
     "free_float_weights": False,
     "cache_dir": None,
     "cache_size_limit": 20,
@@ -55,6 +56,7 @@ OTHER_VALUES = {
     "lock_timeout": 1.5,
     "cuda_graphs": False,
     "compile_in_background": True,
+    "regional_compilation": False,
     "inductor": {"max_autotune": True},
     "mode": "max-autotune",
 }
@@ -86,6 +88,7 @@ def test_defaults() -> None:
         ("drift_check_every", [-1, 2.0, True, None, "64"], errors.InvalidOptionError, "0 for never"),
         ("sensitivity", ["global", None], errors.InvalidOptionError, "'gradient', 'local', 'end_to_end'"),
         ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
+        ("regional_compilation", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
         ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
         ("compile_in_background", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("free_float_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),

@@ -49,6 +49,7 @@ def test_order_of_the_passes() -> None:
             "fuse_geglu",
             "keep_output_layout",
             "drop_unused_inputs",
+            "outline_regions",
         ],
     ]
 

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import itertools
+import operator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import compat, graph
+from onlinequant_backend.repeats import repeated_runs
+
+from .layer import PassContext
+
+# Regions of fewer calls are not worth it, nor are those that save less than this share of the graph's calls.
+_LEAST_CALLS, _LEAST_SAVED = 20, 0.02
+# Calls that a tensor across a border counts for: what makes it and what reads it cannot be fused.
+_CROSSING = 3
+
+
+class _Region(NamedTuple):
+    """``length`` calls, which begin at each of ``starts`` in the order of the graph, all alike."""
+
+    length: int
+    starts: list[int]
+
+
+def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Make subgraphs of what the graph does more than once, such as its transformer blocks: each is compiled once.
+
+    Before::
+
+        %a = call_function[target=...](args = (%x, %weight_0))  # and some more, like those of %b
+        %b = call_function[target=...](args = (%a, %weight_1))
+
+    After, with ``region_0`` a submodule::
+
+        %call = call_function[target=invoke_subgraph](args = (%region_0, "region_0", %x, %weight_0))
+        %a = call_function[target=operator.getitem](args = (%call, 0))
+        %call_1 = call_function[target=invoke_subgraph](args = (%region_0, "region_0", %a, %weight_1))
+        %b = call_function[target=operator.getitem](args = (%call_1, 0))
+
+    Regions are equal in every call, constant, shape, stride and dtype, and in how their values depend on each other.
+    Returns how many regions there are. Leaves graphs alone that write in place or have symbolic sizes. Runs last.
+    """
+    if not _may_be_outlined(graph_module, context):
+        return 0
+    number = 0
+    calls = _calls(graph_module)
+    least_saved = int(_LEAST_SAVED * len(calls))
+    while (region := _best_region(calls, least_saved)) is not None:
+        _outline(graph_module, calls, region, f"region_{number}")
+        number += 1
+        calls = _calls(graph_module)
+    return number
+
+
+def _may_be_outlined(graph_module: fx.GraphModule, context: PassContext) -> bool:
+    wanted = context.config.regional_compilation
+    if wanted == "auto":
+        wanted = context.device.type == "cpu"  # where it was measured
+    is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in graph.placeholders(graph_module))
+    return bool(wanted) and not is_symbolic and not any(map(graph.writes_in_place, graph_module.graph.nodes))
+
+
+def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [node for node in graph_module.graph.nodes if node.op in ("call_function", "call_method", "call_module")]
+
+
+def _best_region(calls: Sequence[fx.Node], least_saved: int) -> _Region | None:
+    """The one that saves most calls."""
+    numbers: dict[str, int] = {}
+    tokens = [numbers.setdefault(_token(call, position), len(numbers)) for position, call in enumerate(calls)]
+    best, most = None, least_saved
+    for region in _candidates(tokens):
+        saved = (len(region.starts) - 1) * region.length
+        if saved > most:
+            saved -= _CROSSING * len(region.starts) * _crossings(calls, region)
+        if saved > most:
+            alike = _alike(calls, region)
+            saved -= (len(region.starts) - len(alike.starts)) * region.length
+            if saved > most and len(alike.starts) > 1:
+                best, most = alike, saved
+    return best
+
+
+def _candidates(tokens: Sequence[int]) -> Iterator[_Region]:
+    """Runs that are repeated without overlaps."""
+    for longest, positions in repeated_runs(tokens):
+        # What is repeated at once overlaps itself: the period is the region.
+        periods = {after - before for before, after in itertools.pairwise(positions) if after - before < longest}
+        for length in {longest, *periods}:
+            if length >= _LEAST_CALLS:
+                starts: list[int] = []
+                for position in positions:
+                    if not starts or position >= starts[-1] + length:
+                        starts.append(position)
+                yield _Region(length, starts)
+
+
+def _token(call: fx.Node, position: int) -> str:
+    """Equal for calls that do the same with tensors of the same kind."""
+    if "outlined" in call.meta:
+        return f"outlined {position}"
+    args = fx.map_arg((call.args, call.kwargs), lambda node: _Shown(_kind(node)))
+    return f"{call.op} {_target(call)} {args} {_kind(call)}"
+
+
+class _Shown(str):
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _target(call: fx.Node) -> str:
+    return call.target if isinstance(call.target, str) else f"{call.target} {id(call.target)}"
+
+
+def _kind(node: fx.Node) -> str:
+    value = _example(node)
+    if isinstance(value, torch.Tensor):
+        return f"{tuple(value.shape)} {value.stride()} {value.dtype} {value.device}"
+    return type(value).__name__
+
+
+def _example(node: fx.Node) -> Any:
+    return node.meta.get("example_value")
+
+
+def _crossings(calls: Sequence[fx.Node], region: _Region) -> int:
+    """The tensors that come from a call before the first such region, or are read after it."""
+    inside = _inside(calls, region, region.starts[0])
+    return len(list(_read_outside(inside))) + sum(node.op.startswith("call") for node in _inputs(inside))
+
+
+def _inside(calls: Sequence[fx.Node], region: _Region, start: int) -> Sequence[fx.Node]:
+    return calls[start : start + region.length]
+
+
+def _alike(calls: Sequence[fx.Node], region: _Region) -> _Region:
+    """Those whose values depend on each other in the same way, as most do."""
+    groups: dict[str, list[int]] = defaultdict(list)
+    for start in region.starts:
+        groups[_wiring(_inside(calls, region, start))].append(start)
+    return _Region(region.length, max(groups.values(), key=len))
+
+
+def _wiring(inside: Sequence[fx.Node]) -> str:
+    names = {call: _Shown(f"%{index}") for index, call in enumerate(inside)}
+    inputs = {node: _Shown(f"@{index}") for index, node in enumerate(_inputs(inside))}
+    return "\n".join(str(fx.map_arg((call.args, call.kwargs), {**inputs, **names}.__getitem__)) for call in inside)
+
+
+def _inputs(inside: Sequence[fx.Node]) -> list[fx.Node]:
+    """What a region reads, in the order in which it does."""
+    own = set(inside)
+    return list(dict.fromkeys(node for call in inside for node in call.all_input_nodes if node not in own))
+
+
+def _outline(graph_module: fx.GraphModule, calls: Sequence[fx.Node], region: _Region, name: str) -> None:
+    outputs = sorted({index for start in region.starts for index in _read_outside(_inside(calls, region, start))})
+    graph_module.add_submodule(name, _subgraph(graph_module, _inside(calls, region, region.starts[0]), outputs))
+    for start in region.starts:
+        _replace(graph_module, _inside(calls, region, start), outputs, name)
+
+
+def _read_outside(inside: Sequence[fx.Node]) -> Iterator[int]:
+    own = set(inside)
+    return (index for index, call in enumerate(inside) if not own.issuperset(call.users))
+
+
+def _subgraph(graph_module: fx.GraphModule, inside: Sequence[fx.Node], outputs: Sequence[int]) -> fx.GraphModule:
+    subgraph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in _inputs(inside):
+        copies[node] = subgraph.placeholder(node.name)
+        copies[node].meta = dict(node.meta)
+    for call in inside:
+        copies[call] = subgraph.node_copy(call, copies.__getitem__)
+    subgraph.output(tuple(copies[inside[index]] for index in outputs))
+    return fx.GraphModule(graph_module, subgraph)
+
+
+def _replace(graph_module: fx.GraphModule, inside: Sequence[fx.Node], outputs: Sequence[int], name: str) -> None:
+    own = set(inside)
+    with graph_module.graph.inserting_before(inside[-1].next):
+        region = graph_module.graph.get_attr(name)
+        call = graph_module.graph.call_function(compat.invoke_subgraph, (region, name, *_inputs(inside)))
+        call.meta["outlined"] = True
+        for position, index in enumerate(outputs):
+            result = graph_module.graph.call_function(operator.getitem, (call, position))
+            result.meta = {**inside[index].meta, "outlined": True}
+            inside[index].replace_all_uses_with(result, delete_user_cb=lambda user: user not in own)
+    for node in reversed(inside):
+        graph_module.graph.erase_node(node)

@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onlinequant_backend import compat
+from onlinequant_backend.passes import REWRITE
+from onlinequant_backend.passes.outline_regions import outline_regions
+from tests.graph_probe import GraphProbe
+from tests.tiny import Block, net, noise, relative_error
+
+X = noise(2, 8)
+Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def long(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Enough calls for a region."""
+    for number in range(1, 14):
+        x = torch.sin(x * number) + y
+    return x
+
+
+class Repeating(nn.Module):
+    """What ``steps`` do to a tensor, one after the other, each with a weight of its own."""
+
+    def __init__(self, steps: Sequence[Step]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(8)) for _ in steps)
+        self.steps = steps
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.silu(x)
+        for step, weight in zip(self.steps, self.weights, strict=True):
+            x = torch.tanh(step(x, weight))
+        return F.gelu(x)
+
+
+def regions(probe: GraphProbe) -> list[int]:
+    """How often each region is called, in the order of the graph."""
+    names = [str(node.args[1]) for node in probe.nodes(compat.invoke_subgraph)]
+    return [names.count(name) for name in dict.fromkeys(names)]
+
+
+def other_wiring(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The same calls as ``long``, of which the last reads what came first."""
+    first = x
+    for number in range(1, 14):
+        x = torch.sin(x * number) + (y if number < 13 else first)
+    return x
+
+
+def scaled(by: float) -> Step:
+    return lambda x, y: long(x, y) + long(x * by, y)
+
+
+@pytest.mark.parametrize(
+    ("steps", "found"),
+    [
+        ([long] * 3, [3]),
+        ([long, lambda x, y: x.cos(), long, lambda x, y: x.exp(), long], [3]),
+        ([long, long, lambda x, y: x.sigmoid(), other_wiring, other_wiring, other_wiring], None),
+        ([lambda x, y: long(x, x), lambda x, y: long(x, y), lambda x, y: long(x, x)], None),
+        ([scaled(2.0), scaled(3.0)], None),
+    ],
+    ids=["at once", "apart", "other wiring", "one input twice", "other constants"],
+)
+def test_what_is_repeated_becomes_a_region(steps: Sequence[Step], found: list[int] | None) -> None:
+    module = Repeating(steps)
+    probe = GraphProbe(module, X)
+    probe.run(outline_regions)
+    assert regions(probe) and (found is None or regions(probe) == found)
+    assert sum(probe.after.counts.values()) < sum(probe.before.counts.values())
+    (result,) = probe.call()
+    assert torch.equal(result, module(X))
+    probe.assert_settled(outline_regions)
+
+
+def test_values_that_are_read_far_behind_their_region() -> None:
+    """As skip connections are: what a region makes in the middle counts for all of its calls."""
+
+    class Skipping(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            kept = []
+            for _ in range(3):
+                half = long(x, x)
+                x = long(half, x)
+                kept.append(half)
+            return x + kept[1]
+
+    module = Skipping()
+    probe = GraphProbe(module, X)
+    assert probe.run(outline_regions)["outline_regions"] >= 1
+    (result,) = probe.call()
+    assert torch.equal(result, module(X))
+
+
+class Blocks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(Block() for _ in range(6))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(block(x))
+        return x
+
+
+def test_8_bit_layers_get_their_own_weights_and_scales() -> None:
+    module, x = Blocks(), noise(1, 16, 8, 8)
+    probe = GraphProbe(module, x).analyze()
+    layers = probe.observe()
+    *others, last = REWRITE
+    probe.run(*others)
+    (expected,) = probe.call_quantized(layers)
+    assert probe.run(last) == {"outline_regions": 1}
+    assert regions(probe)[0] >= 5
+    (result,) = probe.call_quantized(layers)
+    assert relative_error(result, expected) < 1e-6
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [lambda x, y: x.cos() + y] * 3,
+        [long],
+        [long, lambda x, y: long(x[:, :4], y[:4]).repeat(1, 2)],
+        [long, lambda x, y: long(x.double(), y.double()).float()],
+        [lambda x, y: operator.iadd(long(x, y), y)] * 3,
+    ],
+    ids=["few calls", "once", "other shapes", "other dtypes", "in place"],
+)
+def test_what_differs_or_is_short_is_left_alone(steps: Sequence[Step]) -> None:
+    assert GraphProbe(Repeating(steps), X).run(outline_regions) == {"outline_regions": 0}
+
+
+def test_symbolic_sizes_are_left_alone() -> None:
+    probe = GraphProbe(Repeating([long] * 3), X, dynamic=True)
+    assert probe.run(outline_regions) == {"outline_regions": 0}
+
+
+@pytest.mark.parametrize(("wanted", "found"), [("auto", 1), (True, 1), (False, 0)])
+def test_it_is_an_option(wanted: object, found: int) -> None:
+    probe = GraphProbe(Repeating([long] * 3), X, regional_compilation=wanted)
+    assert probe.run(outline_regions) == {"outline_regions": found}
+
+
+def test_small_models_have_none() -> None:
+    probe = GraphProbe(net(), noise(1, 4, 8, 8)).analyze()
+    assert probe.run(*REWRITE)["outline_regions"] == 0
