@@ -1,4 +1,4 @@
-"""How long a cold compile takes, and what the step takes after it: torch.compile, and onlinequant with and without regions.
+"""How long a cold compile takes, and a step after it: torch.compile, and onlinequant with and without regions.
 
     python benchmarks/compile_time.py --model sdxl-small
     python benchmarks/compile_time.py --model sdxl --device cuda --dtype float16

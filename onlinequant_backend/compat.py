@@ -143,6 +143,11 @@ def int8_instructions() -> str | None:
     return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
 
 
+def compiles_regions() -> bool:
+    """Whether this torch was seen to compile ``invoke_subgraph`` and to cache what it compiled: 2.13 was."""
+    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+
+
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
     from torch._inductor import list_mode_options
