@@ -2,41 +2,65 @@
 
 from __future__ import annotations
 
+import atexit
+import concurrent.futures.process
+import concurrent.futures.thread  # noqa: F401
 import contextvars
+import logging
 import threading
+import weakref
 from collections.abc import Callable
 
 import torch
 
+_log = logging.getLogger("onlinequant")
+
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+
 
 class Background:
-    """At most one piece of work at a time.
-
-    The thread ends with the process, whatever it is doing: nobody waits for a compile whose result is not wanted any
-    more. What it had begun to write is not there for others then (``files``).
-    """
+    """At most one piece of work at a time. A process that ends waits for it, with all that compiling needs still there:
+    its result is kept for the next one, and a thread that is stopped within torch aborts the process."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
+        self._lock = threading.Lock()
 
     def is_busy(self) -> bool:
         """Whether there is work that is not done yet."""
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, work: Callable[[], object], device: torch.device) -> None:
-        """Have ``work`` done, which must not raise: in this thread's grad and inference mode, and with its listener."""
+        """Have ``work`` done, which must not raise: in this thread's grad and inference mode, and with its listener.
+        Where there is other work, nothing is done."""
         context = contextvars.copy_context()
         is_inference, has_grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
+        is_ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
         def run() -> None:
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
-                if device.type != "cuda":
+                if is_ready is None:
                     context.run(work)
                     return
                 with torch.cuda.device(device):
+                    torch.cuda.current_stream().wait_event(is_ready)
                     context.run(work)
-                    # Whoever uses the result may do so on another stream.
-                    torch.cuda.synchronize()
+                    torch.cuda.synchronize()  # whoever uses the result may do so on another stream
 
-        self._thread = threading.Thread(target=run, name="onlinequant-background", daemon=True)
-        self._thread.start()
+        with self._lock:
+            if not self.is_busy():
+                self._thread = threading.Thread(target=run, name="onlinequant-background", daemon=True)
+                _threads.add(self._thread)
+                self._thread.start()
+
+
+def _wait_at_exit() -> None:
+    for thread in list(_threads):
+        if thread.is_alive():
+            _log.info("compiling is not done yet; the process ends when it is")
+            thread.join()
+
+
+# What was registered last comes first: so before the executors of both modules, which Inductor compiles with, are shut
+# down. ``atexit`` comes after that.
+getattr(threading, "_register_atexit", atexit.register)(_wait_at_exit)

@@ -228,8 +228,7 @@ class Observation:
         def add(gradient: torch.Tensor) -> None:
             gradients[index] += float(gradient.float().square().sum())
 
-        # No weight needs a gradient. A copy, since the graph may write into it.
-        y = y if y.requires_grad else y.detach().requires_grad_().clone()
+        y = y if y.requires_grad else y.detach().requires_grad_()  # nothing else asks for gradients
         y.register_hook(add)
         return y
 

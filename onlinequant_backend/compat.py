@@ -143,6 +143,14 @@ def int8_instructions() -> str | None:
     return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
 
 
+def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose memory is laid out alike, gaps and expanded dimensions included."""
+    from torch._prims_common import clone_preserve_strides
+
+    copy: torch.Tensor = clone_preserve_strides(tensor)
+    return copy
+
+
 def compiles_regions() -> bool:
     """Whether this torch was seen to compile ``invoke_subgraph`` and to cache what it compiled: 2.13 was."""
     return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)

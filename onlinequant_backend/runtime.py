@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import graph, keys, selection
+from . import compat, graph, keys, selection
 from .background import Background
 from .build import CompiledGraph, build
 from .cache import Cache
@@ -103,7 +103,7 @@ class QuantizedGraph:
                     return result
             key = self._compiled.key(args, weights)
             known = self._compiled.known
-            if key not in known and self._may_work_aside():
+            if key not in known and self._may_work_aside() and self._compiled.needs_build(key, args, weights):
                 self._finish_aside(args)
                 return self._run_float(args)
             compiled = known[key] if key in known else self._compile(key, args, weights)
@@ -137,7 +137,7 @@ class QuantizedGraph:
         return observed
 
     def _run_float(self, args: Sequence[Any]) -> Any:
-        for weights in self._sets.values():
+        for weights in list(self._sets.values()):  # another thread may find one
             weights.check_not_freed()
         return self._graph(*args)
 
@@ -186,7 +186,7 @@ class QuantizedGraph:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
-                # GPUs select by measured times, which nothing else may disturb; and without a compile it is quick.
+                # See ``_observe``; and without a compile it is quick.
                 if self._may_work_aside() and self._device.type != "cuda" and not self._compiled.known:
                     self._finish_aside(args)
                     return self._run_float(args)
@@ -199,7 +199,9 @@ class QuantizedGraph:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._show_progress(run.step, run.steps)
-            finish = self._finish_aside if self._may_work_aside() else self._finish
+            # GPUs select by measured times, which nothing else may disturb.
+            aside = self._may_work_aside() and self._device.type != "cuda"
+            finish = self._finish_aside if aside else self._finish
             run.at_end((self, weights), functools.partial(finish, args))
             last = False
         else:
@@ -239,11 +241,20 @@ class QuantizedGraph:
         inputs = graph.placeholders(self._graph)
         # The caller may write into what it has passed as soon as this has returned.
         kept = [
-            value.clone() if isinstance(value, torch.Tensor) and not graph.is_parameter(node) else value
+            value
+            if graph.is_parameter(node) or not isinstance(value, torch.Tensor)
+            else compat.clone_preserving_strides(value)
             for node, value in zip(inputs, args, strict=True)
         ]
-        self._report.phase, self._report.phase_reason = "compiling", "in the background, float goes on"
-        self._background.start(functools.partial(self._finish, kept, raises=False), self._device)
+
+        def work() -> None:
+            before = self._report.phase, self._report.phase_reason
+            self._report.phase, self._report.phase_reason = "compiling", "in the background, float goes on"
+            self._finish(kept, raises=False)
+            if self._report.phase == "compiling":  # there was nothing to do any more
+                self._report.phase, self._report.phase_reason = before
+
+        self._background.start(work, self._device)
 
     def _finish(self, args: Sequence[Any], raises: bool = True) -> None:
         """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.

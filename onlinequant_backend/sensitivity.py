@@ -41,11 +41,10 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
     memory, that of training: where that is not there, or no gradient, the layers keep their own errors.
     """
     gradients: dict[int, float] = defaultdict(float)
-    observation = Observation(layers, gradients=gradients, spared=_free_memory(args) * _SPARED)
     try:
+        observation = Observation(layers, gradients=gradients, spared=_spared_memory(args))
         with torch.inference_mode(False), torch.enable_grad():
-            # Inference tensors cannot be kept for a backward pass.
-            copies = [x.clone() if isinstance(x, torch.Tensor) and x.is_inference() else x for x in args]
+            copies = [_without_gradient(x) if isinstance(x, torch.Tensor) else x for x in args]
             output = _flat(observed(*copies, observation))
             mixture = torch.randn(output.numel(), generator=torch.Generator().manual_seed(_SEED)).to(output)
             (output * mixture).sum().backward()
@@ -57,8 +56,8 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
     for index, layer in enumerate(layers):  # one may be called more than once
         if layer.sensitivity is not None and not layer.sensitivity.of_model:
             estimates[layer] += layer.sensitivity.mse * gradients[index] / output.numel()
-    if not all(map(math.isfinite, gradients.values())) or not all(gradients.values()) or not mean_square > 0:
-        _log.info("not all gradients are finite numbers other than 0, so layers go by their own errors")
+    if not all(map(math.isfinite, gradients.values())) or not any(gradients.values()) or not mean_square > 0:
+        _log.info("the gradients are not finite, or 0, so layers go by their own errors")
         return False
     for layer, mse in estimates.items():
         # The mean magnitude of normal errors.
@@ -66,10 +65,22 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
     return True
 
 
-def _free_memory(args: Sequence[Any]) -> float:
-    """Bytes that are free where the system does not say no in time; 0 elsewhere."""
-    on_cpu = all(arg.device.type == "cpu" for arg in args if isinstance(arg, torch.Tensor))
-    return float(psutil.virtual_memory().available) if on_cpu else 0.0
+def _without_gradient(x: torch.Tensor) -> torch.Tensor:
+    """``x`` for a backward pass: parameters are not to get gradients, and inference tensors cannot be kept for one."""
+    return (x.clone() if x.is_inference() else x).detach()
+
+
+def _spared_memory(args: Sequence[Any]) -> float:
+    """How many bytes must stay free where the system does not say no in time, as GPUs do; raises MemoryError if the
+    copies of ``args`` alone would not leave as many."""
+    tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+    if any(tensor.device.type != "cpu" for tensor in tensors):
+        return 0.0
+    available = psutil.virtual_memory().available
+    copied = sum(tensor.nbytes for tensor in tensors if tensor.is_inference())
+    if available - copied < available * _SPARED:
+        raise MemoryError(f"{copied / 1e9:.1f} GB of copies do not fit into {available / 1e9:.1f} GB")
+    return available * _SPARED
 
 
 def measure_end_to_end(

@@ -71,17 +71,20 @@ class CompiledGraphs:
                 sizes.append((value.shape, value.stride()))
         return tuple(fixed), tuple(sizes)
 
+    def needs_build(self, key: Key, args: Sequence[Any], weights: WeightSet) -> bool:
+        """Whether ``make`` would compile for a call whose key is not known yet."""
+        fixed, _ = key
+        return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
+
     def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
         """The graph for a call whose key is not known yet, from now on in ``known``; None for the one in float."""
         fixed, _ = key
-        kinds = {fixed for fixed, _ in self.known}
-        if fixed not in kinds and len(kinds) >= _MOST_KINDS:
+        if self._are_too_many(fixed):
             _log.warning("a number among the inputs is never the same twice, so this call runs in float")
             return None
-        is_first = shapes.is_first(weights.layers[0]) and self._which_shapes == "auto"
-        symbolic = self._may_be_symbolic and not is_first
+        symbolic = self._is_symbolic(weights)
         general = self._general.setdefault(fixed, {}) if symbolic else {}
-        compiled = next((known for known in general.values() if self._serves(known, args, weights)), None)
+        compiled = self._find_general(fixed, args, weights)
         if compiled is None:
             expanded = shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
             compiled = self._built(args, weights, symbolic and expanded not in general)
@@ -91,6 +94,18 @@ class CompiledGraphs:
                     compiled = self._built(args, weights, symbolic=False)
         self.known[key] = compiled
         return compiled
+
+    def _are_too_many(self, fixed: tuple[Any, ...]) -> bool:
+        kinds = {fixed for fixed, _ in self.known}
+        return fixed not in kinds and len(kinds) >= _MOST_KINDS
+
+    def _is_symbolic(self, weights: WeightSet) -> bool:
+        is_first = shapes.is_first(weights.layers[0]) and self._which_shapes == "auto"
+        return self._may_be_symbolic and not is_first
+
+    def _find_general(self, fixed: tuple[Any, ...], args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
+        general = self._general.get(fixed, {}) if self._is_symbolic(weights) else {}
+        return next((known for known in general.values() if self._serves(known, args, weights)), None)
 
     def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         if symbolic:

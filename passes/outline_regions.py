@@ -3,7 +3,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ import torch.fx as fx
 from onlinequant_backend import compat, graph
 from onlinequant_backend.repeats import repeated_runs
 
-from .layer import PassContext
+from .layer import PassContext, info_of
 
 # Regions of fewer calls are not worth it, nor are those that save less than this share of the graph's calls.
 _LEAST_CALLS, _LEAST_SAVED = 20, 0.02
@@ -105,7 +105,10 @@ def _token(call: fx.Node, position: int) -> str:
     if "outlined" in call.meta:
         return f"outlined {position}"
     args = fx.map_arg((call.args, call.kwargs), lambda node: _Shown(_kind(node)))
-    return f"{call.op} {_target(call)} {args} {_kind(call)}"
+    # Inputs that rewriting has added have no example.
+    info = info_of(call)
+    layer = (info.input_shape, info.weight_shape, info.dtype) if info is not None else None
+    return f"{call.op} {_target(call)} {args} {_kind(call)} {layer}"
 
 
 class _Shown(str):
@@ -180,8 +183,26 @@ def _subgraph(graph_module: fx.GraphModule, inside: Sequence[fx.Node], outputs: 
         copies[node].meta = dict(node.meta)
     for call in inside:
         copies[call] = subgraph.node_copy(call, copies.__getitem__)
-    subgraph.output(tuple(copies[inside[index]] for index in outputs))
+    subgraph.output(tuple(_own(subgraph, copies, inside, inside[index], outputs) for index in outputs))
     return fx.GraphModule(graph_module, subgraph)
+
+
+def _own(
+    subgraph: fx.Graph,
+    copies: Mapping[fx.Node, fx.Node],
+    inside: Sequence[fx.Node],
+    result: fx.Node,
+    outputs: Sequence[int],
+) -> fx.Node:
+    """A result in memory of its own: ``invoke_subgraph`` may share none, and Inductor counts a view's offset twice."""
+    value = _example(result)
+    if not isinstance(value, torch.Tensor):
+        return copies[result]
+    others = [*_inputs(inside), *(inside[index] for index in outputs if inside[index] is not result)]
+    shared = {other.untyped_storage()._cdata for other in map(_example, others) if isinstance(other, torch.Tensor)}
+    if value.untyped_storage()._cdata in shared or value.storage_offset() != 0:
+        return subgraph.call_method("clone", (copies[result],))
+    return copies[result]
 
 
 def _replace(graph_module: fx.GraphModule, inside: Sequence[fx.Node], outputs: Sequence[int], name: str) -> None:

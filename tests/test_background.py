@@ -16,7 +16,7 @@ from onlinequant_backend import compat
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
-from tests.small import CLOSE, WIDE, Small, X, compiled, fused, small
+from tests.small import CLOSE, WIDE, Small, X, compiled, entries, fused, small
 from tests.test_runtime import EagerInductor
 from tests.tiny import noise, relative_error
 
@@ -41,9 +41,14 @@ class SlowInductor(EagerInductor):
         """Let it compile, and wait until all that follows is done, too."""
         assert self.begun.wait(60)
         self.may_end.set()
-        background = [thread for thread in threading.enumerate() if thread.name == "onlinequant-background"]
-        for thread in background:
-            thread.join(60)
+        join()
+
+
+def join() -> None:
+    """Wait until nothing is done in the background."""
+    for thread in threading.enumerate():
+        if thread.name == "onlinequant-background":
+            thread.join(120)
             assert not thread.is_alive()
 
 
@@ -174,6 +179,37 @@ def test_another_size_is_compiled_aside_as_well(inductor: SlowInductor) -> None:
 
 
 @torch.no_grad()
+def test_a_size_that_a_graph_serves_already_needs_no_other_thread(inductor: SlowInductor) -> None:
+    inductor.may_end.set()
+    model = small()
+    step = compiled(model, ASIDE)
+    for x in (X, X, X, X, WIDE, WIDE, WIDE):
+        step(x)
+        join()
+    built = len(inductor.graphs)
+    third = noise(3, 4, 8, 12)
+    step(third)  # may look for drift, and be in float
+    assert 0 < relative_error(step(third), model(third)) < CLOSE
+    assert (len(inductor.graphs), report().phase) == (built, "quantized")
+
+
+@torch.no_grad()
+def test_inputs_with_gaps_and_expanded_ones(inductor: SlowInductor) -> None:
+    class Scaled(Small):
+        def forward(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * scale.view(-1, 1, 1, 1)
+
+    torch.manual_seed(0)
+    model = Scaled().requires_grad_(False)
+    x, scale = noise(2, 6, 8, 8)[:, 1:5], torch.tensor(2.0).expand(2)
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        step(x, scale)
+    inductor.finish()
+    assert 0 < relative_error(step(x, scale), model(x, scale)) < CLOSE
+
+
+@torch.no_grad()
 def test_an_observed_run_ends_at_once(inductor: SlowInductor) -> None:
     model = small()
     step, expected = compiled(model, ASIDE), model(X)
@@ -243,6 +279,8 @@ def test_two_graphs_of_one_model_at_once(inductor: SlowInductor) -> None:
 
 _LEAVING = """
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 import torch
 from onlinequant_backend import compat
 import onlinequant_backend as oq
@@ -250,11 +288,15 @@ from tests.small import X, compiled, small
 
 begun = threading.Event()
 
-def never(*_given, **_named):
+def slow(graph, *_given, **_named):
     begun.set()
-    threading.Event().wait(60)
+    with ThreadPoolExecutor(1) as pool:  # as Inductor does
+        for _ in range(200):
+            pool.submit(torch.mm, torch.ones(300, 300), torch.ones(300, 300)).result()
+            time.sleep(0.005)
+    return graph
 
-compat.compile_fx = never
+compat.compile_fx = slow
 with torch.no_grad():
     step = compiled(small(), {"compile_in_background": True})
     for _ in range(3):
@@ -264,9 +306,10 @@ print("leaving")
 """
 
 
-def test_nobody_waits_for_it_at_exit() -> None:
+def test_a_process_that_ends_finishes_it() -> None:
     done = subprocess.run([sys.executable, "-c", _LEAVING], capture_output=True, text=True, timeout=55)
-    assert (done.returncode, done.stdout) == (0, "leaving\n"), done.stderr
+    assert (done.returncode, done.stdout, done.stderr) == (0, "leaving\n", "")
+    assert len(entries()) == 1
 
 
 @torch.no_grad()
@@ -276,9 +319,7 @@ def test_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise(1, 4, 8, 8, seed=5)
     step = compiled(model, ASIDE)
     pictures = [step(x) for _ in range(3)]
-    for thread in threading.enumerate():
-        if thread.name == "onlinequant-background":
-            thread.join(120)
+    join()
     assert all(torch.equal(picture, model(x)) for picture in pictures)
     assert 0 < relative_error(step(x), model(x)) < CLOSE
     assert report().phase == "quantized"

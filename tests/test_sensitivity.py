@@ -87,6 +87,38 @@ def test_the_estimate_is_near_the_measured_error(make: Callable[[], nn.Module], 
 
 
 @torch.no_grad()
+def test_parameters_get_no_gradients() -> None:
+    torch.manual_seed(0)
+    model = Net().eval()
+    assert run(model, quantized_linear_percentage=50).sensitivity_kind == "gradient"
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+@torch.no_grad()
+def test_layers_without_influence_are_harmless() -> None:
+    """As the queries and keys of an attention to a single token."""
+
+    class Gated(Net):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) + 0 * self.blocks[0].conv(self.conv_in(x)).mean()
+
+    torch.manual_seed(0)
+    report = run(Gated().requires_grad_(False), X[:, :, :1, :1].clone(), quantized_linear_percentage=50)
+    assert report.sensitivity_kind == "gradient"
+    by_name = {decision.name: decision for decision in report.decisions}
+    assert by_name["blocks.0.to_q"].sensitivity == 0 < (by_name["blocks.0.to_v"].sensitivity or 0)
+    assert by_name["blocks.0.to_q"].quantized
+
+
+@torch.no_grad()
+def test_inference_tensors_that_cannot_be_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    with torch.inference_mode():
+        model, x = net(), X.clone()
+        monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=1000))
+        assert run(model, x, quantized_linear_percentage=50).sensitivity_kind == "local"
+
+
+@torch.no_grad()
 def test_nothing_is_estimated_where_it_decides_nothing() -> None:
     assert run(net()).sensitivity_kind == "local"
     assert run(net(), quantized_conv_percentage=0).sensitivity_kind == "local"

@@ -101,6 +101,28 @@ def test_values_that_are_read_far_behind_their_region() -> None:
     assert torch.equal(result, module(X))
 
 
+def views(x: torch.Tensor) -> torch.Tensor:
+    """Regions of whose results two are parts of one tensor, and one is another's view."""
+    for close in (torch.sin, torch.tanh, torch.cos):
+        first, second = long(x, x).chunk(2, -1)
+        turned = second.t()
+        x = torch.cat([close(second) + turned.sum(), first], -1)
+    return x
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_results_that_are_views_with_inductor() -> None:
+    """Inductor counts the offset of what a subgraph returns twice."""
+    probe = GraphProbe(views, X, regional_compilation=True)
+    assert probe.run(outline_regions)["outline_regions"] >= 1
+    region = probe.graph_module.region_0
+    assert any(node.target == "clone" for node in region.graph.nodes)
+    with torch.no_grad():
+        args = list(probe.inputs.values())
+        (result,) = compat.compile_fx(probe.graph_module, args, {}, outside_dynamo=True)(*args)
+    assert relative_error(result, views(X)) < 1e-5
+
+
 class Blocks(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -139,11 +161,12 @@ def test_8_bit_layers_get_their_own_weights_and_scales() -> None:
     ids=["few calls", "once", "other shapes", "other dtypes", "in place"],
 )
 def test_what_differs_or_is_short_is_left_alone(steps: Sequence[Step]) -> None:
-    assert GraphProbe(Repeating(steps), X).run(outline_regions) == {"outline_regions": 0}
+    probe = GraphProbe(Repeating(steps), X, regional_compilation=True)
+    assert probe.run(outline_regions) == {"outline_regions": 0}
 
 
 def test_symbolic_sizes_are_left_alone() -> None:
-    probe = GraphProbe(Repeating([long] * 3), X, dynamic=True)
+    probe = GraphProbe(Repeating([long] * 3), X, dynamic=True, regional_compilation=True)
     assert probe.run(outline_regions) == {"outline_regions": 0}
 
 
@@ -154,5 +177,5 @@ def test_it_is_an_option(wanted: object, found: int) -> None:
 
 
 def test_small_models_have_none() -> None:
-    probe = GraphProbe(net(), noise(1, 4, 8, 8)).analyze()
+    probe = GraphProbe(net(), noise(1, 4, 8, 8), regional_compilation=True).analyze()
     assert probe.run(*REWRITE)["outline_regions"] == 0
