@@ -151,11 +151,6 @@ def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
     return copy
 
 
-def compiles_regions() -> bool:
-    """Whether this torch was seen to compile ``invoke_subgraph`` and to cache what it compiled: 2.13 was."""
-    return tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-
-
 def inductor_mode_options(mode: str) -> dict[str, Any]:
     """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
     from torch._inductor import list_mode_options

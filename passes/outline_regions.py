@@ -58,11 +58,9 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _may_be_outlined(graph_module: fx.GraphModule, context: PassContext) -> bool:
-    wanted = context.config.regional_compilation
-    if wanted == "auto":
-        wanted = context.device.type == "cpu" and compat.compiles_regions()  # where it was measured
     is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in graph.placeholders(graph_module))
-    return bool(wanted) and not is_symbolic and not any(map(graph.writes_in_place, graph_module.graph.nodes))
+    in_place = any(map(graph.writes_in_place, graph_module.graph.nodes))
+    return context.config.regional_compilation and not is_symbolic and not in_place
 
 
 def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:
