@@ -17,8 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import MODELS, build, relative_error
+from benchmarks.models import CPU_THRESHOLDS, build, model_parser, relative_error, seconds
 
-THRESHOLDS = {"conv_compute_density_threshold": 20, "linear_compute_density_threshold": 20}
 ROWS: dict[str, dict[str, Any] | None] = {
     "torch.compile": None,
     "onlinequant, as a whole": {"regional_compilation": False},
     "onlinequant, in regions": {"regional_compilation": True},
 }
-
-
-def seconds(call: Callable[[], object], device: str) -> float:
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -57,7 +46,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     else:
         given = {"precision": options.precision, "calibration_steps": 1, **backend}
         if options.device == "cpu":
-            given |= THRESHOLDS
+            given |= CPU_THRESHOLDS
         step, observed = torch.compile(model, backend="onlinequant", options=given), 1
     first = sum(seconds(lambda: step(**inputs), options.device) for _ in range(observed + 1))
     times = [seconds(lambda: step(**inputs), options.device) for _ in range(options.rounds)]
@@ -81,10 +70,7 @@ def in_a_process(row: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sdxl-small", choices=MODELS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser = model_parser(__doc__, "sdxl-small")
     parser.add_argument("--precision", default="int8", choices=["int8", "fp8"])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)

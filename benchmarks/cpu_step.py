@@ -25,10 +25,9 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import build, relative_error
+from benchmarks.models import CPU_THRESHOLDS, build, relative_error
 
-# On a CPU memory keeps up with far fewer FLOPs per byte than on a GPU, so the thresholds can be lower.
-CPU_OPTIONS = {"precision": "int8", "conv_compute_density_threshold": 20, "linear_compute_density_threshold": 20}
+CPU_OPTIONS = {"precision": "int8", **CPU_THRESHOLDS}
 COLUMNS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "torch.compile": None,

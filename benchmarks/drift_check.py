@@ -13,8 +13,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -23,20 +21,11 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend as oq
-from benchmarks.models import MODELS, build
+from benchmarks.models import build, model_parser, seconds, thresholds
 from onlinequant_backend.progress import Progress
 from onlinequant_backend.weights import registry
 
 EVERY = 64
-
-
-def milliseconds(call: Callable[[], object], device: str) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    call()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
 
 
 @torch.no_grad()
@@ -45,8 +34,7 @@ def measure(options: argparse.Namespace, cache: str) -> dict[str, list[float]]:
     model, inputs = build(options.model, options.device, getattr(torch, options.dtype), batch=options.batch)
     backend: dict[str, object] = {"precision": options.precision, "calibration_steps": 1, "cache_dir": cache}
     if options.threshold is not None:
-        names = ("conv_compute_density_threshold", "linear_compute_density_threshold")
-        backend.update(dict.fromkeys(names, options.threshold))
+        backend.update(thresholds(options.threshold))
     step = torch.compile(model, backend=oq.onlinequant, options={**backend, "drift_check_every": EVERY})
     for _ in range(5):
         step(**inputs)
@@ -55,18 +43,15 @@ def measure(options: argparse.Namespace, cache: str) -> dict[str, list[float]]:
     with Progress("timing round", options.rounds) as progress:
         for _ in range(options.rounds):
             progress.advance()
-            times["plain"].append(milliseconds(lambda: step(**inputs), options.device))
+            times["plain"].append(1e3 * seconds(lambda: step(**inputs), options.device))
             weights.schedule.restart()  # the next call counts
-            times["counting"].append(milliseconds(lambda: step(**inputs), options.device))
+            times["counting"].append(1e3 * seconds(lambda: step(**inputs), options.device))
     assert weights.schedule.checks >= options.rounds and not oq.reports()[-1].widened
     return times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sd15", choices=MODELS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser = model_parser(__doc__, "sd15")
     parser.add_argument("--precision", default="auto", choices=["auto", "int8", "fp8"])
     parser.add_argument("--threshold", type=float, help="of compute density, for both kinds of layers")
     parser.add_argument("--batch", type=int, default=1)

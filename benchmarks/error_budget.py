@@ -11,7 +11,6 @@ of one step with random weights.
 
 from __future__ import annotations
 
-import argparse
 import math
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend as oq
-from benchmarks.models import MODELS, build, relative_error
+from benchmarks.models import build, model_parser, relative_error, thresholds
 
 _SHOWN = 10
 
@@ -59,18 +58,14 @@ def table(title: str, alone: dict[str, float], error: float) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="sdxl-small", choices=MODELS)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser = model_parser(__doc__, "sdxl-small")
     parser.add_argument("--precision", default="auto", choices=["auto", "int8", "fp8"])
     parser.add_argument("--threshold", type=float, help="of compute density, for both kinds of layers")
     options = parser.parse_args()
     model, inputs = build(options.model, options.device, getattr(torch, options.dtype), batch=2)
     backend: dict[str, object] = {"precision": options.precision}
     if options.threshold is not None:
-        names = ("conv_compute_density_threshold", "linear_compute_density_threshold")
-        backend.update(dict.fromkeys(names, options.threshold))
+        backend.update(thresholds(options.threshold))
     with torch.no_grad():
         rms = float(model(**inputs)[0].float().square().mean().sqrt())
     error, report = measure(model, inputs, backend)

@@ -3,8 +3,10 @@ downloaded."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -117,6 +119,33 @@ def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
+
+
+def thresholds(density: float) -> dict[str, float]:
+    """The backend's options that set both thresholds of compute density."""
+    return {f"{kind}_compute_density_threshold": density for kind in ("conv", "linear")}
+
+
+# On a CPU memory keeps up with far fewer FLOPs per byte than on a GPU.
+CPU_THRESHOLDS = thresholds(20)
+
+
+def model_parser(description: str | None, model: str) -> argparse.ArgumentParser:
+    """What ``build`` needs, as arguments: ``--model``, ``--device`` and ``--dtype``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=model, choices=MODELS)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    return parser
+
+
+def seconds(call: Callable[[], object], device: str) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:

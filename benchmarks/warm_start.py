@@ -26,9 +26,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import MODELS, build, relative_error  # noqa: E402
-
-THRESHOLDS = {"conv_compute_density_threshold": 20, "linear_compute_density_threshold": 20}
+from benchmarks.models import CPU_THRESHOLDS, MODELS, build, relative_error  # noqa: E402
 
 
 @torch.no_grad()
@@ -38,7 +36,7 @@ def run(row: argparse.Namespace) -> dict[str, Any]:
 
     imported = time.perf_counter() - _STARTED
     model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
-    options = {"precision": row.precision, "calibration_steps": row.calibration_steps, **THRESHOLDS}
+    options = {"precision": row.precision, "calibration_steps": row.calibration_steps, **CPU_THRESHOLDS}
     if row.backend == "onlinequant":
         step = torch.compile(model, backend="onlinequant", options=options)
     else:

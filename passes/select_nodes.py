@@ -79,7 +79,7 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
 
 
 def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: PassContext) -> str | None:
-    """What is quick and yet most of the error: in a trained model, with these in float the picture has a tenth of it.
+    """What is quick and yet most of the error: with these in float a picture's squared error falls to a tenth or less.
 
     ``work``: floating-point operations of all layers.
     """
