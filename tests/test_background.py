@@ -13,6 +13,7 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat
+from onlinequant_backend.background import Background
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
@@ -179,7 +180,9 @@ def test_another_size_is_compiled_aside_as_well(inductor: SlowInductor) -> None:
 
 
 @torch.no_grad()
-def test_a_size_that_a_graph_serves_already_needs_no_other_thread(inductor: SlowInductor) -> None:
+def test_a_size_that_a_graph_serves_already_needs_no_other_thread(
+    inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     inductor.may_end.set()
     model = small()
     step = compiled(model, ASIDE)
@@ -187,6 +190,7 @@ def test_a_size_that_a_graph_serves_already_needs_no_other_thread(inductor: Slow
         step(x)
         join()
     built = len(inductor.graphs)
+    monkeypatch.setattr(Background, "start", lambda *_: pytest.fail("another thread was asked for"))
     third = noise(3, 4, 8, 12)
     step(third)  # may look for drift, and be in float
     assert 0 < relative_error(step(third), model(third)) < CLOSE
