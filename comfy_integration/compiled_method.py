@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from onlinequant_backend import OnlineQuantError, onlinequant
-from onlinequant_backend.progress import Listener
+from onlinequant_backend.progress import Listener, Update
 
 _log = logging.getLogger("onlinequant")
 
@@ -60,7 +60,7 @@ class CompiledMethod:
         self._failed = True
         trace = None if isinstance(error, OnlineQuantError) else error  # a mistake of the user's says all by itself
         _log.warning("onlinequant failed, so the model goes on in float: %s", error, exc_info=trace)
-        self._listener(f"in float, since it failed: {error}")
+        self._listener(Update(f"in float, since it failed: {error}"))
 
     def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``original`` through the backend; as it is, from then on, where that fails."""

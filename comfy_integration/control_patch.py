@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from onlinequant_backend.progress import Listener, told_to
+from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
@@ -23,7 +23,8 @@ def quantize_control_net(control_net: Any, options: Mapping[str, Any], whole_run
     """
     copy = control_net.copy()
     if not isinstance(getattr(control_net, "control_model", None), nn.Module):
-        listener(f"in float: a {type(control_net).__name__} has no network of its own that every step runs")
+        why = f"a {type(control_net).__name__} has no network of its own that every step runs"
+        listener(Update(f"in float: {why}"))
         return copy
     return ControlHook(options, whole_run, listener).attach(copy)
 

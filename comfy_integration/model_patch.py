@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onlinequant_backend.progress import Listener, told_to
+from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
@@ -105,7 +105,7 @@ class ModelHook:
     def _say_how_it_stands(self) -> None:
         """After each run: a page that was loaded anew does not know any more."""
         if self._last_record is not None and self._last_record.reports:
-            self._listener(" · ".join(self._last_record.summaries()))
+            self._listener(Update(" · ".join(self._last_record.summaries())))
 
 
 def _counting(run: SamplingRun, callback: Callable[..., Any] | None) -> Callable[..., Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable
 from typing import Any
 
 import folder_paths
@@ -12,6 +11,7 @@ from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
 from onlinequant_backend.cache import ENVIRONMENT_VARIABLES
+from onlinequant_backend.progress import Listener, Update
 
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model
@@ -123,7 +123,7 @@ class OnlineQuantReport(io.ComfyNode):
         if record is None:
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")
         difference = None if picture is None or reference is None else _difference(picture, reference)
-        _text_on(cls.hidden.unique_id)(summary.headline(record, difference))
+        _text_on(cls.hidden.unique_id)(Update(summary.headline(record, difference)))
         chart = summary.chart(record)
         return io.NodeOutput(summary.table(record, difference), chart, ui=ui.PreviewImage(chart, cls=cls))
 
@@ -162,7 +162,7 @@ class OnlineQuantCompare(io.ComfyNode):
     def execute(cls, picture: Any, reference: Any) -> io.NodeOutput:
         comparison = compare(picture, reference)
         text, panels = str(comparison), comparison.side_by_side
-        _text_on(cls.hidden.unique_id)(text)
+        _text_on(cls.hidden.unique_id)(Update(text))
         shown = ui.PreviewImage(panels, cls=cls)
         return io.NodeOutput(panels, comparison.psnr, comparison.ssim, text, ui=shown)
 
@@ -273,6 +273,6 @@ def _cache_directory() -> str | None:
     return directory
 
 
-def _text_on(node: str) -> Callable[[str], None]:
-    """A function that shows a text on a node, where it stays."""
-    return lambda text: PromptServer.instance.send_progress_text(text, node)
+def _text_on(node: str) -> Listener:
+    """A function that shows the text of an update on a node, where it stays."""
+    return lambda update: PromptServer.instance.send_progress_text(update.text, node)

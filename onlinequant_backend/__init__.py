@@ -9,6 +9,7 @@ if not (_Path(__file__).parent / "passes").is_dir():
 from .backend import onlinequant
 from .config import QuantConfig
 from .errors import OnlineQuantError
+from .progress import Update, told_to
 from .report import NodeDecision, Report, reports
 from .runtime import invalidate, reset
 from .sampling import SamplingRun, sampling_run
@@ -19,10 +20,12 @@ __all__ = [
     "QuantConfig",
     "Report",
     "SamplingRun",
+    "Update",
     "invalidate",
     "onlinequant",
     "reports",
     "reset",
     "sampling_run",
+    "told_to",
 ]
 __version__ = "0.1.0"

@@ -62,6 +62,11 @@ def weights_part(key: str) -> str:
     return key[_PART : 2 * _PART]
 
 
+def machine_part(key: str) -> str:
+    """What is equal in the keys of one machine, with one version of everything."""
+    return key[2 * _PART : 3 * _PART]
+
+
 def _part(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_PART]
 

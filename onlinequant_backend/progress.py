@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import logging
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
@@ -22,13 +24,39 @@ _log = logging.getLogger("onlinequant")
 QUIET, REDRAW, LOG_EVERY = 0.5, 0.5, 5.0
 _BAR_WIDTH = 30
 
-Listener = Callable[[str], None]
+
+@dataclass(frozen=True)
+class Update:
+    """What a listener is told.
+
+    Attributes:
+        text: all of it in one line, for people.
+        phase: what is being done, "compiling" say; empty where slow work has ended and ``text`` says how.
+        done: the number of the item that is being worked on, from 1; 0 before the first.
+        total: how many items there are; None where nobody knows.
+        seconds: since the phase began.
+        left: seconds that it will probably take yet; None where nobody knows.
+    """
+
+    text: str
+    phase: str = ""
+    done: int = 0
+    total: int | None = None
+    seconds: float = 0.0
+    left: float | None = None
+
+
+Listener = Callable[[Update], None]
 _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("onlinequant_listener", default=None)
 
 
 @contextlib.contextmanager
 def told_to(listener: Listener) -> Iterator[None]:
-    """Within the block, progress goes to ``listener``, from whatever thread, and not to the terminal or the log."""
+    """Within the block, progress goes to ``listener`` and not to the terminal or the log.
+
+    ``listener`` is called with an ``Update``, from whatever thread: when work begins, for each of its items, and about
+    twice a second meanwhile. It should return soon, and must not raise.
+    """
     token = _listener.set(listener)
     try:
         yield
@@ -40,20 +68,24 @@ def tell(text: str) -> None:
     """Tell the listener, if there is one, how slow work has ended."""
     listener = _listener.get()
     if listener is not None:
-        listener(text)
+        listener(Update(text))
 
 
 class Progress:
     """Shows how far work has come, ``Progress("observing", 20)``, or just for how long: ``Progress("compiling")``.
+
+    How long it will take yet is reckoned from the items that are done, or from ``expected``, the seconds that such work
+    took before.
 
     In a ``with`` block the elapsed time goes on by itself. Outside one, as for work that many calls share, nothing
     happens between two calls of ``advance``: no thread, no hidden cursor, so it may as well never be closed. That is
     why this draws its own line and rich's live display does not.
     """
 
-    def __init__(self, description: str, total: int | None = None) -> None:
+    def __init__(self, description: str, total: int | None = None, expected: float | None = None) -> None:
         self._description = description
         self._total = total
+        self._ends = expected  # seconds after the beginning; None while nobody knows
         self._done = 0
         self._text = ""
         self._started = monotonic()
@@ -70,6 +102,8 @@ class Progress:
         with self._lock:
             self._done = self._done + 1 if to is None else to
             self._text = text
+            if self._total is not None and self._done > 1:
+                self._ends = self._elapsed() * self._total / (self._done - 1)
             self._show()
 
     def close(self) -> None:
@@ -86,6 +120,8 @@ class Progress:
             self._drawn, self._logged = False, None
 
     def __enter__(self) -> Progress:
+        with self._lock:
+            self._show()
         self._ticker = threading.Thread(target=self._tick, name="onlinequant-progress", daemon=True)
         self._ticker.start()
         return self
@@ -108,7 +144,8 @@ class Progress:
         if self._closed.is_set():
             return
         if self._listener is not None:
-            self._listener(self._sentence(elapsed))
+            text, left = self._sentence(elapsed), self._left(elapsed)
+            self._listener(Update(text, self._description, self._done, self._total, elapsed, left))
         elif elapsed < QUIET:
             return
         elif self._console is not None:
@@ -131,15 +168,30 @@ class Progress:
     def _where(self) -> str:
         return self._description if self._total is None else f"{self._description} {self._done} of {self._total}"
 
+    def _left(self, elapsed: float) -> float | None:
+        """None, too, for what takes longer than expected: nobody knows any more."""
+        return None if self._ends is None or self._ends <= elapsed else self._ends - elapsed
+
+    def _times(self, elapsed: float) -> str:
+        left = self._left(elapsed)
+        return f"{elapsed:.0f} s" if left is None else f"{elapsed:.0f} s, about {_duration(left)} left"
+
     def _sentence(self, elapsed: float) -> str:
-        return f"{' '.join(filter(None, [self._where(), self._text]))} ({elapsed:.0f} s)"
+        return f"{' '.join(filter(None, [self._where(), self._text]))} ({self._times(elapsed)})"
 
     def _line(self, elapsed: float) -> Text:
         line = Text(f"{self._where()} ", no_wrap=True, overflow="ellipsis")
         if self._total:
             full = _BAR_WIDTH * min(self._done, self._total) // self._total
             line.append("━" * full, "cyan").append("━" * (_BAR_WIDTH - full), "dim").append(" ")
-        return line.append(f"{elapsed:.0f} s ", "green").append(self._text, "dim")
+        return line.append(f"{self._times(elapsed)} ", "green").append(self._text, "dim")
+
+
+def _duration(seconds: float) -> str:
+    """No more precise than it can be known."""
+    if seconds < 10:
+        return f"{math.ceil(seconds)} s"
+    return f"{5 * round(seconds / 5)} s" if seconds <= 90 else f"{round(seconds / 60)} min"
 
 
 def _terminal() -> Console | None:

@@ -19,6 +19,7 @@ from .build import CompiledGraph, build
 from .cache import Cache
 from .calibration import Observation
 from .choice import Choice
+from .compile_times import CompileTimes
 from .config import QuantConfig
 from .errors import OnlineQuantError
 from .passes import OBSERVE, PassContext, layer_nodes, run_passes
@@ -364,13 +365,16 @@ class QuantizedGraph:
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
         self._report.phase = "compiling"
-        start = time.perf_counter()
         entry = self._entry(weights, parameters)
         entry.claim()
+        start = time.perf_counter()
+        times, nodes = CompileTimes(self._cache.root), len(self._graph.graph.nodes)
+        kind = self._kind_of_compile(entry.key)
         try:
-            with Progress("compiling"):
+            with Progress("compiling", expected=times.expected(kind, nodes)):
                 directory = self._cache.inductor_directory(entry.key)
                 compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+            times.add(kind, nodes, time.perf_counter() - start)
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
@@ -388,6 +392,12 @@ class QuantizedGraph:
             freed = weights.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
+
+    def _kind_of_compile(self, key: str) -> str:
+        """Compiles of one kind take times that can be compared."""
+        source = "from the cache" if self._cache.has(key) else "anew"
+        how = "in regions" if self._config.regional_compilation else "as a whole"
+        return f"{keys.machine_part(key)} {self._config.mode} {how} {source}"
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""

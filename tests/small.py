@@ -35,6 +35,11 @@ class Small(nn.Module):
         return self.conv_out(self.linear(x.movedim(1, -1)).movedim(-1, 1))
 
 
+def texts_into(told: list[str]) -> Callable[[oq.Update], None]:
+    """A listener that adds the text of each update to ``told``."""
+    return lambda update: told.append(update.text)
+
+
 def small(seed: int = 0) -> Small:
     """A ``Small`` with random weights that need no gradient."""
     torch.manual_seed(seed)

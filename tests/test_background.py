@@ -17,7 +17,7 @@ from onlinequant_backend.background import Background
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
-from tests.small import CLOSE, WIDE, Small, X, compiled, entries, fused, small
+from tests.small import CLOSE, WIDE, Small, X, compiled, entries, fused, small, texts_into
 from tests.test_runtime import EagerInductor
 from tests.tiny import noise, relative_error
 
@@ -68,7 +68,7 @@ def report() -> oq.Report:
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_float_goes_on_until_the_compile_is_done(mode: Callable[[], Any], inductor: SlowInductor) -> None:
     told = list[str]()
-    with mode(), told_to(told.append):
+    with mode(), told_to(texts_into(told)):
         model = small()
         step, expected = compiled(model, ASIDE), model(X)
         for _ in range(6):

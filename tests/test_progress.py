@@ -90,7 +90,7 @@ def test_the_log_gets_one_line_for_each_tenth(clock: Clock, log: Log) -> None:
         bar.advance(f"conv_{index}")
     bar.close()
     assert log.messages[0] == "measuring layer 1 of 100 conv_0 (1 s)"
-    assert log.messages[1] == "measuring layer 11 of 100 conv_10 (11 s)"
+    assert log.messages[1] == "measuring layer 11 of 100 conv_10 (11 s, about 2 min left)"
     assert log.messages[-1] == "measuring layer: 100.0 s in all"
     assert len(log.messages) == 11
 
@@ -100,7 +100,7 @@ def test_the_log_gets_at_most_one_line_in_five_seconds(clock: Clock, log: Log) -
     for _ in range(10):
         clock.now += 1
         bar.advance()
-    assert log.messages == ["measuring layer 1 of 10 (1 s)", "measuring layer 6 of 10 (6 s)"]
+    assert log.messages == ["measuring layer 1 of 10 (1 s)", "measuring layer 6 of 10 (6 s, about 6 s left)"]
 
 
 def test_work_of_unknown_length_logs_ever_more_rarely(clock: Clock, log: Log) -> None:
@@ -183,25 +183,54 @@ def test_closing_twice_is_closing_once(clock: Clock, log: Log) -> None:
 def test_a_listener_is_told_everything_at_once_and_nobody_else(
     clock: Clock, terminal: Terminal, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told: list[str] = []
+    told: list[progress.Update] = []
     progress.tell("to nobody")
     with progress.told_to(told.append):
         bar = Progress("observing", 4)
+        clock.now += 1
         bar.advance()
+        clock.now += 5
         bar.advance(to=4)
         progress.tell("done")
     bar.advance("later", to=2)  # work that many calls share keeps its listener
     bar.close()
     progress.tell("to nobody")
-    assert told == ["observing 1 of 4 (0 s)", "observing 4 of 4 (0 s)", "done", "observing 2 of 4 later (0 s)"]
+    assert told == [
+        progress.Update("observing 1 of 4 (1 s)", "observing", 1, 4, 1.0),
+        progress.Update("observing 4 of 4 (6 s, about 2 s left)", "observing", 4, 4, 6.0, 2.0),
+        progress.Update("done"),
+        progress.Update("observing 2 of 4 later (6 s, about 20 s left)", "observing", 2, 4, 6.0, 18.0),
+    ]
     assert (terminal.getvalue(), log.messages) == ("", [])
 
 
 def test_a_listener_hears_from_the_thread_in_a_with_block(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "REDRAW", 0.01)
-    told: list[str] = []
+    told: list[progress.Update] = []
     with progress.told_to(told.append), Progress("compiling"):
         deadline = time.monotonic() + 10
         while not told and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert told[0] == "compiling (0 s)"
+    assert told[0].text == "compiling (0 s)"
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "shown"),
+    [
+        (0, "compiling (0 s, about 4 min left)"),
+        (150, "compiling (150 s, about 90 s left)"),
+        (152, "compiling (152 s, about 90 s left)"),
+        (231, "compiling (231 s, about 9 s left)"),
+        (239.5, "compiling (240 s, about 1 s left)"),
+        (240, "compiling (240 s)"),
+        (400, "compiling (400 s)"),
+    ],
+)
+def test_what_is_left_of_work_that_should_take_four_minutes(clock: Clock, elapsed: float, shown: str) -> None:
+    told: list[progress.Update] = []
+    with progress.told_to(told.append):
+        bar = Progress("compiling", expected=240)
+        clock.now += elapsed
+        bar.advance()
+    assert told[0].text == shown
+    assert told[0].left == (None if elapsed >= 240 else pytest.approx(240 - elapsed))

@@ -11,7 +11,7 @@ import onlinequant_backend as oq
 from onlinequant_backend import compat
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import SamplingRun, current_run, sampling_run
-from tests.small import X, compiled, small
+from tests.small import X, compiled, small, texts_into
 from tests.tiny import OPTIONS
 
 
@@ -42,7 +42,7 @@ def test_calls_belong_to_the_innermost_run() -> None:
 def test_a_run_is_observed_to_its_end_and_compiled_there(compiles: list[torch.fx.GraphModule]) -> None:
     model = small()
     step, expected, told = compiled(model), model(X), list[str]()
-    with told_to(told.append), sampling_run(3) as run:
+    with told_to(texts_into(told)), sampling_run(3) as run:
         # More calls than the two that the options ask for.
         for run.step in (1, 2, 3, 3):
             assert torch.equal(step(X), expected)
@@ -53,7 +53,7 @@ def test_a_run_is_observed_to_its_end_and_compiled_there(compiles: list[torch.fx
     assert told[-1] == report.summary() == "Small: quantized: 3 of 3 layers in int8"
     assert (report.calls_observed, report.calibration_steps) == (4, 3)
     assert all(decision.sensitivity is not None for decision in report.decisions)
-    with told_to(told.append), sampling_run(3):
+    with told_to(texts_into(told)), sampling_run(3):
         assert not torch.equal(step(X), expected)
     assert len(compiles) == 1 and told[-1] == report.summary()
 
@@ -88,7 +88,7 @@ def test_each_is_told_of_its_own_model() -> None:
     # Dynamo makes one graph of both.
     first, second, run = list[str](), list[str](), SamplingRun(1)
     for told in (first, second):
-        with told_to(told.append), run.current():
+        with told_to(texts_into(told)), run.current():
             compiled(small())(X)
     run.end()
     for told in (first, second):

@@ -10,7 +10,7 @@ from torch import nn
 
 from onlinequant_backend import SamplingRun, compat
 from onlinequant_backend.comfy_integration.control_patch import quantize_control_net
-from tests.small import Small, X
+from tests.small import Small, X, texts_into
 from tests.tiny import OPTIONS, relative_error
 
 
@@ -61,7 +61,7 @@ def told() -> list[str]:
 
 def quantized(control: Control, told: list[str], whole_run: bool = True, **options: Any) -> Control:
     """As a node applies it: a copy."""
-    result = quantize_control_net(control, {**OPTIONS, **options}, whole_run, told.append)
+    result = quantize_control_net(control, {**OPTIONS, **options}, whole_run, texts_into(told))
     copy = result.copy()
     assert isinstance(copy, Control)
     return copy
@@ -117,5 +117,5 @@ def test_without_a_network_it_stays_in_float_and_says_so(control_model: str | No
     if control_model == "missing":
         del control.control_model
         control.copy = lambda: control  # type: ignore[method-assign]
-    quantize_control_net(control, OPTIONS, True, told.append)
+    quantize_control_net(control, OPTIONS, True, texts_into(told))
     assert told == ["in float: a Control has no network of its own that every step runs"]

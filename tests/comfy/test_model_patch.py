@@ -23,7 +23,7 @@ from onlinequant_backend.comfy_integration.model_patch import (
     quantize_model,
     record_of_model,
 )
-from tests.small import Small, X, small
+from tests.small import Small, X, small, texts_into
 from tests.tiny import OPTIONS, relative_error
 
 SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
@@ -110,7 +110,7 @@ def told() -> list[str]:
 
 
 def patched(model: Patcher, told: list[str], whole_run: bool = True, **options: Any) -> Patcher:
-    clone = quantize_model(model, {**OPTIONS, **options}, whole_run, told.append)
+    clone = quantize_model(model, {**OPTIONS, **options}, whole_run, texts_into(told))
     assert isinstance(clone, Patcher)
     return clone
 
