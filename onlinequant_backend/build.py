@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,10 +23,15 @@ from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
+from .sensitivity import relative_error
 from .shapes import SymbolicInputs
 from .weights import WeightSet, getter
 
 _log = logging.getLogger("onlinequant")
+
+# Relative, of a graph that is compiled from the same run op by op. Other roundings of floats fall into other steps of
+# 8 bit, which costs up to XXX; what is computed wrongly is off by as much as it is large.
+_LARGEST_DIFFERENCE = 0.1
 
 
 class CompiledGraph:
@@ -128,7 +134,7 @@ def _build(
         smoothing=weights.smoothing(),
         merge=lambda indices: weights.merge(indices) is not None,
     )
-    changes = run_passes(rewritten, REWRITE, context)
+    has_regions = run_passes(rewritten, REWRITE, context)["outline_regions"] > 0
     positions = {node.name: position for position, node in enumerate(graph.placeholders(graph_module))}
     names = [node.name for node in graph.placeholders(rewritten)]
     taken = [positions[name] for name in names if name in positions]
@@ -149,11 +155,14 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
+    op_by_op = graph.copy_graph(rewritten) if has_regions else None
     try:
         with _compilation(inputs), compile_caches(directory):
             function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
+        if op_by_op is not None:
+            _check_equal(function, op_by_op, [*examples, *extras])
     except Exception as error:
-        if not changes["outline_regions"]:
+        if not has_regions:
             raise
         _log.warning("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
         whole = dataclasses.replace(config, regional_compilation=False)
@@ -161,6 +170,17 @@ def _build(
     if inputs is not None:
         inputs.finish()
     return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
+
+
+@torch.no_grad()
+def _check_equal(compiled: Callable[..., Any], op_by_op: fx.GraphModule, inputs: Sequence[Any]) -> None:
+    """Raise RuntimeError if Inductor has got wrong what a graph in regions does, which few others ask of it."""
+    expected = op_by_op(*inputs)
+    if math.isnan(relative_error(expected, expected)):  # nothing but zeros, or some that are not finite
+        return
+    error = relative_error(compiled(*inputs), expected)
+    if not error <= _LARGEST_DIFFERENCE:
+        raise RuntimeError(f"compiled, they differ by {error:.2g} from the same operations one by one")
 
 
 def _is_cpu_number(value: Any) -> bool:

@@ -2,17 +2,21 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
+import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
+import onlinequant_backend as oq
 from onlinequant_backend import compat
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.outline_regions import outline_regions
 from tests.graph_probe import GraphProbe
-from tests.tiny import Block, net, noise, relative_error
+from tests.small import CLOSE
+from tests.tiny import OPTIONS, Block, net, noise, relative_error
 
 X = noise(2, 8)
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -177,3 +181,38 @@ def test_it_has_to_be_asked_for() -> None:
 def test_small_models_have_none() -> None:
     probe = GraphProbe(net(), noise(1, 4, 8, 8), regional_compilation=True).analyze()
     assert probe.run(*REWRITE)["outline_regions"] == 0
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("by", [1.5, float("nan")])
+def test_what_inductor_gets_wrong_is_compiled_as_a_whole(
+    by: float, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiled = []
+
+    def compile_fx(module: fx.GraphModule, *_: object, **__: object) -> Callable[..., Any]:
+        in_regions = hasattr(module, "region_0")
+        compiled.append(in_regions)
+        return lambda *args: [result * by for result in module(*args)] if in_regions else module(*args)
+
+    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    module, x = Blocks(), noise(1, 16, 8, 8)
+    step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
+    for _ in range(3):
+        result = step(x)
+    assert compiled == [True, False]
+    assert relative_error(result, module(x)) < CLOSE
+    assert oq.reports()[-1].phase == "quantized"
+    assert "compiling as a whole" in caplog.text and "differ by" in caplog.text
+
+
+@torch.no_grad()
+def test_what_inductor_gets_right_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = []
+    monkeypatch.setattr(compat, "compile_fx", lambda module, *_, **__: compiled.append(module) or module)
+    module, x = Blocks(), noise(1, 16, 8, 8)
+    step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
+    for _ in range(3):
+        step(x)
+    step(torch.zeros_like(x))
+    assert [hasattr(graph_module, "region_0") for graph_module in compiled] == [True]
