@@ -24,14 +24,18 @@ class Scenes:
         self.generator = torch.Generator(device).manual_seed(seed)
 
     def batch(self, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Pictures [size, 3, 64, 64], their captions' tokens and their codes; two things twice as often as one."""
+        """Pictures [size, 3, 64, 64], their captions' tokens and their codes."""
+        chosen = self.choose(size)
+        return draw_codes(self.codes[chosen], self.generator), self.tokens[chosen], self.codes[chosen]
+
+    def choose(self, size: int) -> torch.Tensor:
+        """Indices of ``size`` random scenes, int64; of two things twice as often as of one."""
 
         def draw_from(rows: torch.Tensor) -> torch.Tensor:
             return rows[torch.randint(len(rows), (size,), generator=self.generator, device=rows.device)]
 
         is_one = torch.rand(size, generator=self.generator, device=self.one.device) < 1 / 3
-        chosen = torch.where(is_one, draw_from(self.one), draw_from(self.two))
-        return draw_codes(self.codes[chosen], self.generator), self.tokens[chosen], self.codes[chosen]
+        return torch.where(is_one, draw_from(self.one), draw_from(self.two))
 
 
 class Clock:

@@ -32,7 +32,7 @@ class OnlineQuantModel(io.ComfyNode):
             category=CATEGORY,
             description=(
                 "Makes a model draw the same picture faster, in 8 bit. The first sampling run is drawn in float and "
-                "observed, then the model is compiled. LoRAs, sizes and prompts may change then. "
+                "observed, then the model is compiled in the background. LoRAs, sizes and prompts may change then. "
                 "Of several nodes that compile one model, such as TorchCompileModel, the last one counts."
             ),
             search_aliases=ALIASES,
@@ -219,6 +219,14 @@ def _options() -> list[io.Input]:
             optional=True,
             advanced=True,
             tooltip="Replay a whole step as one CUDA graph, where there is CUDA.",
+        ),
+        io.Boolean.Input(
+            "compile_in_background",
+            default=True,
+            optional=True,
+            advanced=True,
+            tooltip="Sampling goes on in float until the 8-bit model is compiled, and then changes over, in the middle "
+            "of a run if need be. Off: the first run waits for the compile at its end.",
         ),
     ]
 

@@ -40,6 +40,7 @@ DEFAULTS: dict[str, Value] = {
     "selection": "auto",
     "exclude": "",
     "cuda_graphs": "auto",
+    "compile_in_background": True,
 }
 
 SEED = 1

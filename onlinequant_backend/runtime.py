@@ -187,7 +187,7 @@ class QuantizedGraph:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
-                # See ``_observe``; and without a compile it is quick.
+                # See ``_finish_aside``; and without a compile it is quick.
                 if self._may_work_aside() and self._device.type != "cuda" and not self._compiled.known:
                     self._finish_aside(args)
                     return self._run_float(args)
@@ -200,9 +200,7 @@ class QuantizedGraph:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._show_progress(run.step, run.steps)
-            # GPUs select by measured times, which nothing else may disturb.
-            aside = self._may_work_aside() and self._device.type != "cuda"
-            finish = self._finish_aside if aside else self._finish
+            finish = self._finish_aside if self._may_work_aside() else self._finish
             run.at_end((self, weights), functools.partial(finish, args))
             last = False
         else:
@@ -239,6 +237,8 @@ class QuantizedGraph:
 
     def _finish_aside(self, args: Sequence[Any]) -> None:
         """``_finish`` in another thread; calls are in float until that is done."""
+        if self._device.type == "cuda":  # GPUs select by measured times, which nothing else may disturb
+            self._finish(args, raises=False, compiles=False)
         inputs = graph.placeholders(self._graph)
         # The caller may write into what it has passed as soon as this has returned.
         kept = [
@@ -257,23 +257,28 @@ class QuantizedGraph:
 
         self._background.start(work, self._device)
 
-    def _finish(self, args: Sequence[Any], raises: bool = True) -> None:
+    def _finish(self, args: Sequence[Any], raises: bool = True, compiles: bool = True) -> None:
         """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.
 
-        ``raises``: whether there is somebody to hear of a user's mistake.
+        ``raises``: whether there is somebody to hear of a user's mistake. ``compiles=False``: all but the compile.
         """
+        parameters = self._parameters(args)
+        places = _places(parameters)
         try:
-            parameters = self._parameters(args)
             with self._lock:
                 weights = self._set(parameters)
                 if self._gave_up:
                     return
                 if weights.selection is None:
                     self._end_run(args, parameters, weights)
-                self._compile(self._compiled.key(args, weights), args, weights)
+                if compiles:
+                    self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
             if raises and isinstance(error, OnlineQuantError):
                 raise
+            if places != _places(parameters):
+                _log.info("the model was moved while it was compiled, so that is done again: %s", error)
+                return
             self._gave_up = True
             self._stay_in_float(error)
 
@@ -364,6 +369,7 @@ class QuantizedGraph:
 
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
+        places = _places(parameters)
         self._report.phase = "compiling"
         entry = self._entry(weights, parameters)
         entry.claim()
@@ -379,7 +385,7 @@ class QuantizedGraph:
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
         except Exception as error:
-            if symbolic:
+            if symbolic or places != _places(parameters):
                 raise
             compiled = None
             self._stay_in_float(error)
@@ -407,6 +413,11 @@ class QuantizedGraph:
         tell(self._report.summary())
         for entry in self._entries.values():
             entry.release()
+
+
+def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
+    """Where and what they are: ComfyUI moves models away that are not being called."""
+    return [(tensor.device, tensor.dtype, tensor.stride()) for tensor in tensors]
 
 
 # Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.

@@ -244,6 +244,28 @@ def test_a_compile_that_fails_is_told_and_float_goes_on(
 
 
 @torch.no_grad()
+def test_a_model_that_was_moved_while_it_was_compiled_is_compiled_again(
+    inductor: SlowInductor, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "onlinequant")
+    model = small().half().float()  # so that moving it to float16 and back changes nothing
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        step(X)
+    assert inductor.begun.wait(60)
+    inductor.error = RuntimeError("these are on two devices")
+    model.half()
+    inductor.finish()
+    model.float()
+    assert report().phase != "float" and "moved while it was compiled" in caplog.text
+    inductor.error = None
+    step(X)
+    inductor.finish()
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert report().phase == "quantized"
+
+
+@torch.no_grad()
 def test_what_belongs_to_the_callers_thread_is_compiled_there(inductor: SlowInductor) -> None:
     inductor.may_end.set()
     model = small()

@@ -15,6 +15,7 @@ OPTIONS: Mapping[str, Any] = {
     "linear_compute_density_threshold": 0,
     "precision": "int8",
     "calibration_steps": 0,
+    "compile_in_background": False,
 }
 HINT = "hint.png"  # in the server's input folder
 DIT, OTHER_DIT = "dit", "dit_of_other_weights"  # of ``tiny_models``, like the next ones
