@@ -14,9 +14,9 @@ _STEPS, _COEFFICIENTS = 5, (3.4445, -4.7750, 2.0315)
 class Muon(torch.optim.Optimizer):
     """Momentum whose singular values are all made about 1, for the weights of linear layers and convolutions.
 
-    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled to AdamW's size of steps as in
-    Liu et al., "Muon is scalable for LLM training", 2025, so that one learning rate serves both. A convolution's weight
-    counts as a matrix of its output channels. (``torch.optim.Muon`` takes matrices alone.)
+    Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; scaled to AdamW's size of steps as
+    in Liu et al., "Muon is scalable for LLM training", 2025, so that one learning rate serves both. A convolution's
+    weight counts as a matrix of its output channels. (``torch.optim.Muon`` takes matrices alone.)
     """
 
     def __init__(self, parameters: Iterable[torch.Tensor], lr: float) -> None:

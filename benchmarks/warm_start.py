@@ -4,18 +4,22 @@
 
 Every row is a process of its own; "cold" starts from an empty cache directory, "warm" is another process on the same
 one. Dynamo's tracing, which no backend can save, is shown apart. "first calls" are all calls up to and including the
-first in 8 bit (for torch.compile: the first call); "beyond Dynamo" is what remains of them without the tracing.
+first in 8 bit (for torch.compile: the first call); "beyond Dynamo" is what remains of them without the tracing. The
+second table says where ours spends it: each part without those within it, "calls" the rest, running steps above all.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +33,65 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.models import CPU_THRESHOLDS, MODELS, build, relative_error  # noqa: E402
 
 
+class Parts:
+    """Seconds spent in functions, each without those among them that it calls."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._running: list[list[float]] = []  # seconds of the parts within each
+
+    def time(self, part: str, owner: Any, name: str) -> None:
+        """Count the function ``name`` of a module or class to ``part`` from now on."""
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with self._part(part):
+                return function(*args, **kwargs)
+
+        setattr(owner, name, timed)
+        self.seconds.setdefault(part, 0.0)
+
+    @contextlib.contextmanager
+    def _part(self, part: str) -> Iterator[None]:
+        start = time.perf_counter()
+        self._running.append([])
+        try:
+            yield
+        finally:
+            within = sum(self._running.pop())
+            took = time.perf_counter() - start
+            self.seconds[part] += took - within
+            if self._running:
+                self._running[-1].append(took)
+
+
+def watched() -> Parts:
+    """The parts of this backend's first calls."""
+    from onlinequant_backend import agreement, backend, build, choice, compat, persistence, runtime, weights
+
+    parts = Parts()
+    owners: dict[str, list[tuple[Any, str]]] = {
+        "cache lookup": [(runtime.QuantizedGraph, "_entry"), (persistence.Entry, "restore")],
+        "cache writing": [(runtime.QuantizedGraph, "_publish")],
+        "passes": [(module, "run_passes") for module in (backend, build, choice, runtime)],
+        "weights": [(weights.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
+        "Inductor": [(compat, "compile_fx")],
+        "comparing": [(agreement, "check")],
+    }
+    for part, functions in owners.items():
+        for owner, name in functions:
+            parts.time(part, owner, name)
+    return parts
+
+
 @torch.no_grad()
 def run(row: argparse.Namespace) -> dict[str, Any]:
     """Measure one process."""
     import onlinequant_backend
 
     imported = time.perf_counter() - _STARTED
+    parts = watched()
     model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
     options = {"precision": row.precision, "calibration_steps": row.calibration_steps, **CPU_THRESHOLDS}
     if row.backend == "onlinequant":
@@ -64,7 +121,7 @@ def run(row: argparse.Namespace) -> dict[str, Any]:
         "phase": reports[-1].phase if reports else "",
         "observed": reports[-1].calls_observed if reports else "",
         "hit": reports[-1].cache_hit if reports else "",
-        "compile": reports[-1].compile_seconds if reports else "",
+        "parts": parts.seconds,
     }
 
 
@@ -109,6 +166,23 @@ def table(model: str, rows: dict[tuple[str, str], dict[str, Any]], folder: Path,
     return result
 
 
+def breakdown(model: str, rows: dict[tuple[str, str], dict[str, Any]]) -> Table:
+    """Where the seconds go in the processes of this backend, and their share of torch.compile's cold one."""
+    result = Table(title=f"{model}: where the seconds go")
+    ours = {state: row for (backend, state), row in rows.items() if backend == "onlinequant"}
+    parts = list(next(iter(ours.values()))["parts"])
+    for heading in ("", "import", "Dynamo", *parts, "calls", "together", "of torch.compile, cold"):
+        result.add_column(heading, justify="right" if heading else "left")
+    plain = rows.get(("torch.compile", "cold"))
+    for state, row in ours.items():
+        calls = row["first"] - row["dynamo"] - sum(row["parts"].values())
+        together = row["import"] + row["first"]
+        cells = [row["import"], row["dynamo"], *row["parts"].values(), calls, together]
+        share = f"{together / (plain['import'] + plain['first']):.0%}" if plain else ""
+        result.add_row(state, *(f"{cell:.1f}" for cell in cells), share)
+    return result
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["sdxl-small", "sd15"], choices=MODELS)
@@ -133,7 +207,10 @@ def main() -> None:
                     print(f"measuring {model}: {backend}, {state}", file=sys.stderr)
                     rows[backend, state] = in_process(model, backend, state, Path(name), options)
                     print(f"  {rows[backend, state]}", file=sys.stderr)
-            Console(width=140).print(table(model, rows, Path(name), options))
+            console = Console(width=140)
+            console.print(table(model, rows, Path(name), options))
+            if "onlinequant" in options.backends:
+                console.print(breakdown(model, rows))
 
 
 if __name__ == "__main__":

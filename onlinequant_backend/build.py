@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import logging
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,20 +17,15 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import compat, graph, keys
+from . import agreement, compat, graph, keys
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
-from .sensitivity import relative_error
 from .shapes import SymbolicInputs
 from .weights import WeightSet, getter
 
 _log = logging.getLogger("onlinequant")
-
-# Relative, of a graph that is compiled from the same run op by op. Other roundings of floats fall into other steps of
-# 8 bit, which costs up to XXX; what is computed wrongly is off by as much as it is large.
-_LARGEST_DIFFERENCE = 0.1
 
 
 class CompiledGraph:
@@ -160,7 +154,7 @@ def _build(
         with _compilation(inputs), compile_caches(directory):
             function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
         if op_by_op is not None:
-            _check_equal(function, op_by_op, [*examples, *extras])
+            agreement.check(function, op_by_op, [*examples, *extras], directory)
     except Exception as error:
         if not has_regions:
             raise
@@ -170,17 +164,6 @@ def _build(
     if inputs is not None:
         inputs.finish()
     return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
-
-
-@torch.no_grad()
-def _check_equal(compiled: Callable[..., Any], op_by_op: fx.GraphModule, inputs: Sequence[Any]) -> None:
-    """Raise RuntimeError if Inductor has got wrong what a graph in regions does, which few others ask of it."""
-    expected = op_by_op(*inputs)
-    if math.isnan(relative_error(expected, expected)):  # nothing but zeros, or some that are not finite
-        return
-    error = relative_error(compiled(*inputs), expected)
-    if not error <= _LARGEST_DIFFERENCE:
-        raise RuntimeError(f"compiled, they differ by {error:.2g} from the same operations one by one")
 
 
 def _is_cpu_number(value: Any) -> bool:

@@ -17,6 +17,7 @@ PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("gradient", "local", "end_to_end")
 CALIBRATION_METHODS = ("mse", "percentile", "minmax")
 CUDA_GRAPHS = ("auto", True, False)
+REGIONAL_COMPILATIONS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
 # Options that change nothing of what is in the cache.
@@ -55,7 +56,8 @@ class QuantConfig:
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
         lock_timeout: seconds to wait for another process that is calibrating the same model.
         cuda_graphs: "auto" (on for CUDA), True or False.
-        regional_compilation: whether what the graph does more than once, in its first sizes, is compiled once.
+        regional_compilation: whether what the graph does more than once, in its first sizes, is compiled once; "auto"
+            (on for CPUs), True or False.
         inductor: options passed on to Inductor.
         mode: a ``torch.compile`` mode, passed on to Inductor.
     """
@@ -79,7 +81,7 @@ class QuantConfig:
     cache_size_limit: float = 20
     lock_timeout: float = 600
     cuda_graphs: str | bool = "auto"
-    regional_compilation: bool = False
+    regional_compilation: str | bool = "auto"
     inductor: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     mode: str | None = None
 
@@ -109,7 +111,7 @@ class QuantConfig:
         _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
         _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
-        _check_choice("regional_compilation", self.regional_compilation, (True, False))
+        _check_choice("regional_compilation", self.regional_compilation, REGIONAL_COMPILATIONS)
         _check_choice("selection", self.selection, SELECTIONS)
         _check_choice("shapes", self.shapes, SHAPES)
         _check_choice("compile_in_background", self.compile_in_background, (True, False))

@@ -402,8 +402,7 @@ class QuantizedGraph:
     def _kind_of_compile(self, key: str) -> str:
         """Compiles of one kind take times that can be compared."""
         source = "from the cache" if self._cache.has(key) else "anew"
-        how = "in regions" if self._config.regional_compilation else "as a whole"
-        return f"{keys.machine_part(key)} {self._config.mode} {how} {source}"
+        return f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {source}"
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""

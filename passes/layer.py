@@ -148,6 +148,12 @@ class PassContext:
         return self.device.type == "cuda" and self.config.selection != "density"
 
     @property
+    def in_regions(self) -> bool:
+        """Whether what the graph does more than once is to be compiled once."""
+        asked = self.config.regional_compilation
+        return self.device.type == "cpu" if asked == "auto" else bool(asked)
+
+    @property
     def saturates(self) -> bool:
         """Whether converting to the activations' dtype limits them: in Triton's conversion to float8 the instruction
         does (PTX ``cvt.rn.satfinite.e4m3x2.f32``). Clamping before made Inductor's LayerNorm a third slower."""

@@ -60,7 +60,7 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
 def _may_be_outlined(graph_module: fx.GraphModule, context: PassContext) -> bool:
     is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in graph.placeholders(graph_module))
     in_place = any(map(graph.writes_in_place, graph_module.graph.nodes))
-    return context.config.regional_compilation and not is_symbolic and not in_place
+    return context.in_regions and not is_symbolic and not in_place
 
 
 def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:

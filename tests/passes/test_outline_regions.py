@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,11 +12,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import agreement, compat
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.outline_regions import outline_regions
 from tests.graph_probe import GraphProbe
-from tests.small import CLOSE
+from tests.small import CLOSE, cache_directory, forget_everything
 from tests.tiny import OPTIONS, Block, net, noise, relative_error
 
 X = noise(2, 8)
@@ -174,8 +175,14 @@ def test_symbolic_sizes_are_left_alone() -> None:
     assert probe.run(outline_regions) == {"outline_regions": 0}
 
 
-def test_it_has_to_be_asked_for() -> None:
-    assert GraphProbe(Repeating([long] * 3), X).run(outline_regions) == {"outline_regions": 0}
+@pytest.mark.parametrize(
+    ("option", "device", "found"),
+    [("auto", "cpu", True), ("auto", "cuda", False), (False, "cpu", False), (True, "cuda", True)],
+)
+def test_by_default_cpus_have_regions(option: str | bool, device: str, found: bool) -> None:
+    probe = GraphProbe(Repeating([long] * 3), X, regional_compilation=option)
+    probe.context.device = torch.device(device)
+    assert bool(probe.run(outline_regions)["outline_regions"]) == found
 
 
 def test_small_models_have_none() -> None:
@@ -204,15 +211,45 @@ def test_what_inductor_gets_wrong_is_compiled_as_a_whole(
     assert relative_error(result, module(x)) < CLOSE
     assert oq.reports()[-1].phase == "quantized"
     assert "compiling as a whole" in caplog.text and "differ by" in caplog.text
+    assert not notes()
+
+
+def notes() -> list[Path]:
+    """What was found right."""
+    return list(cache_directory().glob("inductor/*/agrees-*"))
 
 
 @torch.no_grad()
-def test_what_inductor_gets_right_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled = []
-    monkeypatch.setattr(compat, "compile_fx", lambda module, *_, **__: compiled.append(module) or module)
-    module, x = Blocks(), noise(1, 16, 8, 8)
-    step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
-    for _ in range(3):
-        step(x)
-    step(torch.zeros_like(x))
-    assert [hasattr(graph_module, "region_0") for graph_module in compiled] == [True]
+def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled = list[str]()
+    op_by_op = 0
+
+    def compile_fx(module: fx.GraphModule, *_: object, **__: object) -> Callable[..., Any]:
+        compiled.append("in regions" if hasattr(module, "region_0") else "as a whole")
+        return module
+
+    def counting(*values: Any) -> float:
+        nonlocal op_by_op
+        op_by_op += 1
+        return relative_error(*(value[0] for value in values))
+
+    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(agreement, "relative_error", counting)
+    module = Blocks()
+    for number, size in enumerate((8, 8, 4)):
+        forget_everything()
+        x = noise(1, 16, size, size)
+        step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
+        for _ in range(3):
+            step(x)
+        assert len(compiled) == number + 1 and compiled[-1] == "in regions"
+        assert (len(notes()), op_by_op) == [(1, 2), (1, 2), (2, 4)][number]
+
+
+@torch.no_grad()
+def test_without_a_result_there_is_nothing_to_compare(tmp_path: Path) -> None:
+    nothing = fx.symbolic_trace(lambda x: (x * 0,))
+    agreement.check(lambda x: [x], nothing, [X], tmp_path)
+    with pytest.raises(RuntimeError, match="differ by 1 from"):
+        agreement.check(lambda x: [x * 0], fx.symbolic_trace(lambda x: (x,)), [X], tmp_path)
+    assert not list(tmp_path.iterdir())
