@@ -3,9 +3,9 @@
     python benchmarks/observing.py --model sd15
     python benchmarks/observing.py --model sdxl --device cuda --dtype float16
 
-Eager steps and observed ones take turns in one process, so that both see the same machine. The first observed call, with
-Dynamo's tracing, and the last one, which measures sensitivities, have rows of their own; so has the compile, in whose
-place nothing is compiled here.
+Eager steps and observed ones take turns in one process, so that both see the same machine. The first observed call with
+Dynamo's tracing and the last one, which measures sensitivities, have rows of their own. In the compile's place
+nothing is compiled here.
 """
 
 from __future__ import annotations
