@@ -1,6 +1,7 @@
 """How long it takes to quantize a whole UNet's weights, and to follow when they change.
 
     python benchmarks/requantize.py --dtype float32
+    python benchmarks/requantize.py --model sdxl --dtype bfloat16
 
 No graph is compiled and no step is run: what is timed is the backend's own ``Layer`` for each conv and linear weight,
 brought up to date as it is before a step (``Layer.refresh``). "Values and scales" is the part of it that is the same
@@ -11,7 +12,6 @@ use before: the first time, that is the 8-bit copies too.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import statistics
@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import build
+from benchmarks.models import build, model_parser
 from onlinequant_backend import errors, formats, precision
 from onlinequant_backend.formats import Format
 from onlinequant_backend.layers import Layer, quantize_weight
@@ -163,12 +163,9 @@ def measure_layers(model: nn.Module, format: Format, device: str) -> list[Measur
 
 @torch.no_grad()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    options = parser.parse_args()
+    options = model_parser(__doc__, "sd15").parse_args()
     console = Console(width=140)
-    model, _ = build("sd15", options.device, getattr(torch, options.dtype), batch=1)
+    model, _ = build(options.model, options.device, getattr(torch, options.dtype), batch=1)
     weights = [weight for weight, _ in quantizable(model)]
     try:
         format = precision.resolve("int8", torch.device(options.device)).format
@@ -180,7 +177,7 @@ def main() -> None:
     if format is not None:
         rows += measure_layers(model, format, options.device)
     where = f"{torch.get_num_threads()} threads" if options.device == "cpu" else torch.cuda.get_device_name()
-    table = Table(title=f"Quantizing the weights of the SD1.5 UNet, {options.dtype}, {where}")
+    table = Table(title=f"Quantizing the weights of {options.model}, {options.dtype}, {where}")
     for heading in ("which", "weights", "parameters", "seconds (min-max)", "parameters/s", "GB/s", "extra MiB"):
         table.add_column(heading, justify="left" if heading == "which" else "right", no_wrap=True)
     for row in rows:

@@ -13,6 +13,7 @@ from . import cache, compat, graph, keys, precision, progress, report, shapes
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import QuantizedGraph, graphs
+from .traced import TracedGraph
 
 _log = logging.getLogger("onlinequant")
 
@@ -60,7 +61,7 @@ def onlinequant(
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"
-    quantized = QuantizedGraph(analyzed, config, resolved, device, entry, store)
+    quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
     if identity is not None:
         graphs[model, identity] = quantized
     return quantized

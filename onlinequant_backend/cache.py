@@ -8,6 +8,7 @@
     locks/<key[:48]>.lock               held by the process that calibrates this model
     aside/                              entries that were corrupt
     temporary/, trash/                  what is being written and deleted
+    compile_times.json                  how long compiling took here
 
 A key is 64 hex digits, four parts of 16: what holds on every machine, the weights, the machine, the graph; ``keys.py``.
 Entries whose keys differ in the last part only are of one model, at other shapes or with other options, and share a

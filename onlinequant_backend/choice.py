@@ -6,15 +6,10 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
-import torch.fx as fx
-
 from . import selection
-from .config import QuantConfig
-from .passes import SELECT, LayerInfo, PassContext, layer_nodes, run_passes
-from .precision import Precision
-from .report import Report
+from .passes import SELECT, PassContext, layer_nodes, run_passes
 from .sensitivity import estimate_by_gradient, over_budget
+from .traced import TracedGraph
 from .weights import WeightSet
 
 _log = logging.getLogger("onlinequant")
@@ -23,32 +18,19 @@ _log = logging.getLogger("onlinequant")
 class Choice:
     """The choice for one graph: what ``LayerInfo.quantized`` and ``reason`` of each layer say.
 
-    ``observed`` gives the graph with observers, ``may_repeat`` says whether it may be run twice.
-
     Attributes:
         is_made: whether there is one.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        infos: Sequence[LayerInfo],
-        config: QuantConfig,
-        precision: Precision,
-        device: torch.device,
-        report: Report,
-        observed: Callable[[], fx.GraphModule],
-        may_repeat: bool,
-    ) -> None:
+    def __init__(self, traced: TracedGraph) -> None:
         self.is_made = False
-        self._graph = graph_module
-        self._infos = infos
-        self._config = config
-        self._precision = precision
-        self._device = device
-        self._report = report
-        self._observed = observed
-        self._may_repeat = may_repeat
+        self._traced = traced
+        self._graph = traced.module
+        self._infos = traced.infos
+        self._config = traced.config
+        self._precision = traced.precision
+        self._device = traced.device
+        self._report = traced.report
 
     def make(
         self,
@@ -86,8 +68,8 @@ class Choice:
         decides = self._config.max_error is not None or any(0 < percentage < 100 for percentage in percentages)
         measured = [layer.sensitivity for layer in weights.layers if layer.sensitivity is not None]
         asked = self._config.sensitivity == "gradient" and decides and not all(found.of_model for found in measured)
-        if asked and self._may_repeat and not weights.has_freed():
-            estimate_by_gradient(self._observed(), args, weights.layers)
+        if asked and self._traced.may_repeat and not weights.has_freed():
+            estimate_by_gradient(self._traced.observed, args, weights.layers)
         for info, layer in zip(self._infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
         of_model = any(info.sensitivity is not None and info.sensitivity.of_model for info in self._infos)
@@ -95,12 +77,12 @@ class Choice:
 
     def _hold_budget(self, max_error: float, args: Sequence[Any], weights: WeightSet) -> None:
         """Leave the most sensitive layers in float until a step's error is within the budget."""
-        if not self._may_repeat or weights.has_freed():
+        if not self._traced.may_repeat or weights.has_freed():
             _log.warning("max_error=%g is not checked: this graph cannot be run twice", max_error)
             return
         chosen = [index for index, info in enumerate(self._infos) if info.quantized]
         chosen.sort(key=lambda index: -self._infos[index].error)
-        number, error = over_budget(self._observed(), args, weights.layers, chosen, max_error)
+        number, error = over_budget(self._traced.observed, args, weights.layers, chosen, max_error)
         for rank, index in enumerate(chosen[:number], start=1):
             info = self._infos[index]
             info.quantized = False

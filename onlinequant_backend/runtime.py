@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.fx as fx
 
 from . import compat, graph, keys, selection
 from .background import Background
@@ -20,16 +19,14 @@ from .cache import Cache
 from .calibration import Observation
 from .choice import Choice
 from .compile_times import CompileTimes
-from .config import QuantConfig
 from .errors import OnlineQuantError
-from .passes import OBSERVE, PassContext, layer_nodes, run_passes
 from .persistence import Entry
-from .precision import Precision
 from .progress import Progress, tell
-from .report import Report, clear
+from .report import clear
 from .sampling import current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
+from .traced import TracedGraph
 from .watch import Watch
 from .weights import WeightSet, getter, registry
 
@@ -44,23 +41,17 @@ class QuantizedGraph:
     without Dynamo's taking part, and from then on run that.
     """
 
-    def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        config: QuantConfig,
-        precision: Precision,
-        device: torch.device,
-        report: Report,
-        cache: Cache,
-    ) -> None:
-        self._graph = graph_module
-        self._config = config
-        self._precision = precision
-        self._device = device
-        self._report = report
+    def __init__(self, traced: TracedGraph, cache: Cache) -> None:
+        self._traced = traced
+        self._graph = traced.module
+        self._config = traced.config
+        self._precision = traced.precision
+        self._device = traced.device
+        self._report = traced.report
+        self._infos = traced.infos
+        self._may_repeat = traced.may_repeat
         self._cache = cache
-        self._infos = [info for _, info in layer_nodes(graph_module) if info.index is not None]
-        inputs = graph.placeholders(graph_module)
+        inputs = graph.placeholders(self._graph)
         self._inputs = tuple(node.name for node in inputs)
         positions = {name: position for position, name in enumerate(self._inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
@@ -73,13 +64,10 @@ class QuantizedGraph:
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._kinds: dict[tuple[Any, ...], int] = {}
-        self._compiled = CompiledGraphs(graph_module, config.shapes, self._build)
-        self._may_repeat = self._compiled.may_repeat
-        self._watch = Watch(lambda: self._observed, report, self._infos, self._may_repeat)
+        self._compiled = CompiledGraphs(traced, self._build)
+        self._watch = Watch(traced)
+        self._choice = Choice(traced)
         self._lock = threading.RLock()
-        self._choice = Choice(
-            graph_module, self._infos, config, precision, device, report, lambda: self._observed, self._may_repeat
-        )
         self._gave_up = False
         self._background = Background()
         self._progress: Progress | None = None
@@ -129,13 +117,6 @@ class QuantizedGraph:
             self._follow(parameters, weights)
             return self(*args)
         return result
-
-    @functools.cached_property
-    def _observed(self) -> fx.GraphModule:
-        """The float graph with observers; not needed where an earlier process has observed."""
-        observed = graph.copy_graph(self._graph)
-        run_passes(observed, OBSERVE, PassContext(self._config, self._precision))
-        return observed
 
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in list(self._sets.values()):  # another thread may find one
@@ -221,11 +202,11 @@ class QuantizedGraph:
         weights.check_not_freed()
         floats = [parameters[position] for position in self._candidates]
         with torch.no_grad():
-            return self._observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))
+            return self._traced.observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))
 
     def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         if self._config.sensitivity == "end_to_end":
-            measure_end_to_end(self._observed, args, weights.layers, self._infos, result)
+            measure_end_to_end(self._traced.observed, args, weights.layers, self._infos, result)
         weights.freeze()
 
     def _may_work_aside(self) -> bool:

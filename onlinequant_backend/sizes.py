@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.fx as fx
 
 from . import graph, shapes
 from .build import CompiledGraph
 from .sensitivity import relative_error
+from .traced import TracedGraph
 from .weights import WeightSet
 
 _log = logging.getLogger("onlinequant")
@@ -33,24 +33,20 @@ class CompiledGraphs:
 
     Attributes:
         known: those that there are, by ``key``; None for the float graph.
-        may_repeat: whether a call may be done twice: nothing is written in place.
     """
 
     def __init__(
-        self,
-        graph_module: fx.GraphModule,
-        which_shapes: str,
-        build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | None],
+        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | None]
     ) -> None:
-        self._graph = graph_module
-        self._which_shapes = which_shapes
+        self._traced = traced
+        self._graph = traced.module
+        self._which_shapes = traced.config.shapes
         self._build = build
-        inputs = graph.placeholders(graph_module)
+        inputs = graph.placeholders(self._graph)
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
-        self._may_be_symbolic = which_shapes != "static" and shapes.has_symbols(graph_module)
-        self.may_repeat = not any(map(graph.writes_in_place, graph_module.graph.nodes))
+        self._may_be_symbolic = self._which_shapes != "static" and shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | None] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
@@ -124,7 +120,7 @@ class CompiledGraphs:
         """
         if compiled.fits(args):
             return True
-        may_repeat = not weights.has_freed() and self.may_repeat
+        may_repeat = not weights.has_freed() and self._traced.may_repeat
         if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
             return False
         try:

@@ -3,38 +3,28 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx as fx
 
 from . import drift
 from .calibration import Observation
-from .report import Report
 
 if TYPE_CHECKING:
     from .build import CompiledGraph
-    from .passes import LayerInfo
+    from .traced import TracedGraph
     from .weights import WeightSet
 
 _log = logging.getLogger("onlinequant")
 
 
 class Watch:
-    """Watches one graph.
+    """Watches one graph."""
 
-    ``observed`` gives the float graph with observers, which is only made when it is needed. ``may_repeat``: whether a
-    call may be done twice: nothing is written in place.
-    """
-
-    def __init__(
-        self, observed: Callable[[], fx.GraphModule], report: Report, infos: Sequence[LayerInfo], may_repeat: bool
-    ) -> None:
-        self._observed = observed
-        self._report = report
-        self._infos = infos
-        self._may_repeat = may_repeat
+    def __init__(self, traced: TracedGraph) -> None:
+        self._traced = traced
+        self._report = traced.report
         self._expects_finite = True
         self._said = False
 
@@ -69,21 +59,21 @@ class Watch:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
         with weights.layers[0].lock, torch.no_grad():
-            if self._may_repeat and not weights.has_freed():
+            if self._traced.may_repeat and not weights.has_freed():
                 selection = weights.selection or ()
-                result = self._observed()(*args, Observation(weights.layers, widening=selection))
+                result = self._traced.observed(*args, Observation(weights.layers, widening=selection))
                 self._expects_finite = not is_lost or drift.is_finite(result)
             else:
                 for index in outgrown:
                     weights.layers[index].widen()
                 self._expects_finite = not is_lost
-        growth = {info.name: layer.growth for info, layer in zip(self._infos, weights.layers, strict=True)}
+        growth = {info.name: layer.growth for info, layer in zip(self._traced.infos, weights.layers, strict=True)}
         known = self._report.widened
         self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
-        if self._report.widened != known:  # else looking again would only make the next call slow as well
+        if self._report.widened != known:
+            _log.info("larger values than observed: the ranges of %d layers are wider now", len(self._report.widened))
             weights.schedule.restart()
-        else:
+        else:  # looking again would only make the next call slow as well
             for index, share in outgrown.items():
                 weights.layers[index].clipped = max(weights.layers[index].clipped, share)
-        _log.info("larger values than observed: the ranges of %d layers are wider by now", len(self._report.widened))
         return result

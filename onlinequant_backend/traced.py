@@ -1,0 +1,51 @@
+"""One graph as Dynamo has traced it, with all that stays the same for as long as it is used."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import torch.fx as fx
+
+from . import graph
+from .config import QuantConfig
+from .passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
+from .precision import Precision
+from .report import Report
+
+
+@dataclass(frozen=True, eq=False)
+class TracedGraph:
+    """A float graph whose layers have been named and measured.
+
+    Attributes:
+        module: the graph.
+        config: the user's options.
+        precision: what these are on this device.
+        device: where the graph runs.
+        report: what is told of it.
+    """
+
+    module: fx.GraphModule
+    config: QuantConfig
+    precision: Precision
+    device: torch.device
+    report: Report
+
+    @functools.cached_property
+    def infos(self) -> list[LayerInfo]:
+        """Its layers that may be in 8 bit, by their indices."""
+        return [info for _, info in layer_nodes(self.module) if info.index is not None]
+
+    @functools.cached_property
+    def may_repeat(self) -> bool:
+        """Whether a call may be done twice: nothing is written in place."""
+        return not any(map(graph.writes_in_place, self.module.graph.nodes))
+
+    @functools.cached_property
+    def observed(self) -> fx.GraphModule:
+        """The same with observers; not needed where an earlier process has observed."""
+        observed = graph.copy_graph(self.module)
+        run_passes(observed, OBSERVE, PassContext(self.config, self.precision))
+        return observed
