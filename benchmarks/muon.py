@@ -32,7 +32,9 @@ class Muon(torch.optim.Optimizer):
 
     @staticmethod
     def _update(parameter: torch.Tensor, lr: float, state: dict[str, Any]) -> None:
-        mean = state.setdefault("mean", torch.zeros_like(parameter))
+        if "mean" not in state:
+            state["mean"] = torch.zeros_like(parameter)
+        mean = state["mean"]
         mean.lerp_(parameter.grad, 1 - _MOMENTUM)
         direction = orthogonalized(torch.lerp(parameter.grad, mean, _MOMENTUM).flatten(1))
         parameter.mul_(1 - lr * _DECAY)

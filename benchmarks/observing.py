@@ -4,14 +4,14 @@
     python benchmarks/observing.py --model sdxl --device cuda --dtype float16
 
 Eager steps and observed ones take turns in one process, so that both see the same machine. The first observed call with
-Dynamo's tracing and the last one, which measures sensitivities, have rows of their own. In the compile's place
-nothing is compiled here.
+Dynamo's tracing and the last one, which measures sensitivities, have rows of their own. Nothing is compiled.
 """
 
 from __future__ import annotations
 
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 import torch
@@ -21,7 +21,6 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend
 from benchmarks.models import build, model_parser, seconds, thresholds
-from onlinequant_backend import compat
 
 
 @torch.no_grad()
@@ -31,9 +30,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--calls", type=int, default=7, help="that are observed")
     options = parser.parse_args()
-    compat.compile_fx = lambda module, *_, **__: module  # type: ignore[assignment]
     model, inputs = build(options.model, options.device, getattr(torch, options.dtype), options.batch)
-    given = {"precision": options.precision, "calibration_steps": options.calls, **thresholds(0)}
+    cache = tempfile.TemporaryDirectory()  # else nothing is observed the second time
+    given = {"precision": options.precision, "calibration_steps": options.calls, "cache_dir": cache.name}
+    given |= thresholds(0)
     step = torch.compile(model, backend="onlinequant", options=given)
     model(**inputs)
     eager, observed = [], []

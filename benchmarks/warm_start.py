@@ -68,16 +68,16 @@ class Parts:
 
 def watched() -> Parts:
     """The parts of this backend's first calls."""
-    from onlinequant_backend import agreement, backend, build, choice, compat, persistence, runtime, weights
+    from onlinequant_backend import agreement, backend, build, choice, compat, persistence, runtime, traced, weights
 
     parts = Parts()
     owners: dict[str, list[tuple[Any, str]]] = {
         "cache lookup": [(runtime.QuantizedGraph, "_entry"), (persistence.Entry, "restore")],
         "cache writing": [(runtime.QuantizedGraph, "_publish")],
-        "passes": [(module, "run_passes") for module in (backend, build, choice, runtime)],
+        "passes": [(module, "run_passes") for module in (backend, build, choice, traced)],
         "weights": [(weights.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
         "Inductor": [(compat, "compile_fx")],
-        "comparing": [(agreement, "check")],
+        "comparing": [(agreement.Reference, "__init__"), (agreement.Reference, "check")],
     }
     for part, functions in owners.items():
         for owner, name in functions:

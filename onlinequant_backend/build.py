@@ -149,12 +149,13 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
-    op_by_op = graph.copy_graph(rewritten) if has_regions else None
+    given = [*examples, *extras]
+    reference = agreement.Reference(rewritten, given, options, directory) if has_regions else None
     try:
         with _compilation(inputs), compile_caches(directory):
-            function = compat.compile_fx(rewritten, [*examples, *extras], options, outside_dynamo=True)
-        if op_by_op is not None:
-            agreement.check(function, op_by_op, [*examples, *extras], directory)
+            function = compat.compile_fx(rewritten, given, options, outside_dynamo=True)
+        if reference is not None:
+            reference.check(function)
     except Exception as error:
         if not has_regions:
             raise

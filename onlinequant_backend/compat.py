@@ -170,6 +170,12 @@ def compile_lock() -> Any:
     return torch._dynamo.convert_frame.compile_lock
 
 
+def compiled_graphs() -> int:
+    """How many graphs Inductor has compiled in this process, rather than found in its cache."""
+    counts = torch._dynamo.utils.counters["inductor"]
+    return int(counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"])
+
+
 @contextlib.contextmanager
 def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.

@@ -85,19 +85,19 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     samples: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for name, parameter in sorted(parameters.items()):
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.stride()}\n".encode())
-        for tensor in _plain_tensors(parameter):
+        for tensor in plain_tensors(parameter):
             samples.setdefault((tensor.dtype, tensor.device), []).append(sample(tensor, _SAMPLES))
     for views in samples.values():  # one copy from the device for each kind, not one for each parameter
         digest.update(torch.cat(views).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_PART]
 
 
-def _plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
+def plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
     """``parameter`` itself, or what a quantized one is made of."""
     if not is_traceable_wrapper_subclass(parameter):
         return [parameter]
     names, _ = parameter.__tensor_flatten__()
-    return [tensor for name in names for tensor in _plain_tensors(getattr(parameter, name))]
+    return [tensor for name in names for tensor in plain_tensors(getattr(parameter, name))]
 
 
 def _machine(precision: Precision, device: torch.device) -> str:

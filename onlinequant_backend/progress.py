@@ -54,8 +54,8 @@ _listener: contextvars.ContextVar[Listener | None] = contextvars.ContextVar("onl
 def told_to(listener: Listener) -> Iterator[None]:
     """Within the block, progress goes to ``listener`` and not to the terminal or the log.
 
-    ``listener`` is called with an ``Update``, from whatever thread: when work begins, for each of its items, and about
-    twice a second meanwhile. It should return soon, and must not raise.
+    ``listener`` is called with an ``Update``, from whatever thread: when work begins, for each of its items, and twice
+    a second while one step of ours takes long. It should return soon, and must not raise.
     """
     token = _listener.set(listener)
     try:
@@ -88,6 +88,7 @@ class Progress:
         self._ends = expected  # seconds after the beginning; None while nobody knows
         self._done = 0
         self._text = ""
+        self._first: tuple[float, int] | None = None  # seconds and number of the first item
         self._started = monotonic()
         self._logged: tuple[float, int] | None = None  # seconds and items of the last log line
         self._listener = _listener.get()
@@ -102,9 +103,17 @@ class Progress:
         with self._lock:
             self._done = self._done + 1 if to is None else to
             self._text = text
-            if self._total is not None and self._done > 1:
-                self._ends = self._elapsed() * self._total / (self._done - 1)
+            self._foretell()
             self._show()
+
+    def _foretell(self) -> None:
+        """From the items since the first one that was told of, which need not be the first."""
+        now = self._elapsed()
+        if self._first is None:
+            self._first = now, self._done
+        elif self._total is not None and self._done > self._first[1]:
+            then, first = self._first
+            self._ends = then + (now - then) * (self._total + 1 - first) / (self._done - first)
 
     def close(self) -> None:
         """Take the line off the terminal, or log the end of what the log has the beginning of. Twice is once."""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from .progress import Progress, tell
 from .report import clear
 from .sampling import current_run
 from .sensitivity import measure_end_to_end
-from .sizes import CompiledGraphs, Key
+from .sizes import CompiledGraphs, Key, ModelMovedError
 from .traced import TracedGraph
 from .watch import Watch
 from .weights import WeightSet, getter, registry
@@ -70,6 +71,7 @@ class QuantizedGraph:
         self._lock = threading.RLock()
         self._gave_up = False
         self._background = Background()
+        self._places: _Places | None = None  # of the parameters, when the work aside has begun
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -181,7 +183,7 @@ class QuantizedGraph:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._show_progress(run.step, run.steps)
-            finish = self._finish_aside if self._may_work_aside() else self._finish
+            finish = self._finish_run_aside if self._may_work_aside() else self._finish
             run.at_end((self, weights), functools.partial(finish, args))
             last = False
         else:
@@ -216,10 +218,16 @@ class QuantizedGraph:
         # Belongs to a thread and is compiled in.
         return not torch.is_autocast_enabled(self._device.type)
 
+    def _finish_run_aside(self, args: Sequence[Any]) -> Callable[[], None]:
+        """The part of ``_finish`` that cannot be done aside at the end of a run; returns the part that can."""
+        if self._device.type == "cuda":  # GPUs select by measured times, which nothing else may disturb
+            self._finish(args, compiles=False)
+        return functools.partial(self._finish_aside, args)
+
     def _finish_aside(self, args: Sequence[Any]) -> None:
         """``_finish`` in another thread; calls are in float until that is done."""
-        if self._device.type == "cuda":  # GPUs select by measured times, which nothing else may disturb
-            self._finish(args, raises=False, compiles=False)
+        if self._gave_up:
+            return
         inputs = graph.placeholders(self._graph)
         # The caller may write into what it has passed as soon as this has returned.
         kept = [
@@ -232,21 +240,23 @@ class QuantizedGraph:
         def work() -> None:
             before = self._report.phase, self._report.phase_reason
             self._report.phase, self._report.phase_reason = "compiling", "in the background, float goes on"
-            self._finish(kept, raises=False)
+            self._finish(kept, aside=True)
             if self._report.phase == "compiling":  # there was nothing to do any more
                 self._report.phase, self._report.phase_reason = before
 
         self._background.start(work, self._device)
 
-    def _finish(self, args: Sequence[Any], raises: bool = True, compiles: bool = True) -> None:
+    def _finish(self, args: Sequence[Any], aside: bool = False, compiles: bool = True) -> None:
         """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.
 
-        ``raises``: whether there is somebody to hear of a user's mistake. ``compiles=False``: all but the compile.
+        ``aside``: then nobody hears of a user's mistake, and the model may be moved meanwhile. ``compiles=False``: all
+        but the compile.
         """
         parameters = self._parameters(args)
         places = _places(parameters)
         try:
             with self._lock:
+                self._places = places if aside else None
                 weights = self._set(parameters)
                 if self._gave_up:
                     return
@@ -255,13 +265,15 @@ class QuantizedGraph:
                 if compiles:
                     self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
-            if raises and isinstance(error, OnlineQuantError):
-                raise
-            if places != _places(parameters):
+            if aside and places != _places(parameters):
                 _log.info("the model was moved while it was compiled, so that is done again: %s", error)
                 return
+            if isinstance(error, OnlineQuantError) and not aside:
+                raise
             self._gave_up = True
             self._stay_in_float(error)
+        finally:
+            self._places = None
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         with weights.layers[0].lock:
@@ -350,23 +362,21 @@ class QuantizedGraph:
 
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
-        places = _places(parameters)
         self._report.phase = "compiling"
         entry = self._entry(weights, parameters)
         entry.claim()
         start = time.perf_counter()
-        times, nodes = CompileTimes(self._cache.root), len(self._graph.graph.nodes)
-        kind = self._kind_of_compile(entry.key)
         try:
-            with Progress("compiling", expected=times.expected(kind, nodes)):
-                directory = self._cache.inductor_directory(entry.key)
-                compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
-            times.add(kind, nodes, time.perf_counter() - start)
+            with compat.compile_lock():  # waiting for another model's compile is no part of this one's
+                start = time.perf_counter()
+                compiled = self._build_timed(args, weights, symbolic, entry.key)
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
         except Exception as error:
-            if symbolic or places != _places(parameters):
+            if self._places not in (None, _places(parameters)):
+                raise ModelMovedError(f"{type(error).__name__}: {error}") from error
+            if symbolic:
                 raise
             compiled = None
             self._stay_in_float(error)
@@ -380,10 +390,19 @@ class QuantizedGraph:
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
 
-    def _kind_of_compile(self, key: str) -> str:
-        """Compiles of one kind take times that can be compared."""
+    def _build_timed(self, args: Sequence[Any], weights: WeightSet, symbolic: bool, key: str) -> CompiledGraph:
+        """``build``, with how long it will take, as far as earlier ones tell."""
+        times, nodes = CompileTimes(self._cache.root), len(self._graph.graph.nodes)
+        how = f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {symbolic}"
         source = "from the cache" if self._cache.has(key) else "anew"
-        return f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {source}"
+        start, before = time.perf_counter(), compat.compiled_graphs()
+        with Progress("compiling", expected=times.expected(f"{how} {source}", nodes)):
+            directory = self._cache.inductor_directory(key)
+            compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+        # Another checkpoint of this model may have left its code.
+        source = "anew" if compat.compiled_graphs() > before else "from the cache"
+        times.add(f"{how} {source}", nodes, time.perf_counter() - start)
+        return compiled
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""
@@ -395,9 +414,13 @@ class QuantizedGraph:
             entry.release()
 
 
-def _places(tensors: Sequence[torch.Tensor]) -> list[tuple[Any, ...]]:
-    """Where and what they are: ComfyUI moves models away that are not being called."""
-    return [(tensor.device, tensor.dtype, tensor.stride()) for tensor in tensors]
+_Places = list[tuple[Any, ...]]
+
+
+def _places(parameters: Sequence[torch.Tensor]) -> _Places:
+    """Where and what they are: ComfyUI moves models away that are not being called, and back."""
+    plain = itertools.chain.from_iterable(map(keys.plain_tensors, parameters))
+    return [(tensor.device, tensor.dtype, tensor.stride(), tensor.data_ptr()) for tensor in plain]
 
 
 # Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.

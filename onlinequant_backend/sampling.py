@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .report import Report
 
+_Rest = Callable[[], None] | None
+
 _current: contextvars.ContextVar[SamplingRun | None] = contextvars.ContextVar("onlinequant_run", default=None)
 
 
@@ -28,7 +30,7 @@ class SamplingRun:
         self.step = 1
         self.is_observed = is_observed
         self.called: list[tuple[Report, str]] = []
-        self._at_end: dict[Hashable, Callable[[], None]] = {}
+        self._at_end: dict[Hashable, Callable[[], _Rest]] = {}
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -39,17 +41,24 @@ class SamplingRun:
         finally:
             _current.reset(token)
 
-    def at_end(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``."""
+    def at_end(self, key: Hashable, function: Callable[[], _Rest]) -> None:
+        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``. What it
+        returns, if anything, is called after those of all other keys."""
         context = contextvars.copy_context()
-        self._at_end[key] = lambda: context.run(function)
+
+        def in_context() -> _Rest:
+            rest = context.run(function)
+            return None if rest is None else lambda: context.run(rest)
+
+        self._at_end[key] = in_context
 
     def end(self) -> None:
         """The run has come to its end: what it has observed is put to use. Not to be called for one that was broken
         off, the next run observes again then."""
         waiting, self._at_end = self._at_end, {}
-        for function in waiting.values():
-            function()
+        for rest in [function() for function in waiting.values()]:
+            if rest is not None:
+                rest()
 
 
 @contextlib.contextmanager

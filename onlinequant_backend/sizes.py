@@ -25,6 +25,10 @@ _MOST_KINDS = 8
 Key = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 
+class ModelMovedError(Exception):
+    """What failed would not have if the model had stayed where it was."""
+
+
 class CompiledGraphs:
     """Compiled as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
 
@@ -107,6 +111,8 @@ class CompiledGraphs:
         if symbolic:
             try:
                 return self._build(args, weights, True)
+            except ModelMovedError:
+                raise
             except Exception as error:
                 _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
                 self._may_be_symbolic = False

@@ -69,8 +69,9 @@ def test_the_next_model_is_told_by_how_long_the_last_one_took() -> None:
     took = run(small(0)).compile_seconds
     file = cache_directory() / FILE
     ((kind, [seconds]),) = json.loads(file.read_text()).items()
-    assert "anew" in kind and 0 < seconds < took
-    file.write_text(json.dumps({kind: [1000 * seconds]}))
+    assert 0 < seconds < took
+    how = kind.removesuffix("anew").removesuffix("from the cache")  # whichever it was: tests share Inductor's cache
+    file.write_text(json.dumps({f"{how}anew": [1000 * seconds]}))
     forget_everything()
     told: list[oq.Update] = []
     with oq.told_to(told.append):

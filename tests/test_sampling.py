@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -84,6 +86,22 @@ def test_a_run_that_is_not_observed_leaves_it_to_the_options(compiles: list[torc
 
 
 @torch.no_grad()
+def test_what_is_left_comes_after_what_all_have_to_do_first() -> None:
+    done = list[str]()
+
+    def first(name: str, rest: bool) -> Callable[[], None] | None:
+        done.append(name)
+        return (lambda: done.append(f"rest of {name}")) if rest else None
+
+    run = SamplingRun(1)
+    for name, rest in (("a", True), ("b", False), ("c", True)):
+        run.at_end(name, functools.partial(first, name, rest))
+    run.end()
+    assert done == ["a", "b", "c", "rest of a", "rest of c"]
+    run.end()
+    assert len(done) == 5
+
+
 def test_each_is_told_of_its_own_model() -> None:
     # Dynamo makes one graph of both.
     first, second, run = list[str](), list[str](), SamplingRun(1)

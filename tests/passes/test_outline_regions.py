@@ -228,10 +228,10 @@ def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPa
         compiled.append("in regions" if hasattr(module, "region_0") else "as a whole")
         return module
 
-    def counting(*values: Any) -> float:
+    def counting(*values: torch.Tensor) -> float:
         nonlocal op_by_op
         op_by_op += 1
-        return relative_error(*(value[0] for value in values))
+        return relative_error(*values)
 
     monkeypatch.setattr(compat, "compile_fx", compile_fx)
     monkeypatch.setattr(agreement, "relative_error", counting)
@@ -248,8 +248,39 @@ def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPa
 
 @torch.no_grad()
 def test_without_a_result_there_is_nothing_to_compare(tmp_path: Path) -> None:
-    nothing = fx.symbolic_trace(lambda x: (x * 0,))
-    agreement.check(lambda x: [x], nothing, [X], tmp_path)
-    with pytest.raises(RuntimeError, match="differ by 1 from"):
-        agreement.check(lambda x: [x * 0], fx.symbolic_trace(lambda x: (x,)), [X], tmp_path)
+    nothing = fx.symbolic_trace(lambda x: (x * 0, x.argmax(), x / 0))
+    agreement.Reference(nothing, [X], {}, tmp_path).check(lambda x: [x, x, x])
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("wrong", [lambda x: [x, x], lambda x: [x, -x / 100], lambda x: [0 * x, x / 100]])
+def test_every_output_counts_by_itself(tmp_path: Path, wrong: Callable[..., Any]) -> None:
+    reference = agreement.Reference(fx.symbolic_trace(lambda x: (x, x / 100)), [X], {}, tmp_path)
+    with pytest.raises(RuntimeError, match="they differ by"):
+        reference.check(wrong)
+    assert not list(tmp_path.iterdir())
+    reference.check(lambda x: [1.05 * x, x / 100])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_what_was_found_right_with_other_options_is_compared_again(tmp_path: Path) -> None:
+    graph_module = fx.symbolic_trace(lambda x: (x,))
+    agreement.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [x])
+    agreement.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [-x])  # is not looked at any more
+    with pytest.raises(RuntimeError, match="differ by 2 from"):
+        agreement.Reference(graph_module, [X], {"max_autotune": True}, tmp_path).check(lambda x: [-x])
+
+
+def test_the_reference_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
+    probe = GraphProbe(Repeating([long] * 3), X, regional_compilation=True)
+    probe.run(outline_regions)
+    args = list(probe.inputs.values())
+    reference = agreement.Reference(probe.graph_module, args, {}, tmp_path)
+    expected = probe.graph_module(*args)
+    for node in probe.graph_module.region_0.graph.nodes:
+        if node.target is operator.add:
+            node.target = operator.sub
+    probe.graph_module.region_0.recompile()
+    with pytest.raises(RuntimeError, match="differ"):
+        reference.check(probe.graph_module)
+    reference.check(lambda *_: expected)
