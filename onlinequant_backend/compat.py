@@ -227,6 +227,9 @@ def compile_fx(
     """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
+    from .cpp_batches import in_batches
+
     extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}
-    compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
+    with in_batches() if outside_dynamo else contextlib.nullcontext():
+        compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
     return compiled

@@ -1,0 +1,124 @@
+"""Kernels of one translation unit are the kernels that torch would compile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.fx as fx
+from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+from onlinequant_backend import compat, cpp_batches
+from onlinequant_backend.build import compile_caches
+from tests.tiny import noise, relative_error
+
+X = noise(6, 40, 8)
+NAMES = ("exp", "sin", "cos", "tanh", "sigmoid", "erf")
+
+
+def many_kernels(x: torch.Tensor, length: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A reduction for each function, which Inductor cannot fuse with those of other rows; and one of integers."""
+    rows = [getattr(torch, name)(x[index] * length).cumsum(0) for index, name in enumerate(NAMES)]
+    return (*rows, x.argmax(0))
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of all batches; each is as large as it can be."""
+    sizes: list[int] = []
+    begin = cpp_batches._begin
+    monkeypatch.setattr(cpp_batches, "_begin", lambda batch: (sizes.append(len(batch)), begin(batch)))
+    monkeypatch.setattr(cpp_batches, "_split", lambda kernels: [list(kernels)] if kernels else [])
+    monkeypatch.setattr(cpp_batches, "get_compile_threads", lambda: 2)
+    monkeypatch.setattr("torch._inductor.async_compile.get_compile_threads", lambda: 2)
+    return sizes
+
+
+def compiled(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[..., Sequence[torch.Tensor]]:
+    with compile_caches(None), torch.no_grad():
+        module = fx.symbolic_trace(function)
+        result: Callable[..., Sequence[torch.Tensor]] = compat.compile_fx(
+            module, list(inputs), {"max_fusion_size": 1}, outside_dynamo=True
+        )
+    return result
+
+
+def check(step: Callable[..., Sequence[torch.Tensor]]) -> None:
+    inputs = (X, torch.tensor(0.5))
+    for result, expected in zip(step(*inputs), many_kernels(*inputs), strict=True):
+        assert relative_error(result, expected) < 1e-5
+
+
+def test_a_batch_computes_what_its_kernels_do(batches: list[int]) -> None:
+    check(compiled(many_kernels, X, torch.tensor(0.5)))
+    assert max(batches) >= cpp_batches._LEAST
+
+
+def test_a_batch_that_cannot_be_compiled_is_compiled_one_by_one(
+    batches: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "onlinequant")
+    monkeypatch.setattr(cpp_batches, "_HEADERS", "#error broken on purpose\n")
+    check(compiled(many_kernels, X, torch.tensor(0.5)))
+    assert max(batches) >= cpp_batches._LEAST and "compiled by itself" in caplog.text
+
+
+def test_another_version_of_torch_compiles_them_one_by_one(
+    batches: list[int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("DEBUG", "onlinequant")
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "suffix_template", "{something_new}")
+    with pytest.raises(KeyError):
+        cpp_batches._compiled([cpp_batches._Kernel(None, ["float*"], KERNEL)] * 3)
+    cpp_batches._begin([cpp_batches._Kernel(None, ["float*"], KERNEL)] * 3)
+    assert "compiled one by one" in caplog.text
+
+
+KERNEL = """
+#include <torch/csrc/inductor/cpp_prefix.h>
+extern "C"  void  kernel(const float* in_ptr0,
+                       float* out_ptr0)
+{
+    {
+        out_ptr0[0] = in_ptr0[0];
+    }
+}
+"""
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        KERNEL.replace("extern", "template <int n> struct S {};\nextern"),
+        KERNEL.replace("extern", "#include <ATen/record_function.h>\nextern"),
+        KERNEL.replace("void  kernel", "void  other"),
+        KERNEL + "int after;",
+    ],
+    ids=["template", "include", "other name", "something after"],
+)
+def test_a_source_that_is_more_than_a_kernel_is_left_to_torch(code: str) -> None:
+    assert cpp_batches._KERNEL.fullmatch(KERNEL) is not None
+    assert cpp_batches._KERNEL.fullmatch(code) is None
+
+
+@pytest.mark.parametrize(
+    ("count", "threads", "sizes"),
+    [
+        (0, 2, []),
+        (5, 2, [1] * 5),
+        (12, 2, [3] * 4),
+        (13, 2, [4, 4, 4, 1]),
+        (100, 2, [16] * 6 + [4]),
+        (100, 32, [1] * 100),
+    ],
+)
+def test_all_processes_have_something_to_do(
+    count: int, threads: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpp_batches, "get_compile_threads", lambda: threads)
+    kernels = [cpp_batches._Kernel(None, [], KERNEL) for _ in range(count)]
+    split = list(cpp_batches._split(kernels))
+    assert [len(batch) for batch in split] == sizes
+    assert [kernel for batch in split for kernel in batch] == kernels
