@@ -184,6 +184,8 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
+    from . import vector_instructions
+
     # Inductor writes the place that it has chosen into the environment too.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     try:
@@ -194,6 +196,7 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
+            stack.enter_context(vector_instructions.asked_once(directory.parent))
         yield
 
 
