@@ -45,10 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_doctor)
 
     command = commands.add_parser(
-        "demo", help="race eager, torch.compile and onlinequant on this CPU, in three minutes"
+        "demo", help="draw pictures with eager, torch.compile and onlinequant on this CPU, in three minutes"
     )
     command.add_argument("--output", type=Path, default=Path("onlinequant-demo"), metavar="DIR", help="for its files")
-    command.add_argument("--steps", type=_positive, default=5, metavar="N", help="timed steps, default 5")
+    command.add_argument("--steps", type=_positive, default=20, metavar="N", help="of the sampler, default 20")
     command.set_defaults(command=_demo)
 
     command = commands.add_parser("stats", help="list what is in the cache, or print the statistics of every layer")

@@ -170,10 +170,10 @@ def compile_lock() -> Any:
     return torch._dynamo.convert_frame.compile_lock
 
 
-def compiled_graphs() -> int:
-    """How many graphs Inductor has compiled in this process, rather than found in its cache."""
+def found_graphs() -> tuple[int, int]:
+    """How many graphs Inductor has found in its cache in this process, and how many it has not."""
     counts = torch._dynamo.utils.counters["inductor"]
-    return int(counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"])
+    return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
 
 
 @contextlib.contextmanager
@@ -196,8 +196,16 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
-            stack.enter_context(vector_instructions.asked_once(directory.parent))
+            stack.enter_context(vector_instructions.asked_once(directory))
         yield
+
+
+def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
+    try:
+        from .cpp_batches import in_batches
+    except ImportError:  # what it needs of torch has another name
+        return contextlib.nullcontext()
+    return in_batches()
 
 
 @contextlib.contextmanager
@@ -230,9 +238,7 @@ def compile_fx(
     """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
-    from .cpp_batches import in_batches
-
     extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}
-    with in_batches() if outside_dynamo else contextlib.nullcontext():
+    with _kernels_in_batches() if outside_dynamo else contextlib.nullcontext():
         compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
     return compiled

@@ -20,11 +20,15 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 
 _log = logging.getLogger("onlinequant")
 
-# More would keep the last processor busy when all others are done; fewer are compiled one by one.
-_MOST, _LEAST = 16, 3
+# Kernels of a batch, whatever the number of processors, so that the libraries are found again with another number; more
+# would keep one busy when all others are done. Graphs of fewer than two batches are compiled one by one.
+_BATCH = 8
 _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>"
-# A source that is nothing but one function. (Those of templates for products bring others.)
-_KERNEL = re.compile(rf'\s*{re.escape(_INCLUDE)}\s*extern "C"\s+void\s+kernel(\([^{{}};]*\)\s*{{.*}})\s*', re.DOTALL)
+# A source that is nothing but one function, whose brace is the only one at the beginning of a line. (Those of templates
+# for products bring other functions, and macros.)
+_KERNEL = re.compile(
+    rf'\s*{re.escape(_INCLUDE)}\s*extern "C"\s+void\s+kernel(\([^{{}};#]*\)\s*{{\n(?:(?![}}#]).*\n)*}})\s*'
+)
 # What the bindings include must be read outside of a namespace first.
 _HEADERS = f"{_INCLUDE}\n#define PY_SSIZE_T_CLEAN\n" + "".join(
     f"#include <{header}>\n" for header in ("Python.h", "sstream", "cstdlib", "cerrno")
@@ -82,9 +86,7 @@ class _Kernel:
 
 
 def _split(kernels: Sequence[_Kernel]) -> Iterator[Sequence[_Kernel]]:
-    """Two batches for each process, if there are enough kernels, so that all are busy to the end."""
-    size = min(-(-len(kernels) // (2 * get_compile_threads())), _MOST)
-    size = size if size >= _LEAST else 1
+    size = _BATCH if len(kernels) >= 2 * _BATCH else 1
     return (kernels[first : first + size] for first in range(0, len(kernels), size))
 
 
@@ -97,9 +99,21 @@ def _begin(batch: Sequence[_Kernel]) -> None:
         functions = _compiled(batch)
     except Exception as error:
         _log.debug("kernels are compiled one by one: %s", error)
+        for kernel in batch:
+            _ = kernel.alone
         return
     for index, kernel in enumerate(batch):
-        kernel.of_batch = functools.partial(lambda index: functions()[index], index)
+        kernel.of_batch = functools.partial(_of_batch, functions, index, batch)
+
+
+def _of_batch(functions: Callable[[], Sequence[_Function]], index: int, batch: Sequence[_Kernel]) -> _Function:
+    try:
+        return functions()[index]
+    except Exception:
+        for kernel in batch:  # all at once
+            kernel.of_batch = None
+            _ = kernel.alone
+        raise
 
 
 def _compiled(batch: Sequence[_Kernel]) -> Callable[[], Sequence[_Function]]:

@@ -1,10 +1,11 @@
-"""``onlinequant demo``: one UNet, run eagerly, by torch.compile and by onlinequant, side by side on this CPU."""
+"""``onlinequant demo``: one set of pictures, drawn eagerly, by torch.compile and by onlinequant on this CPU."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
+import math
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,16 +18,20 @@ from rich.table import Table
 
 from . import precision, report
 from .progress import Progress
-
-# SD1.5's kinds of blocks, text width and heads. All four of its levels would keep Inductor busy for more than two
-# minutes, twice, on two cores; these two take less than one each, and are wide enough for 8 bit to pay.
-CHANNELS = (160, 320)
-LATENT_SIZE = 64
-TEXT_TOKENS, TEXT_WIDTH = 77, 768
+from .scenes import judge
+from .scenes.model import LATENT_CHANNELS, LATENT_SIZE, ScenesModel, load
+from .scenes.sampling import sample
+from .scenes.scene import captions
+from .scenes.sheet import save_sheet
+from .similarity import psnr, ssim
 
 # A CPU's memory keeps up with far fewer FLOPs per byte than a GPU's: the defaults, 100 and 300, are where a GPU stops
 # waiting for memory, and would leave layers in float here that gain from 8 bit.
 CPU_DENSITY_THRESHOLD = 20
+
+# Others than those that are observed.
+_DRAWN_SEED, _OBSERVED_SEED = 0, 1
+_AMPLIFIED = 8  # differences of a good 8-bit picture are too faint to see
 
 
 @dataclasses.dataclass
@@ -35,16 +40,16 @@ class Contestant:
 
     Attributes:
         name: how it is called in the table.
-        step: the model, called as diffusers calls it.
-        first_seconds: time of its first calls: compiling, and what has to be observed.
-        seconds: time of each step since.
-        output: the predicted noise, [1, 4, size, size].
+        denoise: the UNet, called as diffusers calls it.
+        first_seconds: time until it runs like this: compiling, and before that what has to be observed.
+        pictures: what it drew, [N, 3, 64, 64] in [-1, 1].
+        seconds: time of each step in the race.
     """
 
     name: str
-    step: Callable[..., Any]
+    denoise: Callable[..., Any]
     first_seconds: float
-    output: torch.Tensor
+    pictures: torch.Tensor
     seconds: list[float] = dataclasses.field(default_factory=list)
 
     @property
@@ -54,133 +59,138 @@ class Contestant:
 
 
 def run(
-    output: Path,
-    *,
-    channels: Sequence[int] = CHANNELS,
-    size: int = LATENT_SIZE,
-    steps: int = 5,
-    calibration_steps: int = 4,
-    console: Console | None = None,
+    output: Path, *, pictures: int = 16, steps: int = 20, rounds: int = 10, console: Console | None = None
 ) -> report.Report:
-    """Measure, print a table to ``console`` (standard output), and write statistics and a plot into ``output``.
+    """Draw, compare, print a table to ``console`` (standard output), and write a sheet of the pictures, statistics and
+    a plot into ``output``.
 
-    ``channels``: width of each level of the UNet, multiples of 32. ``size``: height and width of the latent image.
+    ``pictures``: how many, all in one batch; ``steps``: of the sampler; ``rounds``: in which single steps are timed.
     Raises ModuleNotFoundError without diffusers, PrecisionUnavailableError where the CPU has no 8-bit kernels, and
     OSError where ``output`` cannot be written.
     """
     console = console or Console(highlight=False)
     precision.resolve("int8", torch.device("cpu"))
+    model = load()
     output.mkdir(parents=True, exist_ok=True)
-    unet = build_unet(channels)
-    options: dict[str, Any] = {
-        "precision": "int8",
-        "calibration_steps": calibration_steps,
-        "conv_compute_density_threshold": CPU_DENSITY_THRESHOLD,
-        "linear_compute_density_threshold": CPU_DENSITY_THRESHOLD,
-    }
-    millions = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    console.print(f"A UNet with Stable Diffusion 1.5's blocks: {millions:.0f} million random weights in float32")
-    console.print(f"One step: latent image {size}x{size}, batch 1, {torch.get_num_threads()} CPU threads")
-    seen = _inputs(size, seed=0)
-    # Calibrated on other inputs than the error is measured on.
-    observed = [_inputs(size, seed=1 + call) for call in range(calibration_steps)]
-    with torch.no_grad():
-        eager = _warmed_up("eager", unet, [seen])
-        with Progress("torch.compile: compiling"):
-            compiled = _warmed_up("torch.compile", torch.compile(unet), [seen])
-        # This shows its progress itself.
-        onlinequant = torch.compile(unet, backend="onlinequant", options=options)
-        quantized = _warmed_up("onlinequant", onlinequant, [*observed, seen])
-        contestants = [eager, compiled, quantized]
-        _race(contestants, seen, steps)
+    texts = captions(pictures, seed=_DRAWN_SEED, held_out=True)
+    millions = sum(parameter.numel() for parameter in model.unet.parameters()) / 1e6
+    console.print(f"A trained UNet of {millions:.1f} million weights in float32, {torch.get_num_threads()} CPU threads")
+    console.print(
+        f"{pictures} captions that it was not trained on, {steps} steps, guidance in batches of {2 * pictures}"
+    )
+    # A cache of its own: every time the demo is the first time.
+    with tempfile.TemporaryDirectory(prefix="onlinequant-demo-") as cache:
+        contestants = _drawn(model, texts, steps, cache)
+        _race(contestants, model, pictures, rounds)
     made = report.reports()[-1]
-    console.print(_table(contestants, made))
-    _print_notes(console, made)
-    made.save(output / report.STATS_FILE)
-    made.plot(output / "layers.png")
-    console.print(f"Every decision and its reason: {output / report.STATS_FILE}", soft_wrap=True)
+    console.print(_table(contestants, texts, made))
+    _print_notes(console, contestants, made)
+    _write(output, contestants, texts, made)
+    console.print(f"The pictures: {output / 'sheet.png'}", soft_wrap=True)
+    console.print(f"Every layer's decision and its reason: {output / report.STATS_FILE}", soft_wrap=True)
     console.print(f"The same as a picture: {output / 'layers.png'}", soft_wrap=True)
     return made
 
 
-def build_unet(channels: Sequence[int]) -> torch.nn.Module:
-    """A ``UNet2DConditionModel`` with random weights: attention on every level but the last, as in SD1.5."""
-    if importlib.util.find_spec("diffusers") is None:
-        raise ModuleNotFoundError("The demo's model comes from diffusers: pip install 'onlinequant[demo]'")
-    from diffusers import UNet2DConditionModel
-
-    attention = len(channels) - 1
-    torch.manual_seed(0)
-    unet: Any = UNet2DConditionModel(
-        sample_size=LATENT_SIZE,
-        block_out_channels=tuple(channels),
-        down_block_types=("CrossAttnDownBlock2D",) * attention + ("DownBlock2D",),
-        up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * attention,
-        layers_per_block=1,
-        cross_attention_dim=TEXT_WIDTH,
-        attention_head_dim=8,
-    )
-    return unet.eval().requires_grad_(False)
-
-
-def _inputs(size: int, seed: int) -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        "sample": torch.randn(1, 4, size, size, generator=generator),
-        "timestep": torch.randint(0, 1000, (1,), generator=generator),
-        "encoder_hidden_states": torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator),
-        "return_dict": False,
+def _drawn(model: ScenesModel, texts: Sequence[str], steps: int, cache: str) -> list[Contestant]:
+    """Everyone's pictures of ``texts``, from the same noise."""
+    options: dict[str, Any] = {
+        "precision": "int8",
+        "conv_compute_density_threshold": CPU_DENSITY_THRESHOLD,
+        "linear_compute_density_threshold": CPU_DENSITY_THRESHOLD,
+        "cache_dir": cache,
     }
+    onlinequant = torch.compile(model.unet, backend="onlinequant", options=options)
+    return [
+        _draw("eager", model.unet, model, texts, steps),
+        _draw("torch.compile", torch.compile(model.unet), model, texts, steps),
+        _draw("onlinequant", onlinequant, model, texts, steps, observe=True),
+    ]
 
 
-def _warmed_up(name: str, step: Callable[..., Any], calls: Sequence[dict[str, Any]]) -> Contestant:
-    """Call ``step`` once with each of ``calls``; the output is that of the last."""
+def _draw(
+    name: str,
+    denoise: Callable[..., Any],
+    model: ScenesModel,
+    texts: Sequence[str],
+    steps: int,
+    observe: bool = False,
+) -> Contestant:
+    def drawn(texts: Sequence[str], seed: int, steps: int = steps, observe: bool = False) -> torch.Tensor:
+        return sample(denoise, model, texts, seed, steps=steps, batch=len(texts), observe=observe)
+
     start = time.perf_counter()
-    for inputs in calls:
-        output = step(**inputs)[0]
-    return Contestant(name, step, time.perf_counter() - start, output)
+    if observe:  # shows its progress itself
+        drawn(captions(len(texts), seed=_OBSERVED_SEED), _OBSERVED_SEED, observe=True)
+    with Progress(f"{name}: first step"):
+        drawn(texts, _DRAWN_SEED, steps=1)
+    first_seconds = time.perf_counter() - start
+    with Progress(f"{name}: drawing"):
+        return Contestant(name, denoise, first_seconds, drawn(texts, _DRAWN_SEED))
 
 
-def _race(contestants: Sequence[Contestant], inputs: dict[str, Any], rounds: int) -> None:
+def _race(contestants: Sequence[Contestant], model: ScenesModel, pictures: int, rounds: int) -> None:
     """Time everyone's step once a round, so that whatever else the machine does slows all of them alike."""
-    with Progress("timing round", rounds) as progress:
+    texts = model.encode([""] * 2 * pictures)
+    latents = model.placed(torch.randn(len(texts), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE))
+    time_step = torch.full((len(texts),), 500.0)
+    with torch.no_grad(), Progress("timing round", rounds) as progress:
         for _ in range(rounds):
             progress.advance()
             for contestant in contestants:
                 start = time.perf_counter()
-                contestant.step(**inputs)
+                contestant.denoise(latents, time_step, texts, return_dict=False)
                 contestant.seconds.append(time.perf_counter() - start)
 
 
-def _table(contestants: Sequence[Contestant], made: report.Report) -> Table:
-    """One row each; errors are against the first, and speed is compared with the second."""
-    counts = made.counts()
-    expected, baseline = contestants[0].output, contestants[1].median
+def _table(contestants: Sequence[Contestant], texts: Sequence[str], made: report.Report) -> Table:
+    """A column each; pictures are compared with those of the first, and speed with the second."""
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", no_wrap=True)
-    for heading in ("ms/step", "speed-up", "error", "8-bit conv", "8-bit linear", "first calls"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in contestants:
-        is_quantized = row is contestants[-1]
-        table.add_row(
-            row.name,
-            f"{1e3 * row.median:.0f}",
-            f"{baseline / row.median:.2f}x",
-            f"{(row.output - expected).norm() / expected.norm():.4f}",
-            *(
-                f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']}" if is_quantized else ""
-                for kind in report.KINDS
-            ),
-            f"{row.first_seconds:.0f} s",
-        )
+    for contestant in contestants:
+        table.add_column(contestant.name, justify="right", no_wrap=True)
+    reference, baseline = contestants[0].pictures, contestants[1].median
+    decibels = [[psnr(*pair, peak=2) for pair in zip(c.pictures, reference, strict=True)] for c in contestants]
+    rows = {
+        "milliseconds a step": [f"{1e3 * c.median:.0f}" for c in contestants],
+        "speed-up over torch.compile": [f"{baseline / c.median:.2f}x" for c in contestants],
+        "seconds until it runs like this": [f"{c.first_seconds:.0f}" for c in contestants],
+        "PSNR to eager, mean of the pictures": [_decibels(statistics.fmean(values)) for values in decibels],
+        "PSNR to eager, worst picture": [_decibels(min(values)) for values in decibels],
+        "SSIM to eager": [f"{ssim(c.pictures, reference, peak=2):.4f}" for c in contestants],
+        "captions drawn right": [f"{judge.correct(c.pictures, texts).sum()} of {len(texts)}" for c in contestants],
+    }
+    counts = made.counts()
+    for kind, name in (("conv", "convolutions"), ("linear", "linear layers")):
+        in_8_bit = f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']}"
+        rows[f"{name} in 8 bit"] = ["", "", in_8_bit]
+    for name, values in rows.items():
+        table.add_row(name, *values)
     return table
 
 
-def _print_notes(console: Console, made: report.Report) -> None:
-    console.print("Speed-up is over torch.compile; error is |output - eager| / |eager|, in 2-norms.", soft_wrap=True)
+def _decibels(value: float) -> str:
+    return "equal" if value == math.inf else f"{value:.1f} dB"
+
+
+def _print_notes(console: Console, contestants: Sequence[Contestant], made: report.Report) -> None:
+    if made.phase != "quantized":
+        console.print(f"Nothing ran in 8 bit: {made.phase_reason}", style="bold red", soft_wrap=True)
+    elif contestants[2].median >= contestants[1].median:
+        console.print("8 bit is not faster here, for this model.", soft_wrap=True)
     automatic = precision.resolve("auto", torch.device("cpu"))
     if automatic.name == "float":
         console.print(f'precision="auto" would stay in float here: {automatic.reason}.', soft_wrap=True)
         console.print('The demo ran with precision="int8".', soft_wrap=True)
-    if made.phase != "quantized":
-        console.print(f"Nothing ran in 8 bit: {made.phase_reason}", style="bold red", soft_wrap=True)
+
+
+def _write(output: Path, contestants: Sequence[Contestant], texts: Sequence[str], made: report.Report) -> None:
+    reference, quantized = contestants[0].pictures, contestants[2].pictures
+    rows = {
+        "float": reference,
+        "8 bit": quantized,
+        f"difference x {_AMPLIFIED}": (_AMPLIFIED * (quantized - reference)).clamp(-1, 1),  # grey is none
+    }
+    save_sheet(output / "sheet.png", rows, texts)
+    made.save(output / report.STATS_FILE)
+    made.plot(output / "layers.png")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import compat, graph, keys, selection
 from .background import Background
@@ -72,6 +73,7 @@ class QuantizedGraph:
         self._gave_up = False
         self._background = Background()
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
+        self._moves = 0  # that a compile has failed with
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
@@ -265,8 +267,10 @@ class QuantizedGraph:
                 if compiles:
                     self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
-            if aside and places != _places(parameters):
-                _log.info("the model was moved while it was compiled, so that is done again: %s", error)
+            # Some are moved in every run, and an error may come from something else all the same.
+            if aside and self._moves < _MOST_MOVES and places != _places(parameters):
+                self._moves += 1
+                _log.warning("the model was moved while it was compiled, so that is done again: %s", error)
                 return
             if isinstance(error, OnlineQuantError) and not aside:
                 raise
@@ -374,7 +378,7 @@ class QuantizedGraph:
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
         except Exception as error:
-            if self._places not in (None, _places(parameters)):
+            if self._moves < _MOST_MOVES and self._places not in (None, _places(parameters)):
                 raise ModelMovedError(f"{type(error).__name__}: {error}") from error
             if symbolic:
                 raise
@@ -395,12 +399,13 @@ class QuantizedGraph:
         times, nodes = CompileTimes(self._cache.root), len(self._graph.graph.nodes)
         how = f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {symbolic}"
         source = "from the cache" if self._cache.has(key) else "anew"
-        start, before = time.perf_counter(), compat.compiled_graphs()
+        start, (hits, misses) = time.perf_counter(), compat.found_graphs()
         with Progress("compiling", expected=times.expected(f"{how} {source}", nodes)):
             directory = self._cache.inductor_directory(key)
             compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
         # Another checkpoint of this model may have left its code.
-        source = "anew" if compat.compiled_graphs() > before else "from the cache"
+        now_hits, now_misses = compat.found_graphs()
+        source = "from the cache" if now_hits > hits and now_misses == misses else "anew"
         times.add(f"{how} {source}", nodes, time.perf_counter() - start)
         return compiled
 
@@ -414,13 +419,15 @@ class QuantizedGraph:
             entry.release()
 
 
+_MOST_MOVES = 2
 _Places = list[tuple[Any, ...]]
 
 
 def _places(parameters: Sequence[torch.Tensor]) -> _Places:
     """Where and what they are: ComfyUI moves models away that are not being called, and back."""
     plain = itertools.chain.from_iterable(map(keys.plain_tensors, parameters))
-    return [(tensor.device, tensor.dtype, tensor.stride(), tensor.data_ptr()) for tensor in plain]
+    # Nothing else gets the address of a storage that is known weakly.
+    return [(x.device, x.dtype, x.stride(), StorageWeakRef(x.untyped_storage())) for x in plain]
 
 
 # Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.

@@ -1,7 +1,7 @@
-"""Which vector instructions the C++ compiler knows: found out once on a machine, and not at each start.
+"""Which vector instructions the C++ compiler knows: found out once for a cache, and not at each start.
 
-Inductor compiles a program for it and loads that in another process, which imports torch: three seconds a start, and
-six with an empty cache. These are torch's internals: whatever is not as expected here is asked as torch does it.
+Inductor compiles a program for it and loads that in another process, which imports torch: three seconds a start. These
+are torch's internals: whatever is not as expected here is asked as torch does it.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def ask_once(instructions: Any, code: str) -> bool:
-        digest = hashlib.sha256(fingerprint(instructions.build_arch_flags()).encode()).hexdigest()[:32]
-        note = folder / f"compiles-{digest}"
+        asked = f"{fingerprint(instructions.build_arch_flags())}\0{code}"  # different programs for the same flags
+        note = folder / f"compiles-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
         if note.exists():
             return True
         works = bool(ask(instructions, code))

@@ -228,6 +228,24 @@ def test_an_observed_run_ends_at_once(inductor: SlowInductor) -> None:
 
 
 @torch.no_grad()
+def test_what_fails_whenever_it_is_moved_is_given_up(inductor: SlowInductor) -> None:
+    model = small()
+    step = compiled(model, ASIDE)
+    inductor.error = RuntimeError("no compiler")
+    for _ in range(2):
+        step(X)
+    for phase in ("compiling", "compiling", "float"):
+        inductor.begun.clear()
+        inductor.may_end.clear()
+        step(X)
+        assert inductor.begun.wait(60) and report().phase == "compiling"
+        model.linear.weight.data = model.linear.weight.data.clone()
+        inductor.finish()
+        assert (report().phase == "float") == (phase == "float")
+    assert torch.equal(step(X), model(X))
+
+
+@torch.no_grad()
 def test_the_layers_of_gpus_are_timed_before_any_thread_starts(
     inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

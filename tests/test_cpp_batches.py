@@ -51,9 +51,11 @@ def check(step: Callable[..., Sequence[torch.Tensor]]) -> None:
         assert relative_error(result, expected) < 1e-5
 
 
-def test_a_batch_computes_what_its_kernels_do(batches: list[int]) -> None:
+def test_a_batch_computes_what_its_kernels_do(batches: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG", "onlinequant")
     check(compiled(many_kernels, X, torch.tensor(0.5)))
-    assert max(batches) >= cpp_batches._LEAST
+    assert max(batches) >= len(NAMES)
+    assert "by itself" not in caplog.text and "one by one" not in caplog.text
 
 
 def test_a_batch_that_cannot_be_compiled_is_compiled_one_by_one(
@@ -62,7 +64,7 @@ def test_a_batch_that_cannot_be_compiled_is_compiled_one_by_one(
     caplog.set_level("DEBUG", "onlinequant")
     monkeypatch.setattr(cpp_batches, "_HEADERS", "#error broken on purpose\n")
     check(compiled(many_kernels, X, torch.tensor(0.5)))
-    assert max(batches) >= cpp_batches._LEAST and "compiled by itself" in caplog.text
+    assert max(batches) >= len(NAMES) and caplog.text.count("compiled by itself") == 1
 
 
 def test_another_version_of_torch_compiles_them_one_by_one(
@@ -70,10 +72,10 @@ def test_another_version_of_torch_compiles_them_one_by_one(
 ) -> None:
     caplog.set_level("DEBUG", "onlinequant")
     monkeypatch.setattr(CppPythonBindingsCodeCache, "suffix_template", "{something_new}")
-    with pytest.raises(KeyError):
-        cpp_batches._compiled([cpp_batches._Kernel(None, ["float*"], KERNEL)] * 3)
-    cpp_batches._begin([cpp_batches._Kernel(None, ["float*"], KERNEL)] * 3)
-    assert "compiled one by one" in caplog.text
+    begun: list[str] = []
+    monkeypatch.setattr(cpp_batches, "_one_by_one", lambda compiler, types, code: begun.append(code))
+    cpp_batches._begin([cpp_batches._Kernel(None, ["float*"], KERNEL) for _ in range(3)])
+    assert "compiled one by one" in caplog.text and begun == [KERNEL] * 3
 
 
 KERNEL = """
@@ -95,29 +97,20 @@ extern "C"  void  kernel(const float* in_ptr0,
         KERNEL.replace("extern", "#include <ATen/record_function.h>\nextern"),
         KERNEL.replace("void  kernel", "void  other"),
         KERNEL + "int after;",
+        KERNEL + 'extern "C" void other(float* x) {\n}\n',
+        KERNEL + "#define FOO {1}\n",
+        KERNEL.replace("    {\n", "#define FOO 1\n    {\n"),
+        KERNEL + KERNEL,
     ],
-    ids=["template", "include", "other name", "something after"],
+    ids=["template", "include", "other name", "variable", "function", "macro", "macro inside", "two kernels"],
 )
 def test_a_source_that_is_more_than_a_kernel_is_left_to_torch(code: str) -> None:
     assert cpp_batches._KERNEL.fullmatch(KERNEL) is not None
     assert cpp_batches._KERNEL.fullmatch(code) is None
 
 
-@pytest.mark.parametrize(
-    ("count", "threads", "sizes"),
-    [
-        (0, 2, []),
-        (5, 2, [1] * 5),
-        (12, 2, [3] * 4),
-        (13, 2, [4, 4, 4, 1]),
-        (100, 2, [16] * 6 + [4]),
-        (100, 32, [1] * 100),
-    ],
-)
-def test_all_processes_have_something_to_do(
-    count: int, threads: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cpp_batches, "get_compile_threads", lambda: threads)
+@pytest.mark.parametrize(("count", "sizes"), [(0, []), (5, [1] * 5), (15, [1] * 15), (16, [8, 8]), (20, [8, 8, 4])])
+def test_few_kernels_are_compiled_one_by_one(count: int, sizes: list[int]) -> None:
     kernels = [cpp_batches._Kernel(None, [], KERNEL) for _ in range(count)]
     split = list(cpp_batches._split(kernels))
     assert [len(batch) for batch in split] == sizes

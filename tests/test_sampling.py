@@ -85,7 +85,6 @@ def test_a_run_that_is_not_observed_leaves_it_to_the_options(compiles: list[torc
     assert run.called == [(report, "calibrating")] * 3 and report.phase == "quantized"
 
 
-@torch.no_grad()
 def test_what_is_left_comes_after_what_all_have_to_do_first() -> None:
     done = list[str]()
 
@@ -102,6 +101,7 @@ def test_what_is_left_comes_after_what_all_have_to_do_first() -> None:
     assert len(done) == 5
 
 
+@torch.no_grad()
 def test_each_is_told_of_its_own_model() -> None:
     # Dynamo makes one graph of both.
     first, second, run = list[str](), list[str](), SamplingRun(1)

@@ -249,6 +249,13 @@ class TestSampling:
             assert shown.shape == (3, 3, 64, 64) and len(calls) == 4
             assert set(calls) == {((4, 50, 16, 16), (4,), torch.float32, (4, 24, 16), observe)}
 
+    def test_the_shipped_model_draws_what_it_was_not_trained_on(self) -> None:
+        model, texts = load(), captions(16, seed=3, held_out=True)
+        pictures = sample(model.unet, model, texts, seed=3, steps=12, batch=16)
+        right = judge.correct(pictures, texts)
+        assert right.float().mean() >= 0.75
+        assert not judge.correct(pictures, texts[1:] + texts[:1])[right].any()
+
     def test_an_unknown_sampler_is_refused(self) -> None:
         with pytest.raises(ValueError, match=r"no sampler 'heun': choose one of euler"):
             sample(tiny_model().unet, tiny_model(), [TEXT], 0, sampler="heun")

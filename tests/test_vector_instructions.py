@@ -29,6 +29,14 @@ def test_what_works_is_asked_once(tmp_path: Path, answers: list[bool]) -> None:
     assert answers == [] and len(list(tmp_path.iterdir())) == 2
 
 
+def test_other_programs_for_the_same_flags_are_asked(tmp_path: Path, answers: list[bool]) -> None:
+    answers += [True, False]
+    with vector_instructions.asked_once(tmp_path):
+        assert cpu_vec_isa.VecAMX().check_build("avx")
+        assert not cpu_vec_isa.VecAMX().check_build("amx")
+    assert answers == []
+
+
 def test_what_does_not_work_is_asked_again(tmp_path: Path, answers: list[bool]) -> None:
     answers += [False, True]
     for expected in (False, True):
@@ -64,7 +72,7 @@ def test_inductor_asks_through_this_in_a_cache_of_ours(
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     answers += [True, True]
     for _ in range(2):
-        with inductor_cache(tmp_path / "folder", tag=""):
+        with inductor_cache(tmp_path, tag=""):
             assert cpu_vec_isa.VecAVX2().check_build("")
     assert answers == [True]
     with inductor_cache(None, tag=""):
