@@ -25,12 +25,6 @@ class Choice:
     def __init__(self, traced: TracedGraph) -> None:
         self.is_made = False
         self._traced = traced
-        self._graph = traced.module
-        self._infos = traced.infos
-        self._config = traced.config
-        self._precision = traced.precision
-        self._device = traced.device
-        self._report = traced.report
 
     def make(
         self,
@@ -45,47 +39,51 @@ class Choice:
         """
         self._rank(args, weights)
         context = PassContext(
-            self._config,
-            self._precision,
+            self._traced.config,
+            self._traced.precision,
             measured=True,
-            unusable={info.name: why for info, why in zip(self._infos, refusals, strict=True) if why is not None},
+            unusable={
+                info.name: why for info, why in zip(self._traced.infos, refusals, strict=True) if why is not None
+            },
             freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.freed),
-            device=self._device,
+            device=self._traced.device,
         )
         if context.measures_speed:
             selection.restore(load_autotuning())
-            slow = selection.measure(self._graph, self._precision.format, self._device)
+            slow = selection.measure(self._traced.module, self._traced.precision.format, self._traced.device)
             context.unusable = {**slow, **context.unusable}
-        run_passes(self._graph, SELECT, context)
-        if self._config.max_error is not None:
-            self._hold_budget(self._config.max_error, args, weights)
+        run_passes(self._traced.module, SELECT, context)
+        if self._traced.config.max_error is not None:
+            self._hold_budget(self._traced.config.max_error, args, weights)
         self.is_made = True
-        self._report.decisions = [info.decision() for _, info in layer_nodes(self._graph)]
+        self._traced.report.decisions = [info.decision() for _, info in layer_nodes(self._traced.module)]
 
     def _rank(self, args: Sequence[Any], weights: WeightSet) -> None:
         """Say how sensitive each layer is; where that decides anything, by what it does to the model's output."""
-        percentages = (self._config.quantized_conv_percentage, self._config.quantized_linear_percentage)
-        decides = self._config.max_error is not None or any(0 < percentage < 100 for percentage in percentages)
+        percentages = (self._traced.config.quantized_conv_percentage, self._traced.config.quantized_linear_percentage)
+        decides = self._traced.config.max_error is not None or any(0 < percentage < 100 for percentage in percentages)
         measured = [layer.sensitivity for layer in weights.layers if layer.sensitivity is not None]
-        asked = self._config.sensitivity == "gradient" and decides and not all(found.of_model for found in measured)
+        asked = (
+            self._traced.config.sensitivity == "gradient" and decides and not all(found.of_model for found in measured)
+        )
         if asked and self._traced.may_repeat and not weights.has_freed():
             estimate_by_gradient(self._traced.observed, args, weights.layers)
-        for info, layer in zip(self._infos, weights.layers, strict=True):
+        for info, layer in zip(self._traced.infos, weights.layers, strict=True):
             info.sensitivity = layer.sensitivity
-        of_model = any(info.sensitivity is not None and info.sensitivity.of_model for info in self._infos)
-        self._report.sensitivity_kind = self._config.sensitivity if of_model else "local"
+        of_model = any(info.sensitivity is not None and info.sensitivity.of_model for info in self._traced.infos)
+        self._traced.report.sensitivity_kind = self._traced.config.sensitivity if of_model else "local"
 
     def _hold_budget(self, max_error: float, args: Sequence[Any], weights: WeightSet) -> None:
         """Leave the most sensitive layers in float until a step's error is within the budget."""
         if not self._traced.may_repeat or weights.has_freed():
             _log.warning("max_error=%g is not checked: this graph cannot be run twice", max_error)
             return
-        chosen = [index for index, info in enumerate(self._infos) if info.quantized]
-        chosen.sort(key=lambda index: -self._infos[index].error)
+        chosen = [index for index, info in enumerate(self._traced.infos) if info.quantized]
+        chosen.sort(key=lambda index: -self._traced.infos[index].error)
         number, error = over_budget(self._traced.observed, args, weights.layers, chosen, max_error)
         for rank, index in enumerate(chosen[:number], start=1):
-            info = self._infos[index]
+            info = self._traced.infos[index]
             info.quantized = False
             kept = f"max_error={max_error:g} keeps the last {len(chosen) - number}"
             info.reason = f"sensitivity {info.error:.3g} ranks {rank} of {len(chosen)}; {kept}"
-        self._report.error = error
+        self._traced.report.error = error

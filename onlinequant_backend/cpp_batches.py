@@ -1,6 +1,6 @@
 """Several of Inductor's C++ kernels in one translation unit: most of a kernel's compile is reading its headers.
 
-Inductor compiles each kernel of a CPU by itself, in about two seconds, of which its own code takes a third. These are
+Inductor compiles each kernel of a CPU by itself, in about two seconds, of which its own code takes half. These are
 torch's internals: whatever is not as expected here is compiled as torch does it.
 """
 
@@ -93,14 +93,13 @@ def _split(kernels: Sequence[_Kernel]) -> Iterator[Sequence[_Kernel]]:
 def _begin(batch: Sequence[_Kernel]) -> None:
     """Have a batch compiled in another process."""
     if len(batch) == 1:
-        _ = batch[0].alone
+        _begin_alone(batch)
         return
     try:
         functions = _compiled(batch)
     except Exception as error:
         _log.debug("kernels are compiled one by one: %s", error)
-        for kernel in batch:
-            _ = kernel.alone
+        _begin_alone(batch)
         return
     for index, kernel in enumerate(batch):
         kernel.of_batch = functools.partial(_of_batch, functions, index, batch)
@@ -110,10 +109,15 @@ def _of_batch(functions: Callable[[], Sequence[_Function]], index: int, batch: S
     try:
         return functions()[index]
     except Exception:
-        for kernel in batch:  # all at once
-            kernel.of_batch = None
-            _ = kernel.alone
+        _begin_alone(batch)
         raise
+
+
+def _begin_alone(batch: Sequence[_Kernel]) -> None:
+    """Have each kernel of a batch compiled in a process of its own, all at once."""
+    for kernel in batch:
+        kernel.of_batch = None
+        _ = kernel.alone
 
 
 def _compiled(batch: Sequence[_Kernel]) -> Callable[[], Sequence[_Function]]:

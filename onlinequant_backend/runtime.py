@@ -369,10 +369,8 @@ class QuantizedGraph:
         self._report.phase = "compiling"
         entry = self._entry(weights, parameters)
         entry.claim()
-        start = time.perf_counter()
         try:
             with compat.compile_lock():  # waiting for another model's compile is no part of this one's
-                start = time.perf_counter()
                 compiled = self._build_timed(args, weights, symbolic, entry.key)
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
@@ -384,7 +382,6 @@ class QuantizedGraph:
                 raise
             compiled = None
             self._stay_in_float(error)
-        self._report.compile_seconds += time.perf_counter() - start
         if compiled is not None:
             _log.info("%s", self._report.summary())
             tell(self._report.summary())
@@ -400,13 +397,17 @@ class QuantizedGraph:
         how = f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {symbolic}"
         source = "from the cache" if self._cache.has(key) else "anew"
         start, (hits, misses) = time.perf_counter(), compat.found_graphs()
-        with Progress("compiling", expected=times.expected(f"{how} {source}", nodes)):
-            directory = self._cache.inductor_directory(key)
-            compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+        try:
+            with Progress("compiling", expected=times.expected(f"{how} {source}", nodes)):
+                directory = self._cache.inductor_directory(key)
+                compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+        finally:
+            seconds = time.perf_counter() - start
+            self._report.compile_seconds += seconds
         # Another checkpoint of this model may have left its code.
         now_hits, now_misses = compat.found_graphs()
         source = "from the cache" if now_hits > hits and now_misses == misses else "anew"
-        times.add(f"{how} {source}", nodes, time.perf_counter() - start)
+        times.add(f"{how} {source}", nodes, seconds)
         return compiled
 
     def _stay_in_float(self, error: Exception) -> None:
