@@ -267,8 +267,7 @@ class QuantizedGraph:
                 if compiles:
                     self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
-            # Some are moved in every run, and an error may come from something else all the same.
-            if aside and self._moves < _MOST_MOVES and places != _places(parameters):
+            if self._was_moved(parameters):
                 self._moves += 1
                 _log.warning("the model was moved while it was compiled, so that is done again: %s", error)
                 return
@@ -376,7 +375,7 @@ class QuantizedGraph:
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
         except Exception as error:
-            if self._moves < _MOST_MOVES and self._places not in (None, _places(parameters)):
+            if self._was_moved(parameters):
                 raise ModelMovedError(f"{type(error).__name__}: {error}") from error
             if symbolic:
                 raise
@@ -390,6 +389,11 @@ class QuantizedGraph:
             freed = weights.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
+
+    def _was_moved(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether what has failed aside may have failed because the model is not where it was."""
+        # Some are moved in every run, and an error may come from something else all the same.
+        return self._moves < _MOST_MOVES and self._places not in (None, _places(parameters))
 
     def _build_timed(self, args: Sequence[Any], weights: WeightSet, symbolic: bool, key: str) -> CompiledGraph:
         """``build``, with how long it will take, as far as earlier ones tell."""
