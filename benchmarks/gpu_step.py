@@ -2,8 +2,10 @@
 
     python benchmarks/gpu_step.py --rows sdxl-1024-b2 sd15-512-b2 --json results.jsonl --profile
 
-Every cell (a row's model at its size, in one column) is a process of its own, all on one machine, one after the other;
-all make the same random weights and inputs from the same seed. Times are medians with their spread.
+Every cell (a row's model at its size, in one column) is a process of its own, all on one machine; all make the same
+random weights and inputs from the same seed. One after the other, each alone on the GPU, they are measured; with
+``--together`` those of a row compile at the same time before that, which disturbs only "first s" and saves minutes.
+Times are medians with their spread.
 
 - "direct": wall-clock time of a call as a user makes it, in batches of calls that are synchronized at their end.
 - "as a graph": the same function captured by hand in one CUDA graph, between CUDA events around each replay. For
@@ -40,8 +42,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +90,7 @@ REPLAYS = 25
 BATCHES = 7  # of direct calls between CUDA events
 PROFILED = 3
 MOST_CALLS = 200  # until the first result in 8 bit
+_READY = "ready to be measured"
 CATEGORIES = ("attention", "conv", "gemm", "pointwise, reduction", "copy, memset", "other")
 # What a kernel does, by its name; the first that matches.
 _PATTERNS = tuple(
@@ -330,6 +334,7 @@ def measure(options: argparse.Namespace) -> None:
     say(f"first result after {cell['first_seconds']:.1f} s")
     if column == OURS:
         cell["report"] = our_report()
+    wait_for_turn(options)
     for _ in range(5):  # graphs of onlinequant's own are recorded in the first of them
         result = step()
     cell["relative_error"] = relative_error(result, expected)
@@ -364,6 +369,13 @@ def measure(options: argparse.Namespace) -> None:
     emit(cell)
 
 
+def wait_for_turn(options: argparse.Namespace) -> None:
+    """Until this process may have the GPU for itself."""
+    if options.together:
+        print(_READY, flush=True)
+        sys.stdin.readline()
+
+
 def relative_error_of(run: Callable[[], torch.Tensor], saved: Path) -> float:
     """The relative error of a replayed graph's result."""
     result = run()
@@ -379,29 +391,66 @@ def say(text: str) -> None:
     print(f"  {text}", file=sys.stderr, flush=True)
 
 
-def in_process(row: str, column: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """One cell in a fresh process; a failure becomes a cell that says so, with what was measured before it."""
-    if column in (TORCHAO, TORCHAO_LARGE) and importlib.util.find_spec("torchao") is None:
-        return {"failed": "torchao is not installed"}
-    environment, is_warm = caches(row, column, options, folder)
-    arguments = ["--row", row, "--column", column, "--folder", str(folder)]
-    for name in ("calls", "repeats", "small_depth"):
-        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-    for name in ("profile", "torchao_untuned"):
-        arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
-    for key, value in options.option:
-        arguments += ["--option", f"{key}={json.dumps(value)}"]
-    command = [sys.executable, __file__, *arguments]
-    ending = None
-    try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, timeout=options.timeout)
-        output = done.stdout
-        if done.returncode:
-            ending = f"exit status {done.returncode}"
-    except subprocess.TimeoutExpired as error:
-        output = error.stdout or b""
-        ending = f"took more than {options.timeout:.0f} s"
-    return {**last_object(output.decode(errors="replace"), ending), "warm": is_warm}
+class Cell:
+    """The process that measures one cell."""
+
+    def __init__(self, row: str, column: str, options: argparse.Namespace, folder: Path) -> None:
+        self._output: list[str] = []
+        self._ending: str | None = None
+        environment, self._is_warm = caches(row, column, options, folder)
+        arguments = ["--row", row, "--column", column, "--folder", str(folder)]
+        for name in ("calls", "repeats", "small_depth"):
+            arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+        for name in ("profile", "together", "torchao_untuned"):
+            arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
+        for key, value in options.option:
+            arguments += ["--option", f"{key}={json.dumps(value)}"]
+        command = [sys.executable, __file__, *arguments]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, errors="replace"
+        )
+        self._timer = threading.Timer(options.timeout, self._stop, [f"took more than {options.timeout:.0f} s"])
+        self._timer.start()
+
+    def _stop(self, ending: str) -> None:
+        self._ending = ending
+        self._process.kill()
+
+    def wait_until_ready(self) -> None:
+        """Until it has compiled, or failed."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == _READY:
+                return
+            self._output.append(line)
+
+    def finish(self) -> dict[str, Any]:
+        """Let it measure; a failure becomes a cell that says so, with what was measured before it."""
+        rest, _ = self._process.communicate("\n")
+        self._timer.cancel()
+        if self._ending is None and self._process.returncode:
+            self._ending = f"exit status {self._process.returncode}"
+        return {**last_object("".join(self._output) + rest, self._ending), "warm": self._is_warm}
+
+
+def cells_of(row: str, options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The cells of a row by column, as they are finished, each from a fresh process. Eager is the first: the others are
+    compared with it."""
+    columns = sorted(set(options.columns), key=COLUMNS.index)
+    if importlib.util.find_spec("torchao") is None:
+        for column in {TORCHAO, TORCHAO_LARGE}.intersection(columns):
+            columns.remove(column)
+            yield column, {"failed": "torchao is not installed"}
+    alone = [EAGER] if EAGER in columns else columns[:1]
+    others = [column for column in columns if column not in alone]
+    for together in (alone, others) if options.together else [[column] for column in (*alone, *others)]:
+        print(f"measuring {row}: {', '.join(together)}", file=sys.stderr, flush=True)
+        cells = {column: Cell(row, column, options, folder) for column in together}
+        if options.together:
+            for cell in cells.values():
+                cell.wait_until_ready()
+        for column, cell in cells.items():
+            yield column, cell.finish()
 
 
 def last_object(output: str, ending: str | None) -> dict[str, Any]:
@@ -565,6 +614,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--show", type=Path, help="print what --json wrote to this file, and measure nothing")
     result.add_argument("--profile", action="store_true", help="list the kernels, too")
     result.add_argument("--timeout", type=float, default=420, help="seconds for one cell")
+    result.add_argument("--together", action="store_true", help="compile the columns of a row at the same time")
     result.add_argument("--calls", type=int, default=10, help="calls of a batch")
     result.add_argument("--repeats", type=int, default=5, help="batches; 3 if they take long")
     result.add_argument("--small-depth", type=int, default=10, help="transformer layers of SDXL's deepest blocks")
@@ -593,9 +643,8 @@ def main() -> None:
             cells: dict[str, dict[str, Any]] = {}
             depth = f", depth {options.small_depth}" if options.small_depth != 10 and row.startswith("sdxl") else ""
             title = f"{ROWS[row].title}{depth}, float16"
-            for column in sorted(set(options.columns), key=COLUMNS.index):  # eager first: others are compared with it
-                print(f"measuring {row}: {column}", file=sys.stderr, flush=True)
-                cell = cells[column] = in_process(row, column, options, Path(name))
+            for column, cell in cells_of(row, options, Path(name)):
+                cells[column] = cell
                 brief = {key: value for key, value in cell.items() if key not in ("profile", "kernels")}
                 say(json.dumps(brief))
                 if options.json:
@@ -603,7 +652,7 @@ def main() -> None:
                     line["options"] = dict(options.option) if column == OURS else {}
                     with options.json.open("a") as file:
                         file.write(json.dumps(line) + "\n")
-            show(console, title, cells)
+            show(console, title, dict(sorted(cells.items(), key=lambda item: COLUMNS.index(item[0]))))
 
 
 if __name__ == "__main__":
