@@ -25,6 +25,8 @@ a run says nothing about trained models, where each step also corrects the one b
 On CPUs fp8 is emulated, exactly but slowly, and int8 weights have 7 bits without VNNI. Compiling takes minutes a row
 there; ``--no-inductor`` runs the same 8-bit arithmetic op by op instead, and leaves out torch.compile.
 
+``--jobs`` lets that many rows draw at the same time, each in a process of its own.
+
 ``--outliers`` puts outliers into the model first (``outliers.py``). ``--out`` is a folder for sheets of pictures,
 ``fidelity.json``, and everyone's results: what is there already is not drawn again. Delete it after changing code.
 """
@@ -34,7 +36,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.fidelity_study import Row, Study, file_name
 from benchmarks.fidelity_subjects import SAMPLERS, RandomWeights, Scenes, Subject
-from benchmarks.fidelity_variants import COMPILED, Variant, variants, without_inductor
+from benchmarks.fidelity_variants import COMPILED, EAGER, Variant, variants, without_inductor
 from benchmarks.models import MODELS
 from onlinequant_backend.config import CALIBRATION_METHODS, QuantConfig
 
@@ -94,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--threshold", type=float, help="of compute density, for both kinds of layers")
     result.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "JSON"), help="a row more")
     result.add_argument("--no-inductor", action="store_true", help="run 8-bit graphs op by op, without compiling them")
+    result.add_argument("--jobs", type=int, default=1, help="rows that are drawn at the same time")
     result.add_argument("--out", type=Path, default=Path("fidelity"))
+    result.add_argument("--row", help=argparse.SUPPRESS)
     return result
 
 
@@ -130,16 +136,32 @@ def open_folder(options: argparse.Namespace) -> None:
     path.write_text(json.dumps(settings) + "\n")
 
 
+def draw_at_once(rows: list[str], jobs: int) -> None:
+    """Draw so many rows at a time, each in a process of its own, eager before all others."""
+
+    def draw(row: str) -> None:
+        subprocess.run([sys.executable, __file__, *sys.argv[1:], "--row", row], check=True)
+
+    draw(EAGER.name)
+    with ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(draw, rows))
+
+
 def main() -> None:
     options = parser().parse_args()
     if options.pictures % options.batch:
         raise SystemExit("--pictures must be a multiple of --batch: a smaller batch at the end would be compiled, too.")
     open_folder(options)
-    study = Study(subject_of(options), options.sampler, options.steps, options.pictures, options.out)
     chosen = variants_of(options)
+    if options.jobs > 1 and options.row is None:
+        draw_at_once([variant.name for variant in chosen], options.jobs)
+    study = Study(subject_of(options), options.sampler, options.steps, options.pictures, options.out)
     with without_inductor() if options.no_inductor else contextlib.nullcontext():
         for variant in chosen:
-            study.run(variant)
+            if options.row in (None, variant.name):
+                study.run(variant)
+    if options.row is not None:
+        return
     made = {sampler: {variant.name: study.row(variant, sampler) for variant in chosen} for sampler in options.sampler}
     for sampler, rows in made.items():
         study.save_sheet(options.out / f"{file_name(sampler)}.png", [v for v in chosen if v.is_shown], sampler)
