@@ -1,6 +1,7 @@
 """Observed activations -> frozen scales.
 
-While a graph is observed, every candidate layer keeps the exact range of its inputs and a histogram of each call.
+While a graph is observed, every candidate layer keeps the exact range of its inputs and, where ranges may be clipped,
+histograms of them.
 Freezing turns these into the scale and zero point of an affine 8-bit format.
 """
 
@@ -28,32 +29,57 @@ _CLIPPED_SHARE = 1e-4
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
 
-@dataclasses.dataclass
 class ActivationRange:
     """What has been seen of one tensor.
 
     Attributes:
-        minimum, maximum: 0-d float32, exact over all calls; None before the first.
-        histograms: for each call the share of values in each bin and the bins' centres, float32 [BINS] both; without
-            meaning where a range is not finite.
+        histograms: for each call that it was asked for, the share of values in each bin and the bins' centres, float32
+            [BINS] both; without meaning where a range is not finite.
     """
 
-    minimum: torch.Tensor | None = None
-    maximum: torch.Tensor | None = None
-    histograms: list[tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=list)
+    def __init__(self, minimum: torch.Tensor | None = None, maximum: torch.Tensor | None = None) -> None:
+        self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
+        # Put together when they are asked for: on a GPU that would be four more kernels a call.
+        self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if minimum is not None and maximum is not None:
+            self._bounds.append((minimum, maximum))
 
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: torch.Tensor, with_histogram: bool = True) -> None:
         """Widen the range by ``x`` (any float dtype and shape) and keep its histogram; never waits for a GPU."""
-        low, high = (bound.float() for bound in torch.aminmax(x))
-        self.minimum = low if self.minimum is None else torch.minimum(self.minimum, low)
-        self.maximum = high if self.maximum is None else torch.maximum(self.maximum, high)
-        self.histograms.append(_histogram(x, low, high))
+        low, high = torch.aminmax(x)
+        self._bounds.append((low, high))
+        if with_histogram:
+            self.histograms.append(_histogram(x, low.float(), high.float()))
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing has been seen."""
+        return not self._bounds
+
+    @property
+    def minimum(self) -> torch.Tensor | None:
+        """The least value of all calls, exact, 0-d float32; None before the first."""
+        return self._range()[0]
+
+    @property
+    def maximum(self) -> torch.Tensor | None:
+        """The largest value of all calls, exact, 0-d float32; None before the first."""
+        return self._range()[1]
+
+    def _range(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
+        if not self._bounds:
+            return None, None
+        if len(self._bounds) > 1 or self._bounds[0][0].dtype is not torch.float32:
+            lows, highs = (torch.stack(bounds).float() for bounds in zip(*self._bounds, strict=True))
+            self._bounds = [(lows.amin(), highs.amax())]
+        return self._bounds[0]
 
     def is_finite(self) -> bool:
         """Whether anything has been seen, and nothing but finite numbers."""
-        if self.minimum is None or self.maximum is None:
+        minimum, maximum = self._range()
+        if minimum is None or maximum is None:
             return False
-        return bool(torch.isfinite(self.minimum) & torch.isfinite(self.maximum))
+        return bool(torch.isfinite(minimum) & torch.isfinite(maximum))
 
 
 def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,8 +104,9 @@ def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tens
     cost the least squared error (Banner et al., "Post training 4-bit quantization of convolutional networks for
     rapid-deployment", 2019, equation 3, over the observed distribution).
     """
-    assert observed.minimum is not None and observed.maximum is not None
-    low, high = min(float(observed.minimum), 0.0), max(float(observed.maximum), 0.0)
+    minimum, maximum = observed.minimum, observed.maximum
+    assert minimum is not None and maximum is not None
+    low, high = min(float(minimum), 0.0), max(float(maximum), 0.0)
     if format.limits[0]:  # symmetric
         low, high = min(low, -high), max(high, -low)
     # A floating format rounds relative to each value, so clipping would gain nothing.
@@ -87,7 +114,7 @@ def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tens
         shares, centres = (torch.cat(parts).cpu() for parts in zip(*observed.histograms, strict=True))
         clip = _clipped if method == "mse" else _percentile
         low, high = clip(shares, centres, low, high, format)
-    return _qparams(low * format.headroom, high * format.headroom, format, observed.minimum.device)
+    return _qparams(low * format.headroom, high * format.headroom, format, minimum.device)
 
 
 def widened(qparams: torch.Tensor, other: torch.Tensor, format: Format) -> torch.Tensor:
@@ -207,10 +234,10 @@ class Observation:
                 layer.widen(x)
             return y
         shared = self.layers[first]
-        if index != first and (layer.observed is shared.observed or layer.observed.minimum is None):
+        if index != first and (layer.observed is shared.observed or layer.observed.is_empty):
             layer.observed, layer.smoothing = shared.observed, shared.smoothing
         else:
-            layer.observe(x, self.weights[index])
+            layer.observe(x, self.weights[index], turn=index)
         if self.compares and layer.range_refusal() is None:
             layer.refresh(self.weights[index])
             if layer.refusal() is None:

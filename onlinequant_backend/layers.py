@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Values of a weight that are quantized at a time: 4 MiB as float32.
 _BLOCK = 2**20
+# On a GPU a histogram is fifteen small kernels, so a layer has one made for the first and for one in so many calls.
+_GPU_HISTOGRAMS = 8
 # No weight is taken for smaller than this, so that scales are normal numbers.
 _LEAST = torch.finfo(torch.float32).tiny * 2**20
 
@@ -119,13 +121,17 @@ class Layer:
         self._qparams.copy_(qparams)
         self._ranged = True
 
-    def observe(self, x: torch.Tensor, weight: torch.Tensor) -> None:
-        """Take note of an input. The first one decides which channels are smoothed."""
-        # A floating format rounds small and large channels alike.
-        if self.observed.minimum is None and not self.format.activation.is_floating_point:
+    def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
+        """Take note of an input. The first one decides which channels are smoothed. ``turn``: tells layers apart whose
+        histograms are not to be made all in one call."""
+        # A floating format rounds small and large channels alike, and is never clipped.
+        is_first, is_floating = self.observed.is_empty, self.format.activation.is_floating_point
+        if is_first and not is_floating:
             with torch.inference_mode(False), torch.no_grad():
                 self.smoothing = smoothing_factors(x, weight)
-        self.observed.update(self._smoothed(x))
+        every = 1 if self.device.type == "cpu" else _GPU_HISTOGRAMS
+        is_due = is_first or (self.calls + turn) % every == 0
+        self.observed.update(self._smoothed(x), with_histogram=is_due and not is_floating)
 
     def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.smoothing is None else x * self.smoothing
