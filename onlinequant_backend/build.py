@@ -9,7 +9,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
@@ -20,12 +20,21 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from . import agreement, compat, graph, keys
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
+from .drift import CountingCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
 from .shapes import SymbolicInputs
 from .weights import WeightSet, getter
 
 _log = logging.getLogger("onlinequant")
+
+
+class Prepared(NamedTuple):
+    """A compiled function for one set of weights, the same with counting, and the inputs that rewriting has added."""
+
+    function: Callable[..., Any]
+    counting: CountingCall
+    extras: tuple[torch.Tensor, ...]
 
 
 class CompiledGraph:
@@ -51,25 +60,30 @@ class CompiledGraph:
         self._extra_inputs = extra_inputs
         self._symbolic = symbolic
 
-    def __call__(self, args: Sequence[Any], weights: WeightSet, graphed: bool = True) -> Any:
-        """``graphed=False``: without its CUDA graph, if it has one."""
-        function, extras = self.prepare(weights)
-        if not graphed:
-            function = self.function
-        taken = self._take(args)
+    def __call__(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        prepared = self.prepare(weights)
+        return prepared.function(*self._taken(args, weights), *prepared.extras)
+
+    def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, float]]:
+        """A call that also says what its layers clip, see ``drift.CountingCall``."""
+        prepared = self.prepare(weights)
+        return prepared.counting(*self._taken(args, weights), *prepared.extras)
+
+    def _taken(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, ...]:
+        taken: tuple[Any, ...] = self._take(args)
         if self._moved:
             device = weights.layers[0].device
             taken = tuple(arg.to(device) if i in self._moved else arg for i, arg in enumerate(taken))
-        return function(*taken, *extras)
+        return taken
 
-    def prepare(self, weights: WeightSet) -> tuple[Callable[..., Any], tuple[torch.Tensor, ...]]:
-        """How this is called with ``weights``, and its extra inputs; raises RuntimeError if these cannot be made."""
-        known = weights.extras.get(self)
+    def prepare(self, weights: WeightSet) -> Prepared:
+        """How this is called with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
+        known: Prepared | None = weights.extras.get(self)
         if known is None:
             extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
             # A CUDA graph is made for certain addresses, so every set of weights has its own.
             function = self.function if self._graphed is None else self._graphed(self.function)
-            known = weights.extras[self] = function, extras
+            known = weights.extras[self] = Prepared(function, CountingCall(self.function, self._graphed), extras)
         return known
 
     @property

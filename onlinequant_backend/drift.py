@@ -1,15 +1,16 @@
 """Whether activations have outgrown the ranges that were observed: another LoRA, resolution or sampler may do that.
 
 Every so often a call counts how many of the values that each 8-bit layer reads lie at an end of its range, where larger
-ones are clipped. A CUDA graph cannot count, so that call runs without one.
+ones are clipped. On a GPU these calls have a CUDA graph of their own, which counts as well.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +26,6 @@ _TOLERANCE = 0.001
 _FACTOR = 4
 # So few values beyond a range say nothing: in a tensor of a thousand one more may do.
 _HANDFUL = 4
-# On a GPU each count is three small kernels; one layer in so many keeps them below 0.5% of the time.
-_GPU_TURNS = 4
 
 _counting = threading.local()
 
@@ -60,48 +59,70 @@ class Schedule:
         return True
 
 
+class CountingCall:
+    """A compiled function whose calls also say what its 8-bit layers clip.
+
+    ``graphed``: makes a function that is replayed as a CUDA graph out of one that is not; None where there is no GPU.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], graphed: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
+    ) -> None:
+        self._function = function
+        self._lengths: dict[int, int] = {}
+        self._run = self._counted if graphed is None else graphed(self._counted)
+
+    def __call__(self, *args: Any) -> tuple[Any, dict[int, float]]:
+        """The result, and of each quantized tensor by the address of its ``qparams`` the share of values at an end of
+        its range, less what a handful may be. Waits for both."""
+        result, clipped = self._run(*args)
+        return result, {} if clipped is None else _shares(clipped, self._lengths)
+
+    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None]:
+        # Replays of a graph run no Python, but leave the same number of values of the same tensors.
+        with counting() as counts:
+            result = self._function(*args)
+        self._lengths = {address: len(flags) for address, flags in counts.clipped.items()}
+        return result, torch.cat(list(counts.clipped.values())) if counts.clipped else None
+
+
 class Counts:
     """What one call's layers have clipped.
 
     Attributes:
-        shares: of each quantized tensor, by the address of its ``qparams``: 0-d float32, the share at the range's ends.
+        clipped: of each quantized tensor, by the address of its ``qparams``: ``clipped``.
     """
 
-    def __init__(self, turn: int = 0, turns: int = 1) -> None:
-        self.shares: dict[int, torch.Tensor] = {}
-        self._allowed: list[float] = []
-        self._position = turn
-        self._turns = turns
+    def __init__(self) -> None:
+        self.clipped: dict[int, torch.Tensor] = {}
 
     def see(self, xq: torch.Tensor, qparams: torch.Tensor) -> None:
-        """Count in what a layer reads, if it is its turn."""
-        self._position += 1
-        if self._position % self._turns == 0 and qparams.data_ptr() not in self.shares:
-            self.shares[qparams.data_ptr()] = clipped_share(xq, qparams)
-            self._allowed.append(_HANDFUL / min(xq.numel(), SAMPLES))
-
-    def by_address(self) -> dict[int, float]:
-        """The same as numbers, in one copy from the device, less what a handful of values may be."""
-        if not self.shares:
-            return {}
-        shares = torch.stack(list(self.shares.values())).tolist()
-        beyond = (max(0.0, share - allowed) for share, allowed in zip(shares, self._allowed, strict=True))
-        return dict(zip(self.shares, beyond, strict=True))
+        """Count in what a layer reads."""
+        if qparams.data_ptr() not in self.clipped:
+            self.clipped[qparams.data_ptr()] = clipped(xq, qparams)
 
 
-def clipped_share(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """The share of quantized values, uint8, int8 or float8_e4m3fn of any shape, at an end of their range; 0-d float32.
+def clipped(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
+    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range; bool of
+    at most ``SAMPLES``.
 
     Where the zero point is 0, the lower end of uint8 is what zeros are stored as, so it does not count.
     """
     values = sample(xq, SAMPLES)
     if xq.dtype is torch.uint8:
-        clipped = values + 1 < 2 if qparams[1] > 0 else values == 255
-    elif xq.dtype is torch.int8:
-        clipped = values.abs() >= 127
-    else:
-        clipped = values.view(torch.uint8).bitwise_and(0x7F) >= 0x7E
-    return clipped.float().mean()
+        return values + 1 < 2 if qparams[1] > 0 else values == 255
+    if xq.dtype is torch.int8:
+        return values.abs() >= 127
+    return values.view(torch.uint8).bitwise_and(0x7F) >= 0x7E
+
+
+def _shares(clipped: torch.Tensor, lengths: Mapping[int, int]) -> dict[int, float]:
+    """The share of each tensor's values, less a handful; ``clipped`` holds them one tensor after the other."""
+    ends = torch.tensor(list(lengths.values()), device=clipped.device).cumsum(0) - 1
+    totals = clipped.cumsum(0, dtype=torch.int32)[ends].tolist()
+    counts = [total - before for before, total in itertools.pairwise([0, *totals])]
+    shares = (max(0, count - _HANDFUL) / length for count, length in zip(counts, lengths.values(), strict=True))
+    return dict(zip(lengths, shares, strict=True))
 
 
 def has_drifted(share: float, expected: float) -> bool:
@@ -110,9 +131,9 @@ def has_drifted(share: float, expected: float) -> bool:
 
 
 @contextlib.contextmanager
-def counting(turn: int, device: torch.device) -> Iterator[Counts]:
+def counting() -> Iterator[Counts]:
     """Have the 8-bit layers that this thread runs counted."""
-    counts = _counting.counts = Counts(turn, _GPU_TURNS) if device.type == "cuda" else Counts()
+    counts = _counting.counts = Counts()
     try:
         yield counts
     finally:

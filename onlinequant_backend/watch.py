@@ -38,9 +38,8 @@ class Watch:
             outgrown: Mapping[int, float] = {}
             looks = device.type == "cpu"
         else:
-            with drift.counting(weights.schedule.checks, device) as counts:
-                result = compiled(args, weights, graphed=False)
-            outgrown = weights.outgrown(counts)
+            result, shares = compiled.count(args, weights)
+            outgrown = weights.outgrown(shares)
             looks = True
         is_lost = looks and self._expects_finite and not drift.is_finite(result)
         if not (outgrown or is_lost):

@@ -27,6 +27,7 @@ from .layers import Generation, Layer
 from .merged import MergedWeight
 
 if TYPE_CHECKING:
+    from .build import Prepared
     from .passes.layer import ConvGeometry
 
 
@@ -64,7 +65,7 @@ class WeightSet:
         self.schedule = drift.Schedule(drift_check_every)
         self.layout = self.kind = layout
         self.selection: tuple[int, ...] | None = None
-        self.extras: dict[object, tuple[Callable[..., Any], tuple[torch.Tensor, ...]]] = {}
+        self.extras: dict[object, Prepared] = {}
         self.ids = list(map(id, parameters))
         self.alive = True
         self._candidates = candidates
@@ -125,9 +126,9 @@ class WeightSet:
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
 
-    def outgrown(self, counts: drift.Counts) -> dict[int, float]:
-        """The layers that clip more of their inputs than they did while they were observed, and what share."""
-        shares = counts.by_address()
+    def outgrown(self, shares: Mapping[int, float]) -> dict[int, float]:
+        """The layers that clip more of their inputs than they did while they were observed, and what share; ``shares``
+        by the address of ``qparams``, as ``drift.CountingCall`` has them."""
         found = {index: shares.get(self.layers[index].qparams.data_ptr(), 0.0) for index in self.selection or ()}
         return {i: share for i, share in found.items() if drift.has_drifted(share, self.layers[i].clipped)}
 

@@ -41,6 +41,10 @@ def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.T
     return ops.quantize(x, qparams, format.activation, False)
 
 
+def share_of(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
+    return drift.clipped(xq, qparams).float().mean()
+
+
 def observed(x: torch.Tensor) -> ActivationRange:
     seen = ActivationRange()
     seen.update(x)
@@ -53,7 +57,7 @@ def test_what_was_observed_does_not_look_like_drift(format: Format, method: str)
     for x in (noise(64, 96), noise(64, 96).relu(), noise(64, 96).abs() + 1, torch.rand(64, 96), noise(4, 4)):
         seen = observed(x)
         qparams = freeze(seen, format, method)
-        share = float(drift.clipped_share(quantized(x, qparams, format), qparams))
+        share = float(share_of(quantized(x, qparams, format), qparams))
         assert not drift.has_drifted(share, clipped_share(seen, qparams, format))
 
 
@@ -66,7 +70,7 @@ def test_the_clipped_share_is_that_of_the_values_beyond_the_range(format: Format
     expected = clipped_share(seen, qparams, format)
     assert expected < 0.001
     x[:100] = sign * 4 * x.abs().max()
-    share = float(drift.clipped_share(quantized(x, qparams, format), qparams))
+    share = float(share_of(quantized(x, qparams, format), qparams))
     assert share == pytest.approx(0.1, abs=0.001)
     assert drift.has_drifted(share, expected)
 
@@ -75,7 +79,7 @@ def test_zeros_at_the_lower_end_are_not_clipped() -> None:
     x = noise(100, 100).relu()
     qparams = freeze(observed(x), ONEDNN, "minmax")
     assert qparams[1] == 0
-    assert float(drift.clipped_share(quantized(x, qparams, ONEDNN), qparams)) < 0.001
+    assert float(share_of(quantized(x, qparams, ONEDNN), qparams)) < 0.001
 
 
 @FORMATS
@@ -95,10 +99,10 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
     layer.observe(torch.rand(64, 96), noise(32, 96))
     layer.freeze()
     larger = (4 * noise(64, 96)).clamp(max=3)
-    before = drift.clipped_share(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
+    before = share_of(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
     assert drift.has_drifted(float(before), layer.clipped)
     layer.widen(larger)
-    after = drift.clipped_share(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
+    after = share_of(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
     assert not drift.has_drifted(float(after), layer.clipped)
     assert layer.growth > 2
 
@@ -106,37 +110,55 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
 def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
     kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
-    qparams = torch.tensor([1.0, 3.0, 1.0])
+    some, other = (torch.tensor([1.0, 3.0, 1.0]) for _ in range(2))
     xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(1000)
-    kernel(xq, qparams, 1)
-    with drift.counting(0, torch.device("cpu")) as counts:
-        kernel(xq, qparams, 2)
-        kernel(xq + 1, qparams, 3)  # of one tensor, only the first that reads it counts
-    kernel(xq, qparams, 4)
-    assert seen == [(1,), (2,), (3,), (4,)]
-    assert counts.by_address() == {qparams.data_ptr(): 0.5 - 4 / 4000}
+
+    def step(number: int) -> int:
+        kernel(xq, some, number)
+        kernel(xq + 1, some, number)  # of one tensor, only the first that reads it counts
+        kernel(torch.full((100,), 7, dtype=torch.uint8), other, number)
+        return number
+
+    step(1)
+    result, shares = drift.CountingCall(step)(2)
+    step(3)
+    assert seen == [(1,)] * 3 + [(2,)] * 3 + [(3,)] * 3
+    assert result == 2
+    assert shares == {some.data_ptr(): 0.5 - 4 / 4000, other.data_ptr(): 0}
+
+
+def test_a_function_without_such_kernels_clips_nothing() -> None:
+    assert drift.CountingCall(lambda x: x + 1)(2) == (3, {})
+
+
+def test_a_replayed_graph_counts_what_its_layers_read_this_time() -> None:
+    kernel = drift.counted(lambda xq, qparams: None)
+    qparams, xq = torch.tensor([1.0, 0.0, 1.0]), torch.zeros(1000, dtype=torch.int8)
+    recorded = []
+
+    def graphed(function):  # type: ignore[no-untyped-def]
+        def replay():  # type: ignore[no-untyped-def]
+            if not recorded:
+                recorded.append(function())
+            result, clipped = recorded[0]
+            return result, clipped.copy_(drift.clipped(xq, qparams))
+
+        return replay
+
+    call = drift.CountingCall(lambda: kernel(xq, qparams), graphed)
+    assert call() == (None, {qparams.data_ptr(): 0})
+    xq[:104] = -127
+    assert call() == (None, {qparams.data_ptr(): 0.1})
 
 
 @pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
 def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
     xq = torch.full((1000,), 100, dtype=torch.uint8)
     xq[:beyond] = 255
-    counts = drift.Counts()
-    counts.see(xq, torch.tensor([1.0, 3.0, 1.0]))
-    (share,) = counts.by_address().values()
+    kernel = drift.counted(lambda xq, qparams: None)
+    _, shares = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
+    (share,) = shares.values()
     assert drift.has_drifted(share, 0.0) is drifts
-
-
-def test_on_a_gpu_the_layers_take_turns() -> None:
-    operands = [torch.tensor([1.0, 3.0, 1.0]) for _ in range(8)]
-    found = []
-    for turn in range(4):
-        counts = drift.Counts(turn, 4)
-        for qparams in operands:
-            counts.see(torch.zeros(4, dtype=torch.uint8), qparams)
-        found.append(set(counts.by_address()))
-    assert [len(some) for some in found] == [2] * 4
-    assert set.union(*found) == {qparams.data_ptr() for qparams in operands}
 
 
 def test_results_of_any_structure_are_looked_at() -> None:
