@@ -6,6 +6,7 @@ Most tests run twice: on a GPU, and on the CPU with a stand-in for what CUDA doe
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import logging
 import threading
@@ -17,7 +18,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from onlinequant_backend import cuda_graphs
+from onlinequant_backend import cuda_graphs, drift
 from onlinequant_backend.cuda_graphs import GraphedCall
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -445,3 +446,20 @@ def test_memory_is_shared_and_given_back() -> None:
     assert calls[0](torch.ones(1, device=device))[0][0] == 2 * 2**20
     assert calls[0](torch.ones(1, device=device))[0][0] == 2 * 2**20
     assert calls[0].captures == 2
+
+
+def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
+    kernel = drift.counted(lambda xq, qparams: xq.float().sum())
+    qparams = torch.tensor([1.0, 0.0, 1.0], device=device)
+
+    def step(qparams: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return kernel(x.to(torch.int8), qparams) + kernel(x.to(torch.int8), qparams)
+
+    call = drift.CountingCall(step, functools.partial(GraphedCall, device=device, fixed=[True, False]))
+    x = torch.zeros(1000, device=device)
+    for clipped in (0, 104, 54, 1000, 4):
+        x.zero_()[:clipped] = 127
+        result, shares = call(qparams, x)
+        assert float(result) == 2 * 127 * clipped
+        assert shares == {qparams.data_ptr(): max(0, clipped - 4) / 1000}
+    assert call._run.captures == 1  # type: ignore[attr-defined]

@@ -131,26 +131,6 @@ def test_a_function_without_such_kernels_clips_nothing() -> None:
     assert drift.CountingCall(lambda x: x + 1)(2) == (3, {})
 
 
-def test_a_replayed_graph_counts_what_its_layers_read_this_time() -> None:
-    kernel = drift.counted(lambda xq, qparams: None)
-    qparams, xq = torch.tensor([1.0, 0.0, 1.0]), torch.zeros(1000, dtype=torch.int8)
-    recorded = []
-
-    def graphed(function):  # type: ignore[no-untyped-def]
-        def replay():  # type: ignore[no-untyped-def]
-            if not recorded:
-                recorded.append(function())
-            result, clipped = recorded[0]
-            return result, clipped.copy_(drift.clipped(xq, qparams))
-
-        return replay
-
-    call = drift.CountingCall(lambda: kernel(xq, qparams), graphed)
-    assert call() == (None, {qparams.data_ptr(): 0})
-    xq[:104] = -127
-    assert call() == (None, {qparams.data_ptr(): 0.1})
-
-
 @pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
 def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
     xq = torch.full((1000,), 100, dtype=torch.uint8)
