@@ -68,7 +68,19 @@ class Parts:
 
 def watched() -> Parts:
     """The parts of this backend's first calls."""
-    from onlinequant_backend import agreement, backend, build, choice, compat, persistence, runtime, traced, weights
+    from onlinequant_backend import (
+        agreement,
+        backend,
+        build,
+        choice,
+        compat,
+        layers,
+        persistence,
+        runtime,
+        selection,
+        traced,
+        weights,
+    )
 
     parts = Parts()
     owners: dict[str, list[tuple[Any, str]]] = {
@@ -76,6 +88,9 @@ def watched() -> Parts:
         "cache writing": [(runtime.QuantizedGraph, "_publish")],
         "passes": [(module, "run_passes") for module in (backend, build, choice, traced)],
         "weights": [(weights.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
+        "kernels ahead": [(selection, "compile_ahead")],
+        "timing": [(selection, "measure")],
+        "sensitivity": [(layers.Layer, "measure_sensitivity")],
         "Inductor": [(compat, "compile_fx")],
         "comparing": [(agreement.Reference, "__init__"), (agreement.Reference, "check")],
     }

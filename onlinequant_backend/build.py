@@ -17,7 +17,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import agreement, compat, graph, keys
+from . import agreement, ahead, compat, graph, keys
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .drift import CountingCall
@@ -166,7 +166,7 @@ def _build(
     given = [*examples, *extras]
     reference = agreement.Reference(rewritten, given, options, directory) if has_regions else None
     try:
-        with _compilation(inputs), compile_caches(directory):
+        with _compilation(inputs), compile_caches(directory), ahead.compiling_ahead(device):
             function = compat.compile_fx(rewritten, given, options, outside_dynamo=True)
         if reference is not None:
             reference.check(function)

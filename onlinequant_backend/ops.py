@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from . import drift, formats
+from . import ahead, drift, formats
 from .kernels import cpu, cuda
 from .layout import CHANNELS_LAST
 
@@ -144,7 +144,7 @@ for _name, _fake in (
     for _device, _kernels in (("CPU", cpu), ("CUDA", cuda)):
         _kernel = getattr(_kernels, _name)
         _library.impl(_name, _kernel if _name.endswith("_norm") else drift.counted(_kernel), _device)
-    torch.library.register_fake(f"onlinequant::{_name}", _fake, lib=_library)
+    torch.library.register_fake(f"onlinequant::{_name}", ahead.noted(_fake, getattr(cuda, _name)), lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default
 linear = torch.ops.onlinequant.linear.default

@@ -204,6 +204,8 @@ class QuantizedGraph:
     ) -> Any:
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
         weights.check_not_freed()
+        if last and self._device.type == "cuda":  # it calls the kernels of every layer
+            selection.compile_ahead(self._graph, self._precision.format, self._device)
         floats = [parameters[position] for position in self._candidates]
         with torch.no_grad():
             return self._traced.observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))

@@ -8,13 +8,14 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from . import graph
+from . import ahead, graph
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
@@ -54,6 +55,7 @@ class Timing:
 
 
 _known: dict[str, Timing] = {}
+_compiled: set[str] = set()  # shapes whose kernels are
 
 
 def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) -> dict[str, str]:
@@ -64,10 +66,11 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
     """
     groups = _groups(graph_module)
     shapes = _shapes(groups, format)
-    missing = [(key, info) for key, info in shapes.items() if key not in _known]
+    missing = {key: info for key, info in shapes.items() if key not in _known}
     if missing:
+        compile_ahead(graph_module, format, device)
         with Progress("timing layers", len(missing)) as progress, torch.inference_mode(False), torch.no_grad():
-            for key, info in missing:
+            for key, info in missing.items():
                 progress.advance(info.name)
                 _known[key] = _time_layer(info, format, device)
             torch.cuda.empty_cache()
@@ -186,32 +189,83 @@ def _geometry(info: LayerInfo) -> tuning.Geometry:
     return info.geometry.stride, info.geometry.padding, info.geometry.dilation
 
 
-def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
-    x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
-    weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
-    q, scale = quantize_weight(weight, format)
-    qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
-    run: Callable[[Tile], object]
+class _Trial:
+    """One layer at its real shape, to be run in float and in 8 bit."""
+
+    def __init__(self, info: LayerInfo, format: Format, device: torch.device) -> None:
+        self._info = info
+        self._x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
+        self._weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
+        self._q, self._scale = quantize_weight(self._weight, format)
+        self._qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
+        self._format = format.activation
+        if info.geometry is None:
+            self._x = self._x.flatten(0, -2)
+        else:
+            layout = CHANNELS_LAST[self._x.dim()]
+            self._x, self._weight, self._q = (
+                tensor.contiguous(memory_format=layout) for tensor in (self._x, self._weight, self._q)
+            )
+        self._xq = self.quantize()
+
+    def in_float(self) -> torch.Tensor:
+        if self._info.geometry is None:
+            return F.linear(self._x, self._weight)
+        convolve = F.conv2d if self._x.dim() == 4 else F.conv3d
+        return convolve(self._x, self._weight, None, *_geometry(self._info))
+
+    def quantize(self) -> torch.Tensor:
+        return self._x.to(self._format)
+
+    def run(self, tile: Tile) -> torch.Tensor:
+        operands = (self._xq, self._qparams, self._q, self._scale, None)
+        if self._info.geometry is None:
+            return cuda.run_linear(*operands, self._info.dtype, tile)
+        return cuda.run_conv(*operands, _geometry(self._info), self._info.dtype, None, None, tile)
+
+
+def _candidates(info: LayerInfo, format: Format) -> tuple[Tile, ...]:
     if info.geometry is None:
-        rows = x.flatten(0, -2)
-        xq = rows.to(format.activation)
-        candidates = tuning.linear_tiles(rows.shape[0], *info.weight_shape, format.activation)
-        float_us = _time(lambda: F.linear(rows, weight))
-        run = lambda tile: cuda.run_linear(xq, qparams, q, scale, None, info.dtype, tile)  # noqa: E731
+        rows = math.prod(info.input_shape[:-1])
+        tiles = tuning.linear_tiles(rows, *info.weight_shape, format.activation)
     else:
-        layout = CHANNELS_LAST[x.dim()]
-        x, weight, q = (tensor.contiguous(memory_format=layout) for tensor in (x, weight, q))
-        xq = x.to(format.activation)
-        geometry = _geometry(info)
-        candidates = tuning.conv_tiles(info.input_shape, info.weight_shape, geometry, format.activation)
-        convolve = F.conv2d if x.dim() == 4 else F.conv3d
-        float_us = _time(lambda: convolve(x, weight, None, *geometry))
-        run = lambda tile: cuda.run_conv(  # noqa: E731
-            xq, qparams, q, scale, None, geometry, info.dtype, None, None, tile
-        )
-    times = {tile: _time_or_fail(run, tile) for tile in candidates[:_CANDIDATES]}
+        tiles = tuning.conv_tiles(info.input_shape, info.weight_shape, _geometry(info), format.activation)
+    return tiles[:_CANDIDATES]
+
+
+def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.device) -> None:
+    """Compile the kernels that ``measure`` will time, several at a time, where that is still to be done."""
+
+    def call_each(info: LayerInfo) -> None:
+        with ahead.on(device):
+            trial = _Trial(info, format, device)
+            for tile in _candidates(info, format):
+                if tile.kernel != tuning.CUBLAS:  # which has nothing to compile, but a workspace for each thread
+                    trial.run(tile)
+
+    shapes = _shapes(_groups(graph_module), format)
+    missing = [info for key, info in shapes.items() if key not in _known and key not in _compiled]
+    _compiled.update(shapes)
+    small = [info for info in missing if _bytes(info) < ahead.LARGEST]
+    if not small:
+        return
+    with Progress("compiling kernels", len(small)) as progress, ThreadPoolExecutor(ahead.THREADS) as pool:
+        for info, done in [(info, pool.submit(call_each, info)) for info in small]:
+            if done.exception() is not None:
+                _log.debug("%s: %s", info.name, done.exception())
+            progress.advance(info.name)
+
+
+def _bytes(info: LayerInfo) -> int:
+    """About what a trial takes."""
+    return 4 * (math.prod(info.input_shape) + math.prod(info.weight_shape)) * info.dtype.itemsize
+
+
+def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
+    trial = _Trial(info, format, device)
+    times = {tile: _time_or_fail(trial.run, tile) for tile in _candidates(info, format)}
     best = min(times, key=lambda tile: times[tile])
-    return Timing(float_us, times[best], _time(lambda: x.to(format.activation)), best)
+    return Timing(_time(trial.in_float), times[best], _time(trial.quantize), best)
 
 
 def _time_or_fail(run: Callable[[Tile], object], tile: Tile) -> float:

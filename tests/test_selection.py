@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 from collections.abc import Callable
@@ -40,6 +41,7 @@ class Attention(nn.Module):
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(selection, "_known", {})
+    monkeypatch.setattr(selection, "_compiled", set())
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
 
@@ -55,6 +57,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return Timing(10.0, quantized_us, 4.0, WIDE)
 
     monkeypatch.setattr(selection, "_time_layer", time_layer)
+    monkeypatch.setattr(selection, "compile_ahead", lambda *_: None)
     return names
 
 
@@ -73,6 +76,39 @@ def test_every_shape_is_timed_once_and_what_is_not_faster_stays_in_float(timed: 
     assert {decision.quantized_us for decision in (info.decision() for info in probe.infos)} == {5.5, 9, 9.8}
     assert selection.measure(analyzed().graph_module, FP8, CPU) == reasons
     assert len(timed) == 4
+
+
+class Trial:
+    """Notes which tile runs; the convolution's cannot."""
+
+    ran: list[tuple[str, Tile]]
+
+    def __init__(self, info: LayerInfo, _format: Format, _device: torch.device) -> None:
+        self._name = info.name
+
+    def run(self, tile: Tile) -> None:
+        self.ran.append((self._name, tile))
+        if self._name == "conv":
+            raise RuntimeError("out of resources")
+
+
+def test_kernels_are_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    Trial.ran = []
+    monkeypatch.setattr(selection, "_Trial", Trial)
+    monkeypatch.setattr(selection.ahead, "on", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(selection, "_candidates", lambda *_: (Tile(CUBLAS), WIDE))
+    graph_module = analyzed().graph_module
+    for _ in range(2):
+        selection.compile_ahead(graph_module, FP8, CPU)
+        assert sorted(Trial.ran) == [(name, WIDE) for name in ("conv", "out", "q", "q and 1 more")]
+
+
+def test_what_takes_much_memory_is_not_compiled_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    Trial.ran = []
+    monkeypatch.setattr(selection, "_Trial", Trial)
+    monkeypatch.setattr(selection.ahead, "LARGEST", 1000)
+    selection.compile_ahead(analyzed().graph_module, FP8, CPU)
+    assert not Trial.ran
 
 
 def test_linears_are_worth_it_together_or_not_at_all(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,99 @@
+"""Compiles a GPU's kernels several at a time, before they are needed: Triton compiles each at its first call, which
+takes a second, one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import torch
+
+_log = logging.getLogger("onlinequant")
+# Most of a compile is done outside of Python, by LLVM and ptxas.
+THREADS = min(8, os.cpu_count() or 1)
+# Bytes of a call's tensors; what needs more is compiled at its first call.
+LARGEST = 2**28
+
+_local = threading.local()
+
+
+class _Calls:
+    """First calls of kernels that other threads make, each once."""
+
+    def __init__(self, device: torch.device, pool: ThreadPoolExecutor) -> None:
+        self._device = device
+        self._pool = pool
+        self._known: set[tuple[Any, ...]] = set()
+
+    def add(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
+        if any(arg.device.type != self._device.type for arg in tensors) or _bytes(tensors) > LARGEST:
+            return
+        key = (kernel, *(_like(arg) if isinstance(arg, torch.Tensor) else str(arg) for arg in args))
+        if key not in self._known:
+            self._known.add(key)
+            self._pool.submit(self._run, kernel, args)
+
+    def _run(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        try:
+            with on(self._device):
+                kernel(*(self._made(arg) if isinstance(arg, torch.Tensor) else arg for arg in args))
+        except Exception as error:  # it will tell when it is called for good
+            _log.debug("a kernel cannot be compiled ahead: %s", error)
+
+    def _made(self, like: torch.Tensor) -> torch.Tensor:
+        # Which values there are decides nothing.
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device)
+
+
+@contextlib.contextmanager
+def compiling_ahead(device: torch.device) -> Iterator[None]:
+    """Within the block, this thread's fake calls of ``noted`` operators have other threads call the kernels, with
+    tensors of the same kind. It ends when these have done so."""
+    if device.type != "cuda":
+        yield
+        return
+    with ThreadPoolExecutor(THREADS) as pool:
+        _local.calls = _Calls(device, pool)
+        try:
+            yield
+        finally:
+            _local.calls = None
+
+
+def noted(fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``fake``, which takes part in ``compiling_ahead``, of an operator that ``kernel`` is for GPUs."""
+
+    @functools.wraps(fake)
+    def run(*args: Any) -> Any:
+        calls = getattr(_local, "calls", None)
+        if calls is not None and not any(_is_symbolic(arg) for arg in args):
+            calls.add(kernel, args)
+        return fake(*args)
+
+    return run
+
+
+@contextlib.contextmanager
+def on(device: torch.device) -> Iterator[None]:
+    """What a thread of ours needs to make ordinary tensors on a GPU."""
+    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _is_symbolic(arg: Any) -> bool:
+    return isinstance(arg, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in (*arg.shape, *arg.stride()))
+
+
+def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+
+
+def _bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)

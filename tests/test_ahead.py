@@ -1,0 +1,90 @@
+"""Kernels that are compiled before they are needed."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+from onlinequant_backend import ahead, ops
+
+CPU = torch.device("cpu")
+
+
+@contextlib.contextmanager
+def compiling(kernel: Any) -> Iterator[Any]:
+    """A fake that takes part, on the CPU."""
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as pool:
+        patch.setattr(ahead, "on", lambda _device: contextlib.nullcontext())
+        patch.setattr(ahead._local, "calls", ahead._Calls(CPU, pool), raising=False)
+        yield ahead.noted(lambda x, *_rest: x, kernel)
+
+
+def test_each_kind_of_call_is_made_once_with_tensors_like_those() -> None:
+    seen = []
+
+    def kernel(x: torch.Tensor, number: int, other: torch.Tensor | None) -> None:
+        seen.append((tuple(x.shape), x.stride(), x.dtype, number, other, type(x)))
+
+    with compiling(kernel) as fake, FakeTensorMode():
+        x = torch.empty(2, 3, 4, 5, dtype=torch.int8).to(memory_format=torch.channels_last)
+        for number in (1, 1, 2):
+            assert fake(x, number, None) is x
+    shape = ((2, 3, 4, 5), x.stride(), torch.int8)
+    assert sorted(seen, key=str) == [(*shape, number, None, torch.Tensor) for number in (1, 2)]
+
+
+def test_a_kernel_that_fails_disturbs_nobody() -> None:
+    def kernel(_x: torch.Tensor) -> None:
+        raise RuntimeError("out of resources")
+
+    with compiling(kernel) as fake, FakeTensorMode():
+        x = torch.empty(3)
+        assert fake(x) is x
+
+
+def test_large_and_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None:
+    seen: list[torch.Tensor] = []
+    with compiling(seen.append) as fake:
+        with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+            fake(torch.empty(2**29, dtype=torch.int8))
+            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
+            fake(mode.from_tensor(torch.zeros(4), False, symbolic_context=context, source=ConstantSource("x")))
+        fake(torch.empty(3, device="meta"))
+    assert not seen
+
+
+def test_without_a_gpu_nothing_is_called() -> None:
+    seen: list[Any] = []
+    with ahead.compiling_ahead(CPU):
+        ahead.noted(lambda x: x, seen.append)(torch.zeros(3))
+    ahead.noted(lambda x: x, seen.append)(torch.zeros(3))
+    assert not seen
+
+
+def test_operators_take_part() -> None:
+    with ThreadPoolExecutor(1) as pool, pytest.MonkeyPatch.context() as patch:
+        calls = ahead._Calls(CPU, pool)
+        added: list[str] = []
+        patch.setattr(calls, "add", lambda kernel, _args: added.append(kernel.__name__))
+        patch.setattr(ahead._local, "calls", calls, raising=False)
+        with FakeTensorMode():
+            xq, weight = torch.empty(4, 32, dtype=torch.int8), torch.empty(16, 32, dtype=torch.int8)
+            ops.linear(xq, torch.empty(3), weight, torch.empty(16), None, torch.float32)
+    assert added == ["linear"]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_kernels_are_called_by_other_threads() -> None:
+    device, seen = torch.device("cuda", 0), []
+    with ahead.compiling_ahead(device), FakeTensorMode():
+        x = torch.empty(3, device=device)
+        ahead.noted(lambda x: x, lambda x: seen.append((x.device, x.is_inference())))(x)
+    assert seen == [(device, False)]
