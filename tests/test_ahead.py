@@ -55,8 +55,8 @@ def test_large_and_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None
     with compiling(seen.append) as fake:
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
             fake(torch.empty(2**29, dtype=torch.int8))
-            context = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC])
-            fake(mode.from_tensor(torch.zeros(4), False, symbolic_context=context, source=ConstantSource("x")))
+            context, source = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]), ConstantSource("x")
+            fake(mode.from_tensor(torch.zeros(4), static_shapes=False, symbolic_context=context, source=source))
         fake(torch.empty(3, device="meta"))
     assert not seen
 

@@ -238,18 +238,27 @@ def _pipe_kernel(
     pixels = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
     weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
     fence_async_shared()
 
     place = _place(gl.program_id(0), sizes, BLOCK, BLOCK_K)
     parts = gl.cdiv(C, BLOCK_C)
     steps = TAPS * parts
-    for s in gl.static_range(STAGES - 1):
-        tap = s // parts
-        c = s % parts * BLOCK_C
+    for j in gl.static_range(STAGES - 1):
         _fetch(
-            x, w, pixels.index(s), weights.index(s), full.index(s), place, sizes, tap, c, s < steps, KERNEL_W, STRIDE
+            x,
+            w,
+            pixels.index(j),
+            weights.index(j),
+            full.index(j),
+            place,
+            sizes,
+            j // parts,
+            j % parts * BLOCK_C,
+            j < steps,
+            KERNEL_W,
+            STRIDE,
         )
     sums = _no_sums(x.dtype, ROWS, BLOCK_K)
     for i in range(steps):
@@ -259,19 +268,17 @@ def _pipe_kernel(
         sums = warpgroup_mma_wait(1, deps=(running,))
         # The product before this one is complete: what it read can be overwritten.
         later = i + STAGES - 1
-        s = later % STAGES
-        tap = later // parts
-        c = later % parts * BLOCK_C
+        free = later % STAGES
         _fetch(
             x,
             w,
-            pixels.index(s),
-            weights.index(s),
-            full.index(s),
+            pixels.index(free),
+            weights.index(free),
+            full.index(free),
             place,
             sizes,
-            tap,
-            c,
+            later // parts,
+            later % parts * BLOCK_C,
             later < steps,
             KERNEL_W,
             STRIDE,
@@ -396,9 +403,9 @@ def _specialized_kernel(
     weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for s in gl.static_range(STAGES):
-        mbarrier.init(full.index(s), count=1)
-        mbarrier.init(empty.index(s), count=PARTS)
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(empty.index(j), count=PARTS)
     fence_async_shared()
     rings = (pixels, weights, full, empty)
     room = _new_room(ends, PARTS)
