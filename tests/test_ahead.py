@@ -52,11 +52,12 @@ def test_a_kernel_that_fails_disturbs_nobody() -> None:
 
 def test_large_and_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None:
     seen: list[torch.Tensor] = []
+    real = torch.zeros(4)
     with compiling(seen.append) as fake:
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
             fake(torch.empty(2**29, dtype=torch.int8))
             context, source = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]), ConstantSource("x")
-            fake(mode.from_tensor(torch.zeros(4), static_shapes=False, symbolic_context=context, source=source))
+            fake(mode.from_tensor(real, static_shapes=False, symbolic_context=context, source=source))
         fake(torch.empty(3, device="meta"))
     assert not seen
 
