@@ -10,7 +10,9 @@ where the error itself was 0.013.
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -34,8 +36,20 @@ class PerTokenLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         rows, scale = quantize_rows(x, self.precision)
-        y = F.linear(rows, self.weight) * scale * self.scale
+        with tensor_cores():
+            y = F.linear(rows, self.weight) * scale * self.scale
         return (y if self.bias is None else y + self.bias.float()).to(x.dtype)
+
+
+@contextlib.contextmanager
+def tensor_cores() -> Iterator[None]:
+    """On GPUs products of float32 in TF32, which holds all 8-bit numbers exactly and is eight times as fast."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def quantize_rows(x: torch.Tensor, precision: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -11,6 +11,9 @@ Variants:
     "ws2": like that, but each warpgroup of four warps multiplies its half of the pixels on its own.
 """
 
+# Sizes have the letters that they have in the docs of torch; Gluon compiles neither [STAGES, *shape] nor early returns.
+# ruff: noqa: D403, N803, N806, RET505, RUF005
+
 from __future__ import annotations
 
 import functools
@@ -32,10 +35,7 @@ from .conv import pixel_block
 from .tuning import Tile
 
 VARIANTS = ("pipe", "ws1", "ws2")
-_CHUNK = 64  # columns that are stored at a time: a row of them is 128 bytes in 16 bit
-_GROUP = 8
-_PRODUCER_REGISTERS = 24
-_CONSUMER_REGISTERS = 240
+_CHUNK = 64  # columns that the TMA stores at a time: a row of them is 128 bytes in 16 bit
 
 
 @gluon.jit
@@ -81,11 +81,11 @@ def _fetch(x, w, pixels, weights, full, place, sizes, tap, c, pred, KERNEL_W: gl
 
 
 @gluon.jit
-def _no_sums(DTYPE: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
+def _no_sums(dtype: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
     """Zeros [ROWS, BLOCK_K] in the layout of a product."""
     WARPS: gl.constexpr = gl.num_warps()
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_K, 32])
-    if DTYPE == gl.int8:
+    if dtype == gl.int8:
         sums = gl.zeros([ROWS, BLOCK_K], gl.int32, layout)
     else:
         sums = gl.zeros([ROWS, BLOCK_K], gl.float32, layout)
@@ -108,7 +108,7 @@ def _columns(x, PIECES: gl.constexpr):
     """``x`` [M, N] as a tuple of [M, N / PIECES], with no data moved between threads."""
     if PIECES == 1:
         return (x,)
-    else:  # noqa: RET505 a return in each branch of a constexpr condition is what Gluon can compile
+    else:  # a return in each branch of a constexpr condition is what Gluon can compile
         left, right = x.reshape([x.shape[0], 2, x.shape[1] // 2]).permute(0, 2, 1).split()
         return _columns(left, PIECES // 2) + _columns(right, PIECES // 2)
 
@@ -126,9 +126,9 @@ def _pixels(place, sizes, BLOCK: gl.constexpr, PART: gl.constexpr, ROWS: gl.cons
 
 
 @gluon.jit
-def _finished(sums, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr, blocked: gl.constexpr):
+def _finished(sums, room, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr, blocked: gl.constexpr):
     """Sums [ROWS, columns] scaled, biased and added to, in the dtype of ``out``."""
-    out, _, scale, weight_scale, bias, residual, channel_add, weight_stride, channel_stride = ends
+    out, out_boxes, scale, weight_scale, bias, residual, channel_add, weight_stride, channel_stride = ends
     K = sizes[4]
     ROWS: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = sums.shape[1]
@@ -153,38 +153,51 @@ def _finished(sums, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.conste
         c = k0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, blocked))
         mask = valid[:, None] & (c < K)[None, :]
         added = gl.load(residual + rows[:, None] * K + c[None, :], mask=mask, other=0.0)
-        y += gl.convert_layout(added, layout).to(gl.float32)
+        if out_boxes is not None:
+            tma.store_wait(0)  # the last columns have left the room
+            exchange = room.index(PART).reshape([ROWS, COLUMNS])
+            exchange.store(added)
+            y += exchange.load(layout).to(gl.float32)
+        else:
+            y += gl.convert_layout(added, layout).to(gl.float32)
     return y.to(out.dtype.element_ty)
 
 
 @gluon.jit
-def _finish(sums, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr, PARTS: gl.constexpr):
+def _send(y, out_boxes, room, n0, h0, w0, k, BLOCK: gl.constexpr, PART: gl.constexpr):
+    """Have ``y`` [ROWS, columns] stored by the TMA, which leaves out what is not in the image."""
+    SIZE: gl.constexpr = out_boxes.block_shape
+    tma.store_wait(0)  # what was in the room before has left
+    room.reshape([y.shape[0], y.shape[1]]).store(y)
+    fence_async_shared()
+    # Parts follow each other in the first dimension that is divided.
+    at_n = n0 + PART * (BLOCK[0] - SIZE[0])
+    at_h = h0 + PART * (BLOCK[1] - SIZE[1])
+    at_w = w0 + PART * (BLOCK[2] - SIZE[2])
+    tma.async_copy_shared_to_global(out_boxes, [at_n, at_h, at_w, k], room)
+
+
+@gluon.jit
+def _finish(sums, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr):
     """Finish ``sums`` [ROWS, BLOCK_K] and store them, some columns after the others: that needs less shared memory.
 
-    With a descriptor of ``out`` they go through ``room`` and the TMA, which leaves out what is not in the image.
+    With a descriptor of ``out`` they go through ``room`` and the TMA.
     """
     out, out_boxes, _, _, _, _, _, _, _ = ends
     n0, h0, w0, k0 = place
     K = sizes[4]
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = sums.shape[0]
-    CHUNK: gl.constexpr = 64
+    # A row of a chunk in 16 bit is the 128 bytes of a box; more columns of 32 bit would not fit into the registers.
+    CHUNK: gl.constexpr = 64 if out.dtype.element_ty.primitive_bitwidth == 16 else 32
     PIECES: gl.constexpr = sums.shape[1] // CHUNK
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     pieces = _columns(sums, PIECES)
     for i in gl.static_range(PIECES):
         k = k0 + i * CHUNK
-        y = _finished(pieces[i], k, place, sizes, ends, BLOCK, PART, blocked)
+        y = _finished(pieces[i], room, k, place, sizes, ends, BLOCK, PART, blocked)
         if out_boxes is not None:
-            SIZE: gl.constexpr = out_boxes.block_shape
-            tma.store_wait(0)  # the last piece has left the room
-            room.index(PART).reshape([ROWS, CHUNK]).store(y)
-            fence_async_shared()
-            # Parts follow each other in the first dimension that is divided.
-            at_n = n0 + PART * (BLOCK[0] - SIZE[0])
-            at_h = h0 + PART * (BLOCK[1] - SIZE[1])
-            at_w = w0 + PART * (BLOCK[2] - SIZE[2])
-            tma.async_copy_shared_to_global(out_boxes, [at_n, at_h, at_w, k], room.index(PART))
+            _send(y, out_boxes, room.index(PART), n0, h0, w0, k, BLOCK, PART)
         else:
             _, rows, valid = _pixels(place, sizes, BLOCK, PART, ROWS, gl.SliceLayout(1, blocked))
             c = k + gl.arange(0, CHUNK, gl.SliceLayout(0, blocked))
@@ -193,13 +206,13 @@ def _finish(sums, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.conste
 
 
 @gluon.jit
-def _new_room(ends, PARTS: gl.constexpr):
+def _new_room(ends, otherwise, PARTS: gl.constexpr):
     """Shared memory for what is on its way to ``out``, if the TMA stores it."""
     out_boxes = ends[1]
     if out_boxes is None:
-        return None
-    else:  # noqa: RET505
-        return gl.allocate_shared_memory(out_boxes.dtype, [PARTS] + out_boxes.block_shape, out_boxes.layout)  # noqa: RUF005
+        return otherwise
+    else:
+        return gl.allocate_shared_memory(out_boxes.dtype, [PARTS] + out_boxes.block_shape, out_boxes.layout)
 
 
 @gluon.jit
@@ -235,8 +248,8 @@ def _pipe_kernel(
     ROWS: gl.constexpr = BLOCK[0] * BLOCK[1] * BLOCK[2]
     sizes = (N, H_out, W_out, C, K, padding_h, padding_w)
     ends = (out, out_boxes, scale, weight_scale, bias, residual, channel_add, weight_stride, channel_stride)
-    pixels = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
-    weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
+    pixels = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
+    weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(STAGES):
         mbarrier.init(full.index(j), count=1)
@@ -284,7 +297,7 @@ def _pipe_kernel(
             STRIDE,
         )
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    _finish(sums, _new_room(ends, 1), place, sizes, ends, BLOCK, 0, 1)
+    _finish(sums, _new_room(ends, full, 1), place, sizes, ends, BLOCK, 0)
     if out_boxes is not None:
         tma.store_wait(0)
 
@@ -363,7 +376,7 @@ def _consume(
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         place = _place(block, sizes, BLOCK, BLOCK_K)
-        _finish(sums, room, place, sizes, ends, BLOCK, PART, PARTS)
+        _finish(sums, room, place, sizes, ends, BLOCK, PART)
     if ends[1] is not None:
         tma.store_wait(0)
 
@@ -399,8 +412,8 @@ def _specialized_kernel(
     """As ``_pipe_kernel``, with warps of its own for the fetching; a program does every so many blocks."""
     sizes = (N, H_out, W_out, C, K, padding_h, padding_w)
     ends = (out, out_boxes, scale, weight_scale, bias, residual, channel_add, weight_stride, channel_stride)
-    pixels = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)  # noqa: RUF005
-    weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)  # noqa: RUF005
+    pixels = gl.allocate_shared_memory(x.dtype, [STAGES] + x.block_shape, x.layout)
+    weights = gl.allocate_shared_memory(w.dtype, [STAGES] + w.block_shape, w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for j in gl.static_range(STAGES):
@@ -408,18 +421,22 @@ def _specialized_kernel(
         mbarrier.init(empty.index(j), count=PARTS)
     fence_async_shared()
     rings = (pixels, weights, full, empty)
-    room = _new_room(ends, PARTS)
-    producer = (x, w, rings, sizes, blocks, KERNEL_W, TAPS, BLOCK, STRIDE)
+    room = _new_room(ends, full, PARTS)
     if PARTS == 1:
         gl.warp_specialize(
-            [(_consume, (rings, room, sizes, ends, blocks, TAPS, BLOCK, 0, 1)), (_produce, producer)], [1], [24]
+            [
+                (_consume, (rings, room, sizes, ends, blocks, TAPS, BLOCK, 0, 1)),
+                (_produce, (x, w, rings, sizes, blocks, KERNEL_W, TAPS, BLOCK, STRIDE)),
+            ],
+            [1],
+            [24],
         )
     else:
         gl.warp_specialize(
             [
                 (_consume, (rings, room, sizes, ends, blocks, TAPS, BLOCK, 0, 2)),
                 (_consume, (rings, room, sizes, ends, blocks, TAPS, BLOCK, 1, 2)),
-                (_produce, producer),
+                (_produce, (x, w, rings, sizes, blocks, KERNEL_W, TAPS, BLOCK, STRIDE)),
             ],
             [4, 1],
             [240, 24],
