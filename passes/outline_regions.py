@@ -72,7 +72,10 @@ def _best_region(calls: Sequence[fx.Node], least_saved: int) -> _Region | None:
     numbers: dict[str, int] = {}
     tokens = [numbers.setdefault(_token(call, position), len(numbers)) for position, call in enumerate(calls)]
     best, most = None, least_saved
-    for region in _candidates(tokens):
+    for candidate in _candidates(tokens):
+        region = _trimmed(calls, candidate)
+        if region.length < _LEAST_CALLS:
+            continue
         saved = (len(region.starts) - 1) * region.length
         if saved > most:
             saved -= _CROSSING * len(region.starts) * _crossings(calls, region)
@@ -96,6 +99,30 @@ def _candidates(tokens: Sequence[int]) -> Iterator[_Region]:
                     if not starts or position >= starts[-1] + length:
                         starts.append(position)
                 yield _Region(length, starts)
+
+
+def _trimmed(calls: Sequence[fx.Node], region: _Region) -> _Region:
+    """The region without what would have a tuple cross its border, which only tensors can; of no length if that is in
+    its middle. It may begin with taking tensors out of a tuple, or end with making one."""
+    inside = _inside(calls, region, region.starts[0])
+    own = set(inside)
+    takes = [any(_is_tuple(node) and node not in own for node in call.all_input_nodes) for call in inside]
+    makes = [_is_tuple(call) and not own.issuperset(call.users) for call in inside]
+    first, last = 0, len(inside)
+    while first < last and takes[first]:
+        first += 1
+    while first < last and makes[last - 1]:
+        last -= 1
+    if any(takes[first:last]) or any(makes[first:last]):
+        return _Region(0, [])
+    return _Region(last - first, [start + first for start in region.starts])
+
+
+def _is_tuple(node: fx.Node) -> bool:
+    value = _example(node)
+    if value is None:  # what rewriting has added has no example
+        return node.op != "placeholder" and any(user.target is operator.getitem for user in node.users)
+    return isinstance(value, (tuple, list))
 
 
 def _token(call: fx.Node, position: int) -> str:

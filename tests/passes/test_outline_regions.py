@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import agreement, compat
+from onlinequant_backend import agreement, compat, graph
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.outline_regions import outline_regions
 from tests.graph_probe import GraphProbe
@@ -85,6 +85,53 @@ def test_what_is_repeated_becomes_a_region(steps: Sequence[Step], found: list[in
     (result,) = probe.call()
     assert torch.equal(result, module(X))
     probe.assert_settled(outline_regions)
+
+
+class Halving(nn.Module):
+    """What is repeated begins with taking two tensors out of a tuple, and ends with making one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(8)) for _ in range(4))
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = torch.split(x, 4, dim=-1)
+        for weight in self.weights:
+            left, right = torch.chunk(long(torch.cat([right, left], dim=-1), weight), 2, dim=-1)
+        return torch.cat([left, right], dim=-1)
+
+
+def test_only_tensors_cross_a_border() -> None:
+    module = Halving()
+    probe = GraphProbe(module, X, regional_compilation=True)
+    probe.run(outline_regions)
+    assert regions(probe) == [4]
+    for call in probe.nodes(compat.invoke_subgraph):
+        assert all(isinstance(graph.example(node), torch.Tensor) for node in call.all_input_nodes[1:])
+        assert all(isinstance(graph.example(user), torch.Tensor) for user in call.users)
+    (result,) = probe.call()
+    assert torch.equal(result, module(X))
+
+
+@pytest.mark.parametrize("place", [0, 1])
+def test_no_tuple_crosses_a_border(place: int) -> None:
+    """``place``: of what takes a tensor out of a tuple that was made before all of them."""
+    traced = fx.Graph()
+    x = traced.placeholder("x")
+    pair = traced.call_function(torch.chunk, (x, 2))
+    y = traced.call_function(torch.cat, ([x, x],))
+    for _ in range(3):
+        for number in range(30):
+            half = traced.call_function(operator.getitem, (pair, 0)) if number == place else None
+            y = traced.call_function(torch.sin, (y,)) if half is None else traced.call_function(torch.add, (half, y))
+    traced.output((y,))
+    graph_module = fx.GraphModule({}, traced)
+    context = GraphProbe(Repeating([long]), X, regional_compilation=True).context
+    assert outline_regions(graph_module, context)
+    inputs = [node.all_input_nodes[1:] for node in traced.nodes if node.target is compat.invoke_subgraph]
+    assert pair not in {node for nodes in inputs for node in nodes}
 
 
 def test_values_that_are_read_far_behind_their_region() -> None:
