@@ -84,7 +84,9 @@ def _fetch(x, w, pixels, weights, full, place, sizes, tap, c, pred, KERNEL_W: gl
 def _no_sums(dtype: gl.constexpr, ROWS: gl.constexpr, BLOCK_K: gl.constexpr):
     """Zeros [ROWS, BLOCK_K] in the layout of a product."""
     WARPS: gl.constexpr = gl.num_warps()
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_K, 32])
+    # Triton knows no instruction of int8 with more than 224 columns.
+    COLUMNS: gl.constexpr = 128 if dtype == gl.int8 and BLOCK_K > 128 else BLOCK_K
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, COLUMNS, 32])
     if dtype == gl.int8:
         sums = gl.zeros([ROWS, BLOCK_K], gl.int32, layout)
     else:
@@ -125,28 +127,67 @@ def _pixels(place, sizes, BLOCK: gl.constexpr, PART: gl.constexpr, ROWS: gl.cons
     return n, ((n * H_out + h) * W_out + w).to(gl.int64), (n < N) & (h < H_out) & (w < W_out)
 
 
+@gluon.constexpr_function
+def _chunk(dtype):
+    """Columns that are stored at a time.
+
+    A row of them in 16 bit is the 128 bytes of a box; more columns of 32 bit would not fit into the registers.
+    """
+    return 64 if dtype.primitive_bitwidth == 16 else 32
+
+
 @gluon.jit
-def _finished(sums, room, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr, blocked: gl.constexpr):
+def _load_coefficients(
+    k0, n0, K, ends, layout: gl.constexpr, CHUNK: gl.constexpr, PIECES: gl.constexpr, BLOCK: gl.constexpr
+):
+    """What each piece of columns is multiplied by and what is added to it, a tuple for each: [CHUNK], as stored."""
+    _, _, scale, weight_scale, bias, _, channel_add, weight_stride, channel_stride = ends
+    k = k0 + gl.arange(0, CHUNK, gl.SliceLayout(0, layout))
+    inside = k < K
+    factors = gl.load(weight_scale + k * weight_stride, mask=inside, other=0.0)
+    piece = (gl.load(scale), factors)
+    if bias is not None:
+        piece = piece + (gl.load(bias + k, mask=inside, other=0.0),)
+    if channel_add is not None and BLOCK[0] == 1:  # all pixels are of one image
+        piece = piece + (gl.load(channel_add + n0 * channel_stride + k, mask=inside, other=0.0),)
+    if PIECES == 1:
+        return (piece,)
+    else:
+        return (piece,) + _load_coefficients(k0 + CHUNK, n0, K, ends, layout, CHUNK, PIECES - 1, BLOCK)
+
+
+@gluon.jit
+def _coefficients(sums, place, sizes, ends, BLOCK: gl.constexpr):
+    """As ``_load_coefficients``, for all columns of ``sums``, whose values do not matter yet.
+
+    Loaded while the last product still runs, for they come from far away.
+    """
+    CHUNK: gl.constexpr = _chunk(ends[0].dtype.element_ty)
+    PIECES: gl.constexpr = sums.shape[1] // CHUNK
+    whole: gl.constexpr = sums.type.layout
+    like = _columns(gl.zeros([sums.shape[0], sums.shape[1]], gl.float32, whole), PIECES)
+    layout: gl.constexpr = like[0].type.layout
+    return _load_coefficients(place[3], place[0], sizes[4], ends, layout, CHUNK, PIECES, BLOCK)
+
+
+@gluon.jit
+def _finished(
+    sums, piece, room, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr, blocked: gl.constexpr
+):
     """Sums [ROWS, columns] scaled, biased and added to, in the dtype of ``out``."""
-    out, out_boxes, scale, weight_scale, bias, residual, channel_add, weight_stride, channel_stride = ends
+    out, out_boxes, _, _, _, residual, channel_add, _, channel_stride = ends
     K = sizes[4]
     ROWS: gl.constexpr = sums.shape[0]
     COLUMNS: gl.constexpr = sums.shape[1]
     layout: gl.constexpr = sums.type.layout
-    k = k0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
-    inside = k < K
-    factors = gl.load(scale) * gl.load(weight_scale + k * weight_stride, mask=inside, other=0.0)
-    y = sums.to(gl.float32) * factors[None, :]
-    if bias is not None:
-        y += gl.load(bias + k, mask=inside, other=0.0).to(gl.float32)[None, :]
-    if channel_add is not None:
-        if BLOCK[0] == 1:  # all pixels are of one image
-            added = gl.load(channel_add + place[0] * channel_stride + k, mask=inside, other=0.0)
-            y += added.to(gl.float32)[None, :]
-        else:
-            n, _, valid = _pixels(place, sizes, BLOCK, PART, ROWS, gl.SliceLayout(1, layout))
-            at = n[:, None] * channel_stride + k[None, :]
-            y += gl.load(channel_add + at, mask=valid[:, None] & inside[None, :], other=0.0).to(gl.float32)
+    y = sums.to(gl.float32) * (piece[0] * piece[1])[None, :]
+    for i in gl.static_range(2, len(piece)):
+        y += piece[i].to(gl.float32)[None, :]
+    if channel_add is not None and BLOCK[0] > 1:
+        n, _, valid = _pixels(place, sizes, BLOCK, PART, ROWS, gl.SliceLayout(1, layout))
+        k = k0 + gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+        at = n[:, None] * channel_stride + k[None, :]
+        y += gl.load(channel_add + at, mask=valid[:, None] & (k < K)[None, :], other=0.0).to(gl.float32)
     if residual is not None:
         # Read in whole lines, and only then given to the threads that have the sums.
         _, rows, valid = _pixels(place, sizes, BLOCK, PART, ROWS, gl.SliceLayout(1, blocked))
@@ -178,7 +219,7 @@ def _send(y, out_boxes, room, n0, h0, w0, k, BLOCK: gl.constexpr, PART: gl.const
 
 
 @gluon.jit
-def _finish(sums, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr):
+def _finish(sums, coefficients, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.constexpr):
     """Finish ``sums`` [ROWS, BLOCK_K] and store them, some columns after the others: that needs less shared memory.
 
     With a descriptor of ``out`` they go through ``room`` and the TMA.
@@ -188,14 +229,13 @@ def _finish(sums, room, place, sizes, ends, BLOCK: gl.constexpr, PART: gl.conste
     K = sizes[4]
     WARPS: gl.constexpr = gl.num_warps()
     ROWS: gl.constexpr = sums.shape[0]
-    # A row of a chunk in 16 bit is the 128 bytes of a box; more columns of 32 bit would not fit into the registers.
-    CHUNK: gl.constexpr = 64 if out.dtype.element_ty.primitive_bitwidth == 16 else 32
+    CHUNK: gl.constexpr = _chunk(out.dtype.element_ty)
     PIECES: gl.constexpr = sums.shape[1] // CHUNK
     blocked: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
     pieces = _columns(sums, PIECES)
     for i in gl.static_range(PIECES):
         k = k0 + i * CHUNK
-        y = _finished(pieces[i], room, k, place, sizes, ends, BLOCK, PART, blocked)
+        y = _finished(pieces[i], coefficients[i], room, k, place, sizes, ends, BLOCK, PART, blocked)
         if out_boxes is not None:
             _send(y, out_boxes, room.index(PART), n0, h0, w0, k, BLOCK, PART)
         else:
@@ -296,8 +336,9 @@ def _pipe_kernel(
             KERNEL_W,
             STRIDE,
         )
+    coefficients = _coefficients(sums, place, sizes, ends, BLOCK)
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    _finish(sums, _new_room(ends, full, 1), place, sizes, ends, BLOCK, 0)
+    _finish(sums, coefficients, _new_room(ends, full, 1), place, sizes, ends, BLOCK, 0)
     if out_boxes is not None:
         tma.store_wait(0)
 
@@ -373,10 +414,11 @@ def _consume(
             # The product before this one is complete; in the first step that was the last block's, already told.
             mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1, pred=step > 0)
             i += 1
+        place = _place(block, sizes, BLOCK, BLOCK_K)
+        coefficients = _coefficients(sums, place, sizes, ends, BLOCK)
         sums = warpgroup_mma_wait(0, deps=(sums,))
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
-        place = _place(block, sizes, BLOCK, BLOCK_K)
-        _finish(sums, room, place, sizes, ends, BLOCK, PART)
+        _finish(sums, coefficients, room, place, sizes, ends, BLOCK, PART)
     if ends[1] is not None:
         tma.store_wait(0)
 
@@ -479,9 +521,9 @@ def gluon_conv(
     """As ``conv.conv``, on a Hopper GPU, by one of ``VARIANTS``: convolve ``xq`` [N, H, W, C] with ``weight``
     [K, kernel_h, kernel_w, C], both contiguous and of one 8-bit dtype, into ``out`` [N, H_out, W_out, K].
 
-    ``tile``: of at least 64 rows and columns for each of its warpgroups, a depth of 64 or 128, and no splits. With a
-    ``stride`` of 2, C must be a multiple of its depth. ``tma_store``: store by the TMA where it can, which is with 16
-    bit and K a multiple of 8.
+    ``tile``: of at least 64 rows for each warpgroup and 64 columns, a depth of 64 or 128, and no splits. The warps are
+    those that multiply. With a ``stride`` of 2, C must be a multiple of the depth. ``tma_store``: store by the TMA
+    where it can, which is with 16 bit and K a multiple of 8.
     """
     N, H, W, C = xq.shape
     K, kernel_h, kernel_w, _ = weight.shape
@@ -498,7 +540,7 @@ def gluon_conv(
         view, box = xq.view(N, H // 2, 2, W // 2, 2 * C), [n, h, 1, w, tile.depth]
     parts = 2 if variant == "ws2" else 1
     out_boxes = None
-    if tma_store and out.element_size() == 2 and K % 8 == 0:
+    if tma_store and out.element_size() == 2 and K % 8 == 0 and out.data_ptr() % 16 == 0:
         out_box = [*part_of(block, parts), _CHUNK]
         out_boxes = TensorDescriptor.from_tensor(out, out_box, swizzled(4, 2 * _CHUNK, 16))
     arguments = (

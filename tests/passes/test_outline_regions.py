@@ -115,7 +115,7 @@ def test_only_tensors_cross_a_border() -> None:
     assert torch.equal(result, module(X))
 
 
-@pytest.mark.parametrize("place", [0, 1])
+@pytest.mark.parametrize("place", [0, 15])
 def test_no_tuple_crosses_a_border(place: int) -> None:
     """``place``: of what takes a tensor out of a tuple that was made before all of them."""
     traced = fx.Graph()
