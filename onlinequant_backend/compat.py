@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import types
@@ -22,6 +23,19 @@ class UnwrappedError(ShortenTraceback):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, first_useful_frame=None)
+
+
+@functools.lru_cache(maxsize=1)
+def has_gluon() -> bool:
+    """Whether this Triton has Gluon as our kernel wants it. It is experimental, so other versions than those which the
+    kernel was compiled with, 3.6 to 3.8, do not count."""
+    try:
+        import triton
+        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
+    except ImportError:
+        return False
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= version < (3, 9)
 
 
 def hint(size: int | torch.SymInt) -> int:

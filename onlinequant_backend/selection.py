@@ -32,7 +32,7 @@ _RUNS, _REPLAYS = 8, 3
 # our kernels for those, which write 8 bit, are faster than Inductor's for float.
 _LEAST_GAIN = 0.08
 # Candidates that are timed for each shape: each costs a compile by Triton.
-_CANDIDATES = 3
+_CANDIDATES = 4
 
 # What leaves the values as they are, and what is computed value by value or, like a norm, ends so: then Inductor, or a
 # kernel of ours, quantizes at once.

@@ -8,7 +8,7 @@ import torch
 
 from ..layout import CHANNELS_LAST
 from . import tuning
-from .tuning import CUBLAS, TMA, Tile
+from .tuning import CUBLAS, GLUON, TMA, Tile
 
 
 def linear(
@@ -175,14 +175,21 @@ def run_conv(
     x, w, y = _channels_inside(xq), _channels_inside(weight), _channels_inside(out)
     if channel_add is not None and channel_add.stride(1) != 1:  # rows may be parts of longer ones: see merge_linears
         channel_add = channel_add.contiguous()
-    if tile.kernel == TMA:
-        from .conv import conv as tma_conv
-
+    if tile.kernel in (TMA, GLUON):
         if x.dim() == 5:  # temporal: frames are rows, pixels are columns
             x, w, y = (tensor.flatten(2, 3) for tensor in (x, w, y))
             residual = None if residual is None else residual.flatten(2, 3)
-        pad = (padding[0], padding[1])
-        tma_conv(x, qparams[2:], w, weight_scale, bias, pad, y, tile, residual, channel_add, stride[-1])
+        operands = (x, qparams[2:], w, weight_scale, bias, (padding[0], padding[1]), y, tile)
+        if tile.kernel == TMA:
+            from .conv import conv as tma_conv
+
+            tma_conv(*operands, residual, channel_add, stride[-1])
+        else:
+            from .gluon_conv import gluon_conv
+
+            gluon_conv(*operands, channel_add, stride[-1])
+            if residual is not None:
+                y.add_(residual)
         return out
     from .gather import gather_conv
 

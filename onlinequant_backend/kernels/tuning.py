@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-CUBLAS, TMA, GATHER = "cublas", "tma", "gather"
+from .. import compat
+
+CUBLAS, GLUON, TMA, GATHER = "cublas", "gluon", "tma", "gather"
 # Stride, padding and dilation of a convolution.
 Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
@@ -23,8 +25,9 @@ class Tile:
     """A kernel and how it divides the work.
 
     Attributes:
-        kernel: "cublas" (the rest is its own affair), "tma" (operands fetched by the tensor memory accelerator, compute
-            capability 9.0 and later) or "gather" (any GPU, any geometry).
+        kernel: "cublas" (the rest is its own affair), "gluon" (convolutions on Hopper GPUs, compute capability 9.0),
+            "tma" (operands fetched by the tensor memory accelerator, compute capability 9.0 and later) or "gather" (any
+            GPU, any geometry).
         rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels.
         warps, stages: of a Triton launch.
         splits: programs that share the sum of one block, where its blocks alone would leave much of the GPU idle.
@@ -45,6 +48,7 @@ _SHALLOW = Tile(TMA, 128, 64, 64, 4, 6)  # where half of the last block of input
 # Two programs on each processor, so that one computes GELU while the other multiplies: the best at every shape.
 _GEGLU = Tile(TMA, 128, 64, 128, 4, 3)
 _CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_GLUON = (Tile(GLUON, 128, 256, 128, 8, 4), Tile(GLUON, 128, 128, 128, 8, 6))
 _CONV_HALF_DEPTH = tuple(dataclasses.replace(tile, depth=64) for tile in _CONV)
 _GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
 _MAX_SPLITS = 16
@@ -120,13 +124,15 @@ def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, 
     # Of each tile the best number of programs for a block, and one: what splitting costs is the vaguer guess.
     guessed = _by_blocks(split, pixels, weight[0], steps)
     best = [next(tile for tile in guessed if tile.rows == block.rows) for block in tiles]
+    if _has_gluon() and tiles is _CONV:
+        best += _GLUON
     return _by_blocks(tuple(dict.fromkeys((*best, *tiles))), pixels, weight[0], steps)
 
 
 def is_valid(tile: Tile) -> bool:
     """Whether ``tile`` is among the candidates of any shape."""
     unsplit = dataclasses.replace(tile, splits=1)
-    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_CONV_HALF_DEPTH, *_GATHER)
+    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_CONV_HALF_DEPTH, *_GLUON, *_GATHER)
     return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 
@@ -160,13 +166,16 @@ def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -
 
     Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty: then
     shorter waves of more programs can win. A block takes a time that grows with its area, and a part that does not
-    (fitted to convolutions, before they could have several programs a block); the sums of those are written, read and
-    added up in a kernel of its own, whose time is an estimate from the bytes.
+    (fitted to convolutions, before they could have several programs a block); Gluon's take three quarters of it. The
+    sums of several programs are written, read and added up in a kernel of its own, whose time is an estimate from the
+    bytes.
     """
 
     def time(tile: Tile) -> float:
         waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / _processors())
         products = waves * steps / tile.splits * (tile.rows * tile.columns + 6500) * 2.4e-5
+        if tile.kernel == GLUON:
+            products *= 0.75
         return products + (3 + tile.splits * rows * columns * 2e-6 if tile.splits > 1 else 0)
 
     return tuple(sorted(tiles, key=time))
@@ -179,6 +188,12 @@ def _blocks(tile: Tile, rows: int, columns: int) -> int:
 @functools.lru_cache(maxsize=1)
 def _processors() -> int:
     return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@functools.lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    # Its products are Hopper's alone.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9 and compat.has_gluon()
 
 
 @functools.lru_cache(maxsize=1)
