@@ -197,6 +197,8 @@ class _Trial:
         self._x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
         self._weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
         self._q, self._scale = quantize_weight(self._weight, format)
+        # Triton compiles kernels with and without a bias apart, and most layers have one.
+        self._bias = torch.zeros(info.weight_shape[0], device=device, dtype=info.dtype)
         self._qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
         self._format = format.activation
         if info.geometry is None:
@@ -210,15 +212,15 @@ class _Trial:
 
     def in_float(self) -> torch.Tensor:
         if self._info.geometry is None:
-            return F.linear(self._x, self._weight)
+            return F.linear(self._x, self._weight, self._bias)
         convolve = F.conv2d if self._x.dim() == 4 else F.conv3d
-        return convolve(self._x, self._weight, None, *_geometry(self._info))
+        return convolve(self._x, self._weight, self._bias, *_geometry(self._info))
 
     def quantize(self) -> torch.Tensor:
         return self._x.to(self._format)
 
     def run(self, tile: Tile) -> torch.Tensor:
-        operands = (self._xq, self._qparams, self._q, self._scale, None)
+        operands = (self._xq, self._qparams, self._q, self._scale, self._bias)
         if self._info.geometry is None:
             return cuda.run_linear(*operands, self._info.dtype, tile)
         return cuda.run_conv(*operands, _geometry(self._info), self._info.dtype, None, None, tile)
