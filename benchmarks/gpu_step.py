@@ -324,7 +324,9 @@ def measure(options: argparse.Namespace) -> None:
         expected = torch.load(saved, map_location="cuda")
     else:
         expected = model(**inputs)[0].clone()
-        torch.save(expected, saved)
+        own = saved.with_suffix(f".{os.getpid()}")  # the other columns may be doing the same
+        torch.save(expected, own)
+        own.replace(saved)
     function = compiled(options, model)
 
     def step() -> torch.Tensor:
@@ -434,16 +436,13 @@ class Cell:
 
 
 def cells_of(row: str, options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The cells of a row by column, as they are finished, each from a fresh process. Eager is the first: the others are
-    compared with it."""
+    """The cells of a row by column, as they are finished, each from a fresh process."""
     columns = sorted(set(options.columns), key=COLUMNS.index)
     if importlib.util.find_spec("torchao") is None:
         for column in {TORCHAO, TORCHAO_LARGE}.intersection(columns):
             columns.remove(column)
             yield column, {"failed": "torchao is not installed"}
-    alone = [EAGER] if EAGER in columns else columns[:1]
-    others = [column for column in columns if column not in alone]
-    for together in (alone, others) if options.together else [[column] for column in (*alone, *others)]:
+    for together in [columns] if options.together else [[column] for column in columns]:
         print(f"measuring {row}: {', '.join(together)}", file=sys.stderr, flush=True)
         cells = {column: Cell(row, column, options, folder) for column in together}
         if options.together:
