@@ -118,5 +118,8 @@ def assert_near_8bit(actual: torch.Tensor, expected: torch.Tensor, out_qparams: 
         actual, scaled, rounded, step = actual[~wrong], scaled[~wrong], rounded[~wrong], step[~wrong]
     # Hopper's tensor cores add up fp8 products with 14 bits: what nearly cancels out is less exact.
     slack = 2e-3 * float(scaled.abs().max()) if actual.is_cuda and not is_int8 else 0
-    assert bool(((actual.double() - scaled).abs() <= step + slack).all())
-    assert int((actual.double() != rounded).sum()) <= max(1, 0.02 * actual.numel())  # ties, nearly
+    off = (actual.double() - scaled).abs()
+    assert bool((off <= step + slack).all())
+    # What lies half-way between two values, nearly, may become either of them.
+    is_tie = is_int8 & ((off - 0.5).abs() < 0.01)
+    assert int(((actual.double() != rounded) & ~is_tie).sum()) <= max(1, 0.02 * actual.numel())
