@@ -229,6 +229,16 @@ class TestSampling:
         scheduler.set_timesteps(10)
         assert scheduler.timesteps[0] == 999 and scheduler.alphas_cumprod[-1] < 1e-6
 
+    def test_a_solver_of_second_order_does_not_follow_predictions_out_of_range(self) -> None:
+        model, seen = tiny_model(), []
+
+        def denoise(latents: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+            seen.append(float(latents[:, :48].mean()))
+            return (torch.full_like(latents[:, :48], 3.0),)
+
+        sample(denoise, model, [TEXT], 0, sampler="dpm++2m", steps=10, batch=1)
+        assert seen[-1] < 1.1
+
     def test_pictures_do_not_depend_on_the_batch(self) -> None:
         model, texts = tiny_model(), captions(3, seed=0)
         whole, single, filled = (sample(model.unet, model, texts, 5, steps=3, batch=batch) for batch in (3, 1, 2))
