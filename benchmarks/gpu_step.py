@@ -4,8 +4,8 @@
 
 Every cell (a row's model at its size, in one column) is a process of its own, all on one machine; all make the same
 random weights and inputs from the same seed. One after the other, each alone on the GPU, they are measured; with
-``--together`` those of a row compile at the same time before that, which disturbs only "first s" and saves minutes.
-Times are medians with their spread.
+``--together`` those of a row, torchao's after the others, compile at the same time before that, which disturbs only
+"first s" and saves minutes. Times are medians with their spread.
 
 - "direct": wall-clock time of a call as a user makes it, in batches of calls that are synchronized at their end.
 - "as a graph": the same function captured by hand in one CUDA graph, between CUDA events around each replay. For
@@ -442,7 +442,9 @@ def cells_of(row: str, options: argparse.Namespace, folder: Path) -> Iterator[tu
         for column in {TORCHAO, TORCHAO_LARGE}.intersection(columns):
             columns.remove(column)
             yield column, {"failed": "torchao is not installed"}
-    for together in [columns] if options.together else [[column] for column in columns]:
+    slow = [column for column in columns if column in (TORCHAO, TORCHAO_LARGE)]  # others would wait for minutes
+    quick = [column for column in columns if column not in slow]
+    for together in filter(None, (quick, slow)) if options.together else [[column] for column in columns]:
         print(f"measuring {row}: {', '.join(together)}", file=sys.stderr, flush=True)
         cells = {column: Cell(row, column, options, folder) for column in together}
         if options.together:

@@ -83,6 +83,14 @@ class Snapshot:
         return list(map(_version_of, itertools.compress(weights, self._counted)))
 
 
+def addresses_and_versions(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
+    """What changes with most changes of ``weights``, and costs no look at their values; None where some have no single
+    address, as quantized ones."""
+    if any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights):
+        return None
+    return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights]
+
+
 @dataclasses.dataclass
 class Stamp:
     """What tells one state of a weight from another: finer than a snapshot, for use off the fast path."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import compat, keys
 from onlinequant_backend.cache import Cache
 from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
@@ -208,6 +208,34 @@ def test_weights_changed_while_calibrating_are_not_published(replace: bool, back
     assert oq.reports()[-1].phase == "quantized"
     assert entries() == []
     assert not is_locked()
+
+
+def test_weights_that_change_without_a_trace_in_an_observed_run_are_not_published() -> None:
+    model = small()
+    step = compiled(model)
+    with oq.sampling_run(3):
+        for _ in range(3):
+            step(X)
+            for value in dict(fused(model)):
+                model.get_parameter(value).data.mul_(1.01)
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert entries() == []
+
+
+def test_weights_are_looked_at_once_in_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+    fingerprint = keys.fingerprint
+    monkeypatch.setattr(keys, "fingerprint", lambda parameters: looks.append(1) or fingerprint(parameters))
+    step = compiled(small(), {"calibration_steps": 12})
+    for _ in range(2):
+        step(X)
+    begun = len(looks)
+    for _ in range(8):
+        step(X)
+    assert len(looks) == begun > 0
+    for _ in range(3):
+        step(X)
+    assert len(looks) > begun  # at the end they are compared with those at the beginning
 
 
 @pytest.mark.parametrize("replace", [False, True], ids=["in place", "new parameters"])
