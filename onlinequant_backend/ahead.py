@@ -82,9 +82,18 @@ def noted(fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[...,
 
 @contextlib.contextmanager
 def on(device: torch.device) -> Iterator[None]:
-    """What a thread of ours needs to make ordinary tensors on a GPU."""
-    with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
-        yield
+    """What a thread needs to call kernels ahead, with ordinary tensors on a GPU."""
+    _local.is_ahead = True
+    try:
+        with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
+            yield
+    finally:
+        _local.is_ahead = False
+
+
+def is_ahead() -> bool:
+    """Whether this thread calls kernels only to have them compiled, within ``on``."""
+    return getattr(_local, "is_ahead", False)
 
 
 def _is_symbolic(arg: Any) -> bool:

@@ -242,8 +242,7 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
         with ahead.on(device):
             trial = _Trial(info, format, device)
             for tile in _candidates(info, format):
-                if tile.kernel != tuning.CUBLAS:  # which has nothing to compile, but a workspace for each thread
-                    trial.run(tile)
+                trial.run(tile)
 
     shapes = _shapes(_groups(graph_module), format)
     missing = [info for key, info in shapes.items() if key not in _known and key not in _compiled]

@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from onlinequant_backend import ahead, ops
+from onlinequant_backend.kernels import cuda
+from onlinequant_backend.kernels.tuning import CUBLAS, Tile
 
 CPU = torch.device("cpu")
 
@@ -68,6 +70,16 @@ def test_without_a_gpu_nothing_is_called() -> None:
         ahead.noted(lambda x: x, seen.append)(torch.zeros(3))
     ahead.noted(lambda x: x, seen.append)(torch.zeros(3))
     assert not seen
+
+
+def test_cublas_is_not_called_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device", lambda _device: contextlib.nullcontext())
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: pytest.fail("it was called"))
+    rows, weight = torch.zeros(32, 64, dtype=torch.float8_e4m3fn), torch.zeros(16, 64, dtype=torch.float8_e4m3fn)
+    with ahead.on(CPU):
+        assert ahead.is_ahead()
+        result = cuda.run_linear(rows, torch.ones(3), weight, torch.ones(1), None, torch.float16, Tile(CUBLAS))
+    assert (result.shape, result.dtype, ahead.is_ahead()) == ((32, 16), torch.float16, False)
 
 
 def test_operators_take_part() -> None:

@@ -96,7 +96,7 @@ def test_kernels_are_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> Non
     Trial.ran = []
     monkeypatch.setattr(selection, "_Trial", Trial)
     monkeypatch.setattr(selection.ahead, "on", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(selection, "_candidates", lambda *_: (Tile(CUBLAS), WIDE))
+    monkeypatch.setattr(selection, "_candidates", lambda *_: (WIDE,))
     graph_module = analyzed().graph_module
     for _ in range(2):
         selection.compile_ahead(graph_module, FP8, CPU)
