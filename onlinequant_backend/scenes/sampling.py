@@ -54,8 +54,8 @@ def make_scheduler(sampler: str, model: ScenesModel) -> Any:
     if sampler == "euler":
         return EulerDiscreteScheduler(**model.scheduler_config)
     if sampler == "dpm++2m":
-        # Guidance makes the model correct more than a solver of second order is stable for: predictions swing far out of
-        # [-1, 1], in float as well. So they are brought back, as for all pixels (Lu et al., "DPM-Solver++", 2022).
+        # Guidance makes the model correct more than a solver of second order is stable for: predictions swing far out
+        # of [-1, 1], in float as well. So they are brought back, as for all pixels (Lu et al., "DPM-Solver++", 2022).
         return DPMSolverMultistepScheduler(**model.scheduler_config, thresholding=True)
     if sampler == "ddim":
         return DDIMScheduler(**model.scheduler_config, clip_sample=False)
