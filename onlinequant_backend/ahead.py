@@ -33,7 +33,7 @@ class _Calls:
 
     def add(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> None:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if any(arg.device.type != self._device.type for arg in tensors) or _bytes(tensors) > LARGEST:
+        if any(arg.device.type != self._device.type for arg in tensors) or sum(arg.nbytes for arg in tensors) > LARGEST:
             return
         key = (kernel, *(_like(arg) if isinstance(arg, torch.Tensor) else str(arg) for arg in args))
         if key not in self._known:
@@ -102,7 +102,3 @@ def _is_symbolic(arg: Any) -> bool:
 
 def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
-
-
-def _bytes(tensors: list[torch.Tensor]) -> int:
-    return sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors)
