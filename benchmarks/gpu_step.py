@@ -17,7 +17,7 @@ random weights and inputs from the same seed. One after the other, each alone on
 - "GiB": the peak of allocated and of reserved memory in timed calls. What a CUDA graph needs for intermediate results
   is sure to be in the second number only.
 - "first s": seconds from the first call to the first compiled result, for onlinequant with the observed calls. Caches
-  are empty.
+  are empty. "first GiB": the peaks of memory meanwhile.
 
 "torchao" is what its documentation recommends for float8 on such a GPU: dynamic scales for activations, one for each
 tensor (one for each row needs bfloat16), in every linear layer whose sizes are multiples of 16, with the options it
@@ -53,6 +53,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import peak_memory
 from benchmarks.models import build, relative_error
 
 
@@ -149,19 +150,6 @@ def event_times(step: Callable[[], Any], calls: int, repeats: int) -> list[float
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / calls for start, end in pairs]
-
-
-def start_counting_memory() -> None:
-    """Give back what no tensor is in, and forget the peaks."""
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-
-
-def peak_memory() -> dict[str, float]:
-    """GiB since ``start_counting_memory``."""
-    peaks = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {name: peak / 2**30 for name, peak in peaks.items()}
 
 
 def warm_up_for_capture(step: Callable[[], Any]) -> None:
@@ -332,7 +320,9 @@ def measure(options: argparse.Namespace) -> None:
     def step() -> torch.Tensor:
         return function(**inputs)[0]
 
+    peak_memory.start("cuda")
     result, cell["first_seconds"], cell["first_calls"] = first_result(step, column == OURS)
+    cell["first_memory"] = peak_memory.peaks("cuda")
     say(f"first result after {cell['first_seconds']:.1f} s")
     if column == OURS:
         cell["report"] = our_report()
@@ -343,7 +333,7 @@ def measure(options: argparse.Namespace) -> None:
     del result, expected
     emit(cell)
 
-    start_counting_memory()
+    peak_memory.start("cuda")
     cell["direct"] = spread(wall_times(step, options.calls, options.repeats))
     run = step
     if column == OURS:
@@ -351,14 +341,14 @@ def measure(options: argparse.Namespace) -> None:
     else:
         try:
             warm_up_for_capture(step)
-            start_counting_memory()
+            peak_memory.start("cuda")
             run = captured(step)
         except RuntimeError as error:
             cell["notes"].append(f"{column} cannot be captured in a CUDA graph: {error}")
         else:
             cell["graph"] = spread(event_times(run, 1, REPLAYS))
             cell["relative_error"] = relative_error_of(run, saved)
-    cell["memory"] = peak_memory()
+    cell["memory"] = peak_memory.peaks("cuda")
     emit(cell)
 
     rows = kernels(trace(run, PROFILED, torch.profiler.ProfilerActivity.CUDA), PROFILED)
@@ -497,7 +487,7 @@ def table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
     """The columns of one row of ``ROWS``, one a line."""
     result = Table(title=title)
     headings = ["", "direct ms (min-max)", "as a graph ms (min-max)", "to compile's graph", "to compile", "to eager"]
-    headings += ["to torchao", "relative error", "GiB", "first s", "triton_*", "launches", "8-bit layers"]
+    headings += ["to torchao", "relative error", "GiB", "first s", "first GiB", "triton_*", "launches", "8-bit layers"]
     for heading in headings:
         result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
     for column, cell in cells.items():
@@ -509,15 +499,16 @@ def table(title: str, cells: dict[str, dict[str, Any]]) -> Table:
         for base, name in ((COMPILED, "graph"), (COMPILED, "direct"), (EAGER, "direct"), (TORCHAO, "graph")):
             theirs = median(cells.get(base, {}), name)
             ratios.append("" if mine is None or theirs is None else f"{theirs / mine:.2f}x")
-        memory, counts, report = cell.get("memory"), cell.get("kernels", {}), cell.get("report", {})
+        counts, report = cell.get("kernels", {}), cell.get("report", {})
         result.add_row(
             column,
             shown(cell.get("direct")),
             shown(cell.get("graph")),
             *ratios,
             "" if column == EAGER else f"{cell['relative_error']:.4f}",
-            "" if memory is None else f"{memory['allocated']:.2f} / {memory['reserved']:.2f}",
+            shown_memory(cell.get("memory")),
             "" if column == EAGER else f"{cell['first_seconds']:.0f}" + (" warm" if cell.get("warm") else ""),
+            shown_memory(cell.get("first_memory")),
             str(counts.get("distinct_triton", "")),
             f"{counts['launches']:.0f}" if counts else "",
             f"{report['layers']} {report['precision']}" if report else "",
@@ -530,6 +521,10 @@ def shown(times: dict[str, float] | None) -> str:
         return ""
     digits = 1 if times["median"] >= 100 else 2
     return f"{times['median']:.{digits}f} ({times['low']:.{digits}f}-{times['high']:.{digits}f})"
+
+
+def shown_memory(peaks: dict[str, float] | None) -> str:
+    return "" if peaks is None else f"{peaks['allocated']:.2f} / {peaks['reserved']:.2f}"
 
 
 def category_table(title: str, cells: dict[str, dict[str, Any]]) -> Table:

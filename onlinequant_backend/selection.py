@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -62,7 +63,8 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
     """Time every layer that could be quantized, once for each shape, and choose its tile.
 
     Linears that read one tensor are timed as the one product that ``merge_linears`` makes of them. Fills in
-    ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it.
+    ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it. For a layer
+    that the GPU has no memory to time, both stay as they are, and it is as good as any other.
     """
     groups = _groups(graph_module)
     shapes = _shapes(groups, format)
@@ -72,12 +74,17 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
         with Progress("timing layers", len(missing)) as progress, torch.inference_mode(False), torch.no_grad():
             for key, info in missing.items():
                 progress.advance(info.name)
-                _known[key] = _time_layer(info, format, device)
+                timing = _time_if_it_fits(info, format, device)
+                if timing is not None:
+                    _known[key] = timing
             torch.cuda.empty_cache()
-    tuning.choose({_tile_key(info, format): _known[key].tile for key, info in shapes.items()})
+    tuning.choose({_tile_key(info, format): _known[key].tile for key, info in shapes.items() if key in _known})
     reasons = {}
     for members, source in groups:
-        merged, *timings = (_known[_key(info, format)] for info in [_merged(members), *members])
+        keys = [_key(info, format) for info in (_merged(members), *members)]
+        if not all(key in _known for key in keys):
+            continue
+        merged, *timings = (_known[key] for key in keys)
         quantized_us = merged.quantized_us + (0 if source.target in _POINTWISE else merged.quantize_us)
         float_us = sum(timing.float_us for timing in timings)
         least_gain = 0 if _is_norm(source) else _LEAST_GAIN
@@ -262,42 +269,74 @@ def _bytes(info: LayerInfo) -> int:
     return 4 * (math.prod(info.input_shape) + math.prod(info.weight_shape)) * info.dtype.itemsize
 
 
+def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:
+    """``_time_layer``; None where memory runs out."""
+    for _ in range(2):
+        torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
+        try:
+            return _time_layer(info, format, device)
+        except torch.OutOfMemoryError as error:
+            message = str(error)
+    _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, message)
+    return None
+
+
 def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
-    trial = _Trial(info, format, device)
-    times = {tile: _time_or_fail(trial.run, tile) for tile in _candidates(info, format)}
+    trial, clock = _Trial(info, format, device), _Clock(device)
+    times = {tile: clock.time_if_possible(functools.partial(trial.run, tile)) for tile in _candidates(info, format)}
     best = min(times, key=lambda tile: times[tile])
-    return Timing(_time(trial.in_float), times[best], _time(trial.quantize), best)
+    return Timing(clock.time(trial.in_float), times[best], clock.time(trial.quantize), best)
 
 
-def _time_or_fail(run: Callable[[Tile], object], tile: Tile) -> float:
-    try:
-        return _time(lambda: run(tile))
-    except Exception as error:  # a tile may need more shared memory than a smaller GPU has
-        _log.debug("tile %s: %s", tile, error)
-        torch.cuda.synchronize()
-        return 1e9
+class _Clock:
+    """Times runs of one layer, which share the memory for their results: each stream and each CUDA graph would keep
+    its own."""
 
+    def __init__(self, device: torch.device) -> None:
+        self._stream = _side_stream(device)
+        self._graphs: list[torch.cuda.CUDAGraph] = []  # while there is one, its memory serves the next
 
-def _time(run: Callable[[], object]) -> float:
-    """Microseconds of one run among others of its kind in a CUDA graph, so without the time it takes to launch."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    graph = torch.cuda.CUDAGraph()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    times = []
-    with torch.cuda.stream(stream):
-        run()
-        stream.synchronize()
-        graph.capture_begin(capture_error_mode="thread_local")
+    def time(self, run: Callable[[], object]) -> float:
+        """Microseconds of one run among others of its kind in a CUDA graph, so without the time it takes to launch."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        times = []
+        with torch.cuda.stream(self._stream):
+            run()
+            self._stream.synchronize()
+            graph = self._captured(run)
+            for _ in range(_REPLAYS):
+                start.record()
+                graph.replay()
+                end.record()
+                end.synchronize()
+                times.append(start.elapsed_time(end))
+        return 1000 * min(times) / _RUNS
+
+    def time_if_possible(self, run: Callable[[], object]) -> float:
+        """The same; a time that no other is longer than if it fails, as a tile may need more shared memory than a
+        smaller GPU has."""
+        try:
+            return self.time(run)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:
+            _log.debug("a tile cannot be timed: %s", error)
+            torch.cuda.synchronize()
+            return 1e9
+
+    def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(self._graphs[0].pool() if self._graphs else None, capture_error_mode="thread_local")
         try:
             for _ in range(_RUNS):
                 run()
         finally:
             graph.capture_end()
-        for _ in range(_REPLAYS):
-            start.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            times.append(start.elapsed_time(end))
-    return 1000 * min(times) / _RUNS
+        self._graphs.append(graph)
+        return graph
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)

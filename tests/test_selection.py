@@ -78,6 +78,31 @@ def test_every_shape_is_timed_once_and_what_is_not_faster_stays_in_float(timed: 
     assert len(timed) == 4
 
 
+@pytest.mark.parametrize("failures", [1, 2])
+def test_memory_that_runs_out_is_given_back_and_then_the_layer_is_not_timed(
+    timed: list[str], monkeypatch: pytest.MonkeyPatch, failures: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    time_layer, left = selection._time_layer, [failures]
+    emptied: list[int] = []
+
+    def without_memory(info: LayerInfo, format: Format, device: torch.device) -> Timing:
+        if info.name == "out" and left[0]:
+            left[0] -= 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return time_layer(info, format, device)
+
+    monkeypatch.setattr(selection, "_time_layer", without_memory)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(left[0]))
+    probe = analyzed()
+    reasons = selection.measure(probe.graph_module, FP8, CPU)
+    assert emptied.count(0) >= failures  # before it is tried again, too
+    assert ("out" in reasons, "out" in timed) == (failures == 1, failures == 1)
+    assert ("out is not timed" in caplog.text) == (failures == 2)
+    times = {info.name: info.quantized_us for info in probe.infos}
+    assert times["q"] == 5.5
+    assert (times["out"] is None) == (failures == 2)
+
+
 class Trial:
     """Notes which tile runs; the convolution's cannot."""
 
