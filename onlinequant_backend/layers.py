@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # Values of a weight that are quantized at a time: 4 MiB as float32.
 _BLOCK = 2**20
+# Values of an output that are compared at a time: all of a video model's would take more memory than its step.
+_MOST_COMPARED = 2**26
 # On a GPU a histogram is fifteen small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
 # No weight is taken for smaller than this, so that scales are normal numbers.
@@ -293,10 +295,13 @@ class Layer:
 
     def measure_sensitivity(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Compare the layer's float output ``y`` with its 8-bit output for the same input."""
-        error = self.quantized_output(x, bias, y).float() - y.float()
-        mae = float(error.abs().mean())
-        magnitude = max(float(y.abs().mean(dtype=torch.float32)), torch.finfo(torch.float32).tiny)
-        self.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()))
+        parts = min(len(y), math.ceil(y.numel() / _MOST_COMPARED)) if y.dim() > 1 else 1
+        sums = []
+        for x_part, y_part in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
+            error = self.quantized_output(x_part, bias, y_part).float() - y_part
+            sums.append(torch.stack([error.abs().sum(), error.square().sum(), y_part.abs().sum(dtype=torch.float32)]))
+        mae, mse, magnitude = (torch.stack(sums).sum(0, dtype=torch.float64) / y.numel()).tolist()
+        self.sensitivity = Sensitivity(mae / max(magnitude, torch.finfo(torch.float32).tiny), mae, mse)
 
 
 def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:

@@ -227,7 +227,11 @@ class TestObservation:
         assert 0 < relative_error(observation.see(1, 1, x, y, bias), y) < 0.05
         assert layers[0].observed.minimum is None
 
-    def test_measuring_compares_outputs_of_finite_layers(self, layers: list[Layer]) -> None:
+    @pytest.mark.parametrize("most", [2**26, 48])
+    def test_measuring_compares_outputs_of_finite_layers(
+        self, layers: list[Layer], most: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("onlinequant_backend.layers._MOST_COMPARED", most)
         x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
         y = x @ weight.t() + bias
         observation = Observation(layers, [weight] * len(layers), compares=True, kept={0})

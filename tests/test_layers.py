@@ -236,3 +236,30 @@ def test_8_bit_copies_are_ordinary_tensors(mode: Callable[[], torch.no_grad], fo
         made = (layer.weight, layer.weight_scale, layer.qparams)
     layer.requantize(weight)
     assert not any(tensor is None or tensor.is_inference() or tensor.requires_grad for tensor in made)
+
+
+# --- measure_sensitivity ---
+
+
+def test_large_outputs_are_compared_image_by_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = noise(5, 4, 6, 6), noise(4, 4, 3, 3)
+    layer = Layer(PADDED, FORMAT, "minmax")
+    layer.observed.update(x)
+    layer.refresh(weight)
+    y = torch.nn.functional.conv2d(x, weight, padding=1)
+    layer.measure_sensitivity(x, None, y)
+    whole = layer.sensitivity
+    compared: list[tuple[int, ...]] = []
+    quantized_output = layer.quantized_output
+
+    def noted(x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+        compared.append(tuple(x.shape))
+        return quantized_output(x, bias, y)
+
+    monkeypatch.setattr(layer, "quantized_output", noted)
+    monkeypatch.setattr("onlinequant_backend.layers._MOST_COMPARED", 300)
+    layer.measure_sensitivity(x, None, y)
+    assert compared == [(2, 4, 6, 6), (2, 4, 6, 6), (1, 4, 6, 6)]
+    assert whole is not None and layer.sensitivity is not None
+    assert 0 < layer.sensitivity.mse == pytest.approx(whole.mse)
+    assert layer.sensitivity.relative == pytest.approx(whole.relative)
