@@ -17,8 +17,8 @@ import torch
 _log = logging.getLogger("onlinequant")
 # Most of a compile is done outside of Python, by LLVM and ptxas.
 THREADS = min(8, os.cpu_count() or 1)
-# Bytes of a call's tensors; what needs more is compiled at its first call.
-LARGEST = 2**28
+# Its tensors have no memory, and nothing is run on it.
+NOWHERE = torch.device("meta")
 
 _local = threading.local()
 
@@ -33,7 +33,7 @@ class _Calls:
 
     def add(self, kernel: Callable[..., Any], args: tuple[Any, ...]) -> None:
         tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
-        if any(arg.device.type != self._device.type for arg in tensors) or sum(arg.nbytes for arg in tensors) > LARGEST:
+        if any(arg.device.type != self._device.type for arg in tensors):
             return
         key = (kernel, *(_like(arg) if isinstance(arg, torch.Tensor) else str(arg) for arg in args))
         if key not in self._known:
@@ -48,8 +48,9 @@ class _Calls:
             _log.debug("a kernel cannot be compiled ahead: %s", error)
 
     def _made(self, like: torch.Tensor) -> torch.Tensor:
-        # Which values there are decides nothing.
-        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=self._device)
+        # Where it starts in its storage decides whether its address is aligned.
+        storage = torch.empty(like.untyped_storage().nbytes() // like.itemsize, dtype=like.dtype, device=NOWHERE)
+        return storage.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
 @contextlib.contextmanager
@@ -82,7 +83,7 @@ def noted(fake: Callable[..., Any], kernel: Callable[..., Any]) -> Callable[...,
 
 @contextlib.contextmanager
 def on(device: torch.device) -> Iterator[None]:
-    """What a thread needs to call kernels ahead, with ordinary tensors on a GPU."""
+    """What a thread needs to call kernels ahead, with tensors that are ``NOWHERE``, for a GPU: see ``launch``."""
     _local.is_ahead = True
     try:
         with torch.cuda.device(device), torch.inference_mode(False), torch.no_grad():
@@ -101,4 +102,4 @@ def _is_symbolic(arg: Any) -> bool:
 
 
 def _like(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.stride(), tensor.dtype
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype

@@ -7,7 +7,7 @@ import dataclasses
 import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -312,6 +312,11 @@ def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
     return torch.exp2(torch.ceil(torch.log2(exact)))
 
 
+def scales_in(shape: Sequence[int], format: Format) -> int:
+    """How many scales ``quantize_weight`` gives a weight of such a shape."""
+    return 1 if format.linear_per_tensor and math.prod(shape[2:]) == 1 else shape[0]
+
+
 def quantize_weight(
     weight: torch.Tensor,
     format: Format = ONEDNN,
@@ -328,7 +333,7 @@ def quantize_weight(
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
-    per_tensor = format.linear_per_tensor and weight[0].numel() == weight.shape[1]
+    per_tensor = scales_in(weight.shape, format) == 1
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if per_tensor:
         scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)

@@ -20,7 +20,7 @@ from . import ahead, graph
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
-from .layers import quantize_weight
+from .layers import quantize_weight, scales_in
 from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress
@@ -203,7 +203,11 @@ class _Trial:
         self._info = info
         self._x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
         self._weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
-        self._q, self._scale = quantize_weight(self._weight, format)
+        if device == ahead.NOWHERE:
+            self._q = torch.empty_like(self._weight, dtype=format.weight)
+            self._scale = torch.empty(scales_in(info.weight_shape, format), device=device)
+        else:
+            self._q, self._scale = quantize_weight(self._weight, format)
         # Triton compiles kernels with and without a bias apart, and most layers have one.
         self._bias = torch.zeros(info.weight_shape[0], device=device, dtype=info.dtype)
         self._qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
@@ -245,28 +249,21 @@ def _candidates(info: LayerInfo, format: Format) -> tuple[Tile, ...]:
 def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.device) -> None:
     """Compile the kernels that ``measure`` will time, several at a time, where that is still to be done."""
 
-    def call_each(info: LayerInfo) -> None:
+    def call(info: LayerInfo, tile: Tile) -> None:
         with ahead.on(device):
-            trial = _Trial(info, format, device)
-            for tile in _candidates(info, format):
-                trial.run(tile)
+            _Trial(info, format, ahead.NOWHERE).run(tile)
 
     shapes = _shapes(_groups(graph_module), format)
     missing = [info for key, info in shapes.items() if key not in _known and key not in _compiled]
     _compiled.update(shapes)
-    small = [info for info in missing if _bytes(info) < ahead.LARGEST]
-    if not small:
+    tiles = [(info, tile) for info in missing for tile in _candidates(info, format)]
+    if not tiles:
         return
-    with Progress("compiling kernels", len(small)) as progress, ThreadPoolExecutor(ahead.THREADS) as pool:
-        for info, done in [(info, pool.submit(call_each, info)) for info in small]:
-            if done.exception() is not None:
-                _log.debug("%s: %s", info.name, done.exception())
+    with Progress("compiling kernels", len(tiles)) as progress, ThreadPoolExecutor(ahead.THREADS) as pool:
+        for (info, tile), done in [(each, pool.submit(call, *each)) for each in tiles]:
+            if done.exception() is not None:  # see ``time_if_possible``
+                _log.debug("%s, %s: %s", info.name, tile, done.exception())
             progress.advance(info.name)
-
-
-def _bytes(info: LayerInfo) -> int:
-    """About what a trial takes."""
-    return 4 * (math.prod(info.input_shape) + math.prod(info.weight_shape)) * info.dtype.itemsize
 
 
 def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:

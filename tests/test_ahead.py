@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from onlinequant_backend import ahead, ops
+from onlinequant_backend import ahead, compat, ops
 from onlinequant_backend.kernels import cuda
 from onlinequant_backend.kernels.tuning import CUBLAS, Tile
 
@@ -33,6 +38,7 @@ def test_each_kind_of_call_is_made_once_with_tensors_like_those() -> None:
     seen = []
 
     def kernel(x: torch.Tensor, number: int, other: torch.Tensor | None) -> None:
+        assert x.device == ahead.NOWHERE
         seen.append((tuple(x.shape), x.stride(), x.dtype, number, other, type(x)))
 
     with compiling(kernel) as fake, FakeTensorMode():
@@ -41,6 +47,16 @@ def test_each_kind_of_call_is_made_once_with_tensors_like_those() -> None:
             assert fake(x, number, None) is x
     shape = ((2, 3, 4, 5), x.stride(), torch.int8)
     assert sorted(seen, key=str) == [(*shape, number, None, torch.Tensor) for number in (1, 2)]
+
+
+def test_tensors_are_aligned_as_those_will_be() -> None:
+    seen = []
+    with compiling(lambda x: seen.append((x.shape, x.stride(), x.data_ptr() % 16))) as fake, FakeTensorMode() as mode:
+        for real in (torch.empty(5)[2:], torch.empty(5)[:3], torch.empty(4, 6)[1:, ::2]):
+            fake(mode.from_tensor(real))
+        fake(torch.empty(2**43))  # nobody has so much memory
+    found = sorted((tuple(shape), stride, offset) for shape, stride, offset in seen)
+    assert found == [((3,), (1,), 0), ((3,), (1,), 8), ((3, 3), (6, 2), 8), ((2**43,), (1,), 0)]
 
 
 def test_a_kernel_that_fails_disturbs_nobody() -> None:
@@ -52,12 +68,11 @@ def test_a_kernel_that_fails_disturbs_nobody() -> None:
         assert fake(x) is x
 
 
-def test_large_and_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None:
+def test_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None:
     seen: list[torch.Tensor] = []
     real = torch.zeros(4)
     with compiling(seen.append) as fake:
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
-            fake(torch.empty(2**29, dtype=torch.int8))
             context, source = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]), ConstantSource("x")
             fake(mode.from_tensor(real, static_shapes=False, symbolic_context=context, source=source))
         fake(torch.empty(3, device="meta"))
@@ -94,10 +109,23 @@ def test_operators_take_part() -> None:
     assert added == ["linear"]
 
 
+@pytest.mark.skipif(not compat.has_gluon(), reason="this Triton has no such Gluon")
+def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
+    script = Path(__file__).with_name("kernels") / "compile_ahead.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    run = subprocess.run([sys.executable, str(script)], env=environment, check=True, stdout=subprocess.PIPE, text=True)
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert {case: different for case, (_, different) in found.items() if different} == {}
+    assert {kernel for kernels, _ in found.values() for kernel in kernels} == {
+        *("_matmul_kernel", "_geglu_kernel", "_conv_kernel", "_gluon_conv_kernel", "_add_up_kernel", "_gather_kernel"),
+        *("_layer_norm_kernel", "_group_kernel", "_sum_kernel", "_combine_kernel", "_apply_kernel"),
+    }
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_kernels_are_called_by_other_threads() -> None:
     device, seen = torch.device("cuda", 0), []
     with ahead.compiling_ahead(device), FakeTensorMode():
         x = torch.empty(3, device=device)
         ahead.noted(lambda x: x, lambda x: seen.append((x.device, x.is_inference())))(x)
-    assert seen == [(device, False)]
+    assert seen == [(ahead.NOWHERE, False)]

@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish
+from .launch import launch
 from .tuning import Tile
 
 
@@ -208,7 +209,7 @@ def add_up(
     """Add up ``parts`` [splits, N, ..., K], always in one order, and finish ``out`` as ``conv`` does."""
     splits, N, *_, K = parts.shape
     M = out.numel() // K
-    _add_up_kernel[triton.cdiv(M, 16), triton.cdiv(K, 64)](
+    launch(_add_up_kernel, triton.cdiv(M, 16), triton.cdiv(K, 64))(
         parts,
         out,
         scale,
@@ -259,7 +260,7 @@ def conv(
         boxes = TensorDescriptor.from_tensor(xq, [n, h, w, tile.depth])
     else:
         boxes = TensorDescriptor.from_tensor(xq.view(N, H // 2, 2, W // 2, 2 * C), [n, h, 1, w, tile.depth])
-    _conv_kernel[blocks, tile.splits](
+    launch(_conv_kernel, blocks, tile.splits)(
         boxes,
         TensorDescriptor.from_tensor(weight.view(K, taps * C), [tile.columns, tile.depth]),
         out if parts is None else parts,

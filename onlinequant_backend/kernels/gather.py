@@ -14,6 +14,7 @@ import triton.language as tl
 
 from .conv import add_up, new_parts, store_part
 from .epilogue import finish
+from .launch import launch
 from .tuning import Tile
 
 
@@ -149,7 +150,7 @@ def gather_conv(
     M = out.numel() // K
     parts = None if tile.splits == 1 else new_parts(xq, out, tile.splits)
     kernel_d, kernel_h, kernel_w = (*ones, *weight.shape[1:-1])
-    _gather_kernel[triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns), tile.splits](
+    launch(_gather_kernel, triton.cdiv(M, tile.rows) * triton.cdiv(K, tile.columns), tile.splits)(
         xq,
         weight,
         out if parts is None else parts,

@@ -13,8 +13,6 @@ stored.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 from triton.experimental import gluon
@@ -29,6 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .conv import pixel_block
+from .launch import launch, processors
 from .tuning import Tile
 
 _PARTS = 2  # of a block, each multiplied by a group of warps of its own
@@ -367,11 +366,6 @@ def _gluon_conv_kernel(
     )
 
 
-@functools.lru_cache(maxsize=8)
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def swizzled(rank: int, row_bytes: int, bits: int) -> gl.NVMMASharedLayout:
     """The layout of boxes in shared memory, with rows of ``row_bytes``, that the TMA writes and products read."""
     return gl.NVMMASharedLayout(swizzle_byte_width=min(row_bytes, 128), element_bitwidth=bits, rank=rank)
@@ -417,7 +411,7 @@ def gluon_conv(
     out_boxes = None
     if out.element_size() == 2 and K % 8 == 0 and out.data_ptr() % 16 == 0:  # else the TMA cannot store it
         out_boxes = TensorDescriptor.from_tensor(out, [*half_of(block), _CHUNK], swizzled(4, 2 * _CHUNK, 16))
-    _gluon_conv_kernel[(min(blocks, _processors(xq.device)),)](
+    launch(_gluon_conv_kernel, min(blocks, processors(xq.device)))(
         TensorDescriptor.from_tensor(view, box, swizzled(len(box), tile.depth, 8)),
         TensorDescriptor.from_tensor(weight.view(K, taps * C), [tile.columns, tile.depth], swizzled(2, tile.depth, 8)),
         out_boxes,

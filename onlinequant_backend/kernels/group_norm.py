@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import PTX, store
+from .launch import launch, processors
 
 # Elements of a block: a thread of four warps has four loads of 16 bytes of 16-bit numbers under way.
 _BLOCK = 4096
@@ -257,7 +258,7 @@ def group_norm(
 
     ``qparams``: see ``ops.quantize``.
     """
-    run = one_kernel if fits_one_kernel(x.shape, groups, _multiprocessors(x.device)) else three_kernels
+    run = one_kernel if fits_one_kernel(x.shape, groups, processors(x.device)) else three_kernels
     run(x, groups, weight, bias, eps, silu, qparams, out)
 
 
@@ -292,7 +293,7 @@ def one_kernel(
     block_p, left, right = _tiles(P, size)
     # 32 values in each thread, if that is not too many warps.
     warps = min(max(triton.next_power_of_2(block_p * (left + right)) // 1024, 1), _MOST_WARPS)
-    _group_kernel[(groups, N)](
+    launch(_group_kernel, groups, N)(
         x,
         weight,
         bias,
@@ -328,20 +329,22 @@ def three_kernels(
     block_p = _BLOCK // block_c
     channel_blocks, pixel_blocks = triton.cdiv(C, block_c), triton.cdiv(P, block_p)
     # Not more: few that wait for all others to end would take as long again.
-    wanted = max((programs or _PROGRAMS * _multiprocessors(x.device)) // (channel_blocks * N), 1)
+    wanted = max((programs or _PROGRAMS * processors(x.device)) // (channel_blocks * N), 1)
     blocks = triton.cdiv(pixel_blocks, min(wanted, pixel_blocks))  # of a chunk
     chunks = triton.cdiv(pixel_blocks, blocks)
     sums = torch.empty((N, chunks, 2, C), dtype=torch.float32, device=x.device)
     factors = torch.empty((N, 2, C), dtype=torch.float32, device=x.device)
     tile = {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": _WARPS}
-    _sum_kernel[(channel_blocks, chunks, N)](x, sums, P, C, blocks, **tile)
+    launch(_sum_kernel, channel_blocks, chunks, N)(x, sums, P, C, blocks, **tile)
     size = C // groups
     block_g = triton.next_power_of_2(size)
     block_k = min(triton.next_power_of_2(chunks), max(_BLOCK // block_g, 1))
-    _combine_kernel[(groups, N)](
+    launch(_combine_kernel, groups, N)(
         sums, weight, bias, factors, P, C, chunks, blocks * block_p, eps, SIZE=size, BLOCK_K=block_k, BLOCK_C=block_g
     )
-    _apply_kernel[(pixel_blocks * channel_blocks, N)](x, factors, qparams, out, P, C, channel_blocks, SILU=silu, **tile)
+    launch(_apply_kernel, pixel_blocks * channel_blocks, N)(
+        x, factors, qparams, out, P, C, channel_blocks, SILU=silu, **tile
+    )
 
 
 def _channels_of_a_block(channels: int) -> int:
@@ -358,9 +361,3 @@ def _tiles(pixels: int, size: int) -> tuple[int, int, int]:
     left = max(triton.next_power_of_2(size) // 2, 1)
     right = triton.next_power_of_2(max(size - left, 1))
     return triton.next_power_of_2(pixels), left, right
-
-
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 1
-    return torch.cuda.get_device_properties(device).multi_processor_count

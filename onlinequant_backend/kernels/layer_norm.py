@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import store
+from .launch import launch
 
 
 @triton.jit
@@ -76,6 +77,6 @@ def layer_norm(
     block = triton.next_power_of_2(C)
     rows = max(2048 // block, 1)  # of short ones a warp takes several: fewer programs, none waits for another warp
     warps = min(block // 256, 8) if block > 1024 else 1
-    _layer_norm_kernel[(triton.cdiv(M, rows),)](
+    launch(_layer_norm_kernel, triton.cdiv(M, rows))(
         *(x, residual, total, weight, bias, qparams, out, M, C, eps), ROWS=rows, BLOCK_C=block, num_warps=warps
     )

@@ -8,6 +8,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .epilogue import finish, gelu, rounded
+from .launch import launch
 from .tuning import Tile
 
 
@@ -152,10 +153,10 @@ def matmul(
         min(weight_scale.numel() - 1, 1),
         bias,
     )
-    blocks = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": 8}
-    grid = (triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns),)
-    launch = {"num_warps": tile.warps, "num_stages": tile.stages}
+    blocks = triton.cdiv(M, tile.rows) * triton.cdiv(N, tile.columns)
+    options = {"BLOCK_M": tile.rows, "BLOCK_N": tile.columns, "BLOCK_K": tile.depth, "GROUP": 8}
+    options |= {"num_warps": tile.warps, "num_stages": tile.stages}
     if geglu:
-        _geglu_kernel[grid](*operands, out_qparams, M, N, K, **blocks, **launch)
+        launch(_geglu_kernel, blocks)(*operands, out_qparams, M, N, K, **options)
     else:
-        _matmul_kernel[grid](*operands, residual, out_qparams, M, N, K, **blocks, **launch)
+        launch(_matmul_kernel, blocks)(*operands, residual, out_qparams, M, N, K, **options)
