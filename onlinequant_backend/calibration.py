@@ -93,7 +93,11 @@ def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[
     # Bounds that are equal or not finite give NaN. torch.histc is slower, and wants the bounds as numbers.
     bins = ((flat - low) / width).nan_to_num_(0).clamp_(0, BINS - 1).long()
     counts = torch.zeros(BINS, device=x.device).scatter_add_(0, bins, torch.ones_like(flat))
-    return counts / flat.numel(), low + (torch.arange(BINS, device=x.device) + 0.5) * width
+    # The sample misses what occurs once in a million values, and that may be what a picture hangs on. The bounds, which
+    # are exact, count like two values more, so that nothing clips them for next to nothing.
+    counts[0] += 1
+    counts[-1] += 1
+    return counts / (flat.numel() + 2), low + (torch.arange(BINS, device=x.device) + 0.5) * width
 
 
 def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:

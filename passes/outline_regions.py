@@ -73,10 +73,12 @@ def _best_region(calls: Sequence[fx.Node], least_saved: int) -> _Region | None:
     tokens = [numbers.setdefault(_token(call, position), len(numbers)) for position, call in enumerate(calls)]
     best, most = None, least_saved
     for candidate in _candidates(tokens):
+        if _saved(candidate) <= most:  # nor does less of it
+            continue
         region = _trimmed(calls, candidate)
         if region.length < _LEAST_CALLS:
             continue
-        saved = (len(region.starts) - 1) * region.length
+        saved = _saved(region)
         if saved > most:
             saved -= _CROSSING * len(region.starts) * _crossings(calls, region)
         if saved > most:
@@ -85,6 +87,11 @@ def _best_region(calls: Sequence[fx.Node], least_saved: int) -> _Region | None:
             if saved > most and len(alike.starts) > 1:
                 best, most = alike, saved
     return best
+
+
+def _saved(region: _Region) -> int:
+    """Calls that need not be compiled."""
+    return (len(region.starts) - 1) * region.length
 
 
 def _candidates(tokens: Sequence[int]) -> Iterator[_Region]:

@@ -97,6 +97,13 @@ def test_mse_clips_outliers(sign: int, format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", INTEGERS)
+def test_mse_keeps_what_the_sample_has_missed(format: Format) -> None:
+    x = noise(1_000_000)
+    x[3] = 100  # of trained models' activations, such a one is worth more than its square
+    assert freeze(observed(x), format, "mse")[2] > 0.85 * freeze(observed(x), format, "minmax")[2]
+
+
+@pytest.mark.parametrize("format", INTEGERS)
 def test_percentile_clips_one_in_ten_thousand(format: Format) -> None:
     x = noise(60000)
     xq = ops.quantize(x, freeze(observed(x), format, "percentile"), format.activation, False).float()
