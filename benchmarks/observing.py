@@ -5,7 +5,8 @@
 
 Eager steps and observed ones take turns in one process, so that both see the same machine. The first observed call with
 Dynamo's tracing and the last one, which measures sensitivities, have rows of their own. Nothing is compiled. "GiB" is
-the most memory in use in such a call: a GPU's that tensors are in, on a CPU the whole process's.
+the most memory in use in such a call: a GPU's that tensors are in, on a CPU the whole process's. To find that takes
+time, so of the calls in between one in two is timed, and the others' memory is looked at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -26,17 +27,27 @@ from benchmarks import peak_memory
 from benchmarks.models import build, model_parser, seconds, thresholds
 
 
-def timed(call: Callable[[], object], device: str) -> tuple[float, float]:
-    """Seconds and the peak of memory, in GiB, of a call."""
-    peak_memory.start(device, give_back=False)
-    took = seconds(call, device)
-    return took, next(iter(peak_memory.peaks(device).values()))
+class Calls:
+    """What calls of one kind took, each with its peak of memory or without."""
 
+    def __init__(self, call: Callable[[], object], device: str) -> None:
+        self._call, self._device = call, device
+        self._taken: list[tuple[float, float | None]] = []
 
-def medians(calls: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Of the seconds, and of the peaks."""
-    times, peaks = zip(*calls, strict=True)
-    return statistics.median(times), statistics.median(peaks)
+    def add(self, watches_memory: bool) -> None:
+        if watches_memory:
+            peak_memory.start(self._device)
+        took = seconds(self._call, self._device)
+        peak = next(iter(peak_memory.peaks(self._device).values())) if watches_memory else None
+        self._taken.append((took, peak))
+
+    def seconds(self) -> list[float]:
+        """Of the calls that were only timed, if there are some."""
+        return [took for took, peak in self._taken if peak is None] or [took for took, _ in self._taken]
+
+    def peak(self) -> float:
+        """In GiB."""
+        return statistics.median(peak for _, peak in self._taken if peak is not None)
 
 
 @torch.no_grad()
@@ -44,7 +55,7 @@ def main() -> None:
     parser = model_parser(__doc__, "sd15")
     parser.add_argument("--precision", default="int8", choices=["int8", "fp8"])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--calls", type=int, default=7, help="that are observed")
+    parser.add_argument("--calls", type=int, default=7, help="that are observed; 4 at least")
     options = parser.parse_args()
     model, inputs = build(options.model, options.device, getattr(torch, options.dtype), options.batch)
     cache = tempfile.TemporaryDirectory()  # else nothing is observed the second time
@@ -52,24 +63,28 @@ def main() -> None:
     given |= thresholds(0)
     step = torch.compile(model, backend="onlinequant", options=given)
     model(**inputs)
-    eager, observed = [], []
+    eager = Calls(lambda: model(**inputs), options.device)
+    first, observed, last = (Calls(lambda: step(**inputs), options.device) for _ in range(3))
     with Console(stderr=True).status("observing"):
-        for _ in range(options.calls):
-            eager.append(timed(lambda: model(**inputs), options.device))
-            observed.append(timed(lambda: step(**inputs), options.device))
+        for number in range(options.calls):
+            eager.add(number % 2 == 1)
+            if number in (0, options.calls - 1):
+                (last if number else first).add(True)
+            else:
+                observed.add(number % 2 == 1)
     report = onlinequant_backend.reports()[-1]
     assert report.calls_observed == options.calls, report.summary()
-    first, *between, last = observed
-    plain, plain_peak = medians(eager)
     table = Table(title=f"{options.model}, batch {options.batch}, {options.dtype} on {options.device}")
     for heading in ("a call", "median ms", "least", "most", "of eager", "GiB", "of eager"):
         table.add_column(heading, justify="right" if heading != "a call" else "left")
-    rows = {"eager": eager, "observed": between, "the first, traced by Dynamo": [first], "the last": [last]}
+    plain = statistics.median(eager.seconds())
+    rows = {"eager": eager, "observed": observed, "the first, traced by Dynamo": first, "the last": last}
     for name, calls in rows.items():
-        median, peak = medians(calls)
-        times = [time for time, _ in calls]
-        cells = [f"{1e3 * time:.4g}" for time in (median, min(times), max(times))]
-        table.add_row(name, *cells, f"{median / plain:.2f}", f"{peak:.2f}", f"{peak / plain_peak:.2f}")
+        times, peak = calls.seconds(), calls.peak()
+        cells = [f"{1e3 * time:.4g}" for time in (statistics.median(times), min(times), max(times))]
+        table.add_row(
+            name, *cells, f"{statistics.median(times) / plain:.2f}", f"{peak:.2f}", f"{peak / eager.peak():.2f}"
+        )
     Console().print(table)
     print(f"{len(report.decisions)} layers are observed")
 

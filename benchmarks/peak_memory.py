@@ -9,14 +9,12 @@ from pathlib import Path
 import torch
 
 
-def start(device: str, give_back: bool = True) -> None:
-    """Give back what no tensor is in, and forget the peaks. ``give_back=False`` leaves what a GPU has reserved, which
-    takes the next call time to get again and changes no peak but that of the reserved."""
+def start(device: str) -> None:
+    """Give back what no tensor is in, which takes the next call time to get again, and forget the peaks."""
     gc.collect()
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.synchronize()
-        if give_back:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     else:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -25,7 +23,7 @@ def start(device: str, give_back: bool = True) -> None:
 
 def peaks(device: str) -> dict[str, float]:
     """GiB since ``start``: of a GPU "allocated" and "reserved", of a CPU "resident"."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         found = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
     else:
         lines = Path("/proc/self/status").read_text().splitlines()

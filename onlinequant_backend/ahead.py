@@ -49,7 +49,8 @@ class _Calls:
 
     def _made(self, like: torch.Tensor) -> torch.Tensor:
         # Where it starts in its storage decides whether its address is aligned.
-        storage = torch.empty(like.untyped_storage().nbytes() // like.itemsize, dtype=like.dtype, device=NOWHERE)
+        last = sum((size - 1) * stride for size, stride in zip(like.shape, like.stride(), strict=True))
+        storage = torch.empty(like.storage_offset() + max(last, 0) + 1, dtype=like.dtype, device=NOWHERE)
         return storage.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
@@ -98,7 +99,9 @@ def is_ahead() -> bool:
 
 
 def _is_symbolic(arg: Any) -> bool:
-    return isinstance(arg, torch.Tensor) and any(isinstance(size, torch.SymInt) for size in (*arg.shape, *arg.stride()))
+    if not isinstance(arg, torch.Tensor):
+        return False
+    return any(isinstance(size, torch.SymInt) for size in (*arg.shape, *arg.stride(), arg.storage_offset()))
 
 
 def _like(tensor: torch.Tensor) -> tuple[Any, ...]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # Values of a weight that are quantized at a time: 4 MiB as float32.
 _BLOCK = 2**20
-# Values of an output that are compared at a time: all of a video model's would take more memory than its step.
+# Values of outputs that are compared at a time, of one image at least: all of a video model's take more than its step.
 _MOST_COMPARED = 2**26
 # On a GPU a histogram is fifteen small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
@@ -295,7 +295,9 @@ class Layer:
 
     def measure_sensitivity(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
         """Compare the layer's float output ``y`` with its 8-bit output for the same input."""
-        parts = min(len(y), math.ceil(y.numel() / _MOST_COMPARED)) if y.dim() > 1 else 1
+        if self.geometry is None:
+            x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        parts = min(len(y), math.ceil(y.numel() / _MOST_COMPARED))
         sums = []
         for x_part, y_part in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
             error = self.quantized_output(x_part, bias, y_part).float() - y_part
@@ -312,9 +314,13 @@ def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
     return torch.exp2(torch.ceil(torch.log2(exact)))
 
 
+def _has_one_scale(shape: Sequence[int], format: Format) -> bool:
+    return format.linear_per_tensor and math.prod(shape[2:]) == 1
+
+
 def scales_in(shape: Sequence[int], format: Format) -> int:
     """How many scales ``quantize_weight`` gives a weight of such a shape."""
-    return 1 if format.linear_per_tensor and math.prod(shape[2:]) == 1 else shape[0]
+    return 1 if _has_one_scale(shape, format) else shape[0]
 
 
 def quantize_weight(
@@ -333,7 +339,7 @@ def quantize_weight(
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
-    per_tensor = scales_in(weight.shape, format) == 1
+    per_tensor = _has_one_scale(weight.shape, format)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if per_tensor:
         scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)

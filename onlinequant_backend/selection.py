@@ -261,21 +261,26 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
         return
     with Progress("compiling kernels", len(tiles)) as progress, ThreadPoolExecutor(ahead.THREADS) as pool:
         for (info, tile), done in [(each, pool.submit(call, *each)) for each in tiles]:
-            if done.exception() is not None:  # see ``time_if_possible``
+            if done.exception() is not None:
                 _log.debug("%s, %s: %s", info.name, tile, done.exception())
             progress.advance(info.name)
 
 
 def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:
     """``_time_layer``; None where memory runs out."""
-    for _ in range(2):
-        torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
-        try:
-            return _time_layer(info, format, device)
-        except torch.OutOfMemoryError as error:
-            message = str(error)
-    _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, message)
-    return None
+    torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
+    try:
+        return _time_layer(info, format, device)
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
+        return None
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Of the allocator, of CUDA, or of cuBLAS."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
@@ -301,6 +306,7 @@ class _Clock:
         with torch.cuda.stream(self._stream):
             run()
             self._stream.synchronize()
+            torch.cuda.empty_cache()
             graph = self._captured(run)
             for _ in range(_REPLAYS):
                 start.record()
@@ -315,9 +321,9 @@ class _Clock:
         smaller GPU has."""
         try:
             return self.time(run)
-        except torch.OutOfMemoryError:
-            raise
         except Exception as error:
+            if _is_out_of_memory(error):
+                raise
             _log.debug("a tile cannot be timed: %s", error)
             torch.cuda.synchronize()
             return 1e9
@@ -325,12 +331,13 @@ class _Clock:
     def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         graph.capture_begin(self._graphs[0].pool() if self._graphs else None, capture_error_mode="thread_local")
+        graphs, self._graphs = self._graphs, []  # what is captured after an invalid one must not have their memory
         try:
             for _ in range(_RUNS):
                 run()
         finally:
             graph.capture_end()
-        self._graphs.append(graph)
+        self._graphs = [*graphs, graph]
         return graph
 
 

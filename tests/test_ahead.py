@@ -74,7 +74,10 @@ def test_symbolic_tensors_and_those_elsewhere_are_left_alone() -> None:
     with compiling(seen.append) as fake:
         with FakeTensorMode(shape_env=ShapeEnv()) as mode:
             context, source = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC]), ConstantSource("x")
-            fake(mode.from_tensor(real, static_shapes=False, symbolic_context=context, source=source))
+            x = mode.from_tensor(real, static_shapes=False, symbolic_context=context, source=source)
+            fake(x)
+            fake(x[x.shape[0] - 1 :][:1])
+            fake(x.as_strided((2,), (1,), x.shape[0] - 2))
         fake(torch.empty(3, device="meta"))
     assert not seen
 
@@ -116,6 +119,7 @@ def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
     run = subprocess.run([sys.executable, str(script)], env=environment, check=True, stdout=subprocess.PIPE, text=True)
     found = json.loads(run.stdout.splitlines()[-1])
     assert {case: different for case, (_, different) in found.items() if different} == {}
+    assert [case for case, (kernels, _) in found.items() if not kernels] == []
     assert {kernel for kernels, _ in found.values() for kernel in kernels} == {
         *("_matmul_kernel", "_geglu_kernel", "_conv_kernel", "_gluon_conv_kernel", "_add_up_kernel", "_gather_kernel"),
         *("_layer_norm_kernel", "_group_kernel", "_sum_kernel", "_combine_kernel", "_apply_kernel"),

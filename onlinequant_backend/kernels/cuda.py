@@ -59,7 +59,7 @@ def _cublas(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    if ahead.is_ahead():  # there is nothing to compile, and cuBLAS keeps memory for each thread that calls it
+    if ahead.is_ahead():  # there is nothing to compile
         return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
     fused = None if bias is None or dtype is torch.float32 else bias.to(dtype)
     # Sums in the tensor cores' own precision: those of fp8 are of 14 bits of mantissa, plenty beside 3 of each factor.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import triton
 
 from .. import ahead
 
@@ -17,11 +18,23 @@ def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     Ahead, it compiles the kernel for such arguments. Of tensors their dtypes and the alignment of their addresses
     count, so that they may be on the meta device, without any memory.
     """
-    return functools.partial(kernel.warmup, grid=grid) if ahead.is_ahead() else kernel[grid]
+    return functools.partial(_compile, kernel, grid) if ahead.is_ahead() else kernel[grid]
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    compiled = kernel.warmup(*args, grid=grid, **options)
+    if compiled is not None:  # by the interpreter nothing is
+        # Triton 3.6 compiles this one, too, in C; it is found in the cache when the kernel is loaded.
+        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
 
 
 def processors(device: torch.device) -> int:
     """The multiprocessors of a GPU; of the current one for the meta device, and 1 for a CPU."""
     if device.type == "cpu":
         return 1
-    return torch.cuda.get_device_properties(device if device.type == "cuda" else None).multi_processor_count
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
