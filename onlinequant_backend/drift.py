@@ -69,21 +69,20 @@ class CountingCall:
         self, function: Callable[..., Any], graphed: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     ) -> None:
         self._function = function
-        self._lengths: dict[int, int] = {}
         self._run = self._counted if graphed is None else graphed(self._counted)
 
     def __call__(self, *args: Any) -> tuple[Any, dict[int, float]]:
         """The result, and of each quantized tensor by the address of its ``qparams`` the share of values at an end of
         its range, less what a handful may be. Waits for both."""
-        result, clipped = self._run(*args)
-        return result, {} if clipped is None else _shares(clipped, self._lengths)
+        result, clipped, lengths = self._run(*args)
+        return result, {} if clipped is None else _shares(clipped, lengths)
 
-    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None]:
-        # Replays of a graph run no Python, but leave the same number of values of the same tensors.
+    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None, dict[int, int]]:
+        # All of it is returned: other threads may be calling with other sizes, and replays of a graph run no Python.
         with counting() as counts:
             result = self._function(*args)
-        self._lengths = {address: len(flags) for address, flags in counts.clipped.items()}
-        return result, torch.cat(list(counts.clipped.values())) if counts.clipped else None
+        lengths = {address: len(flags) for address, flags in counts.clipped.items()}
+        return result, torch.cat(list(counts.clipped.values())) if counts.clipped else None, lengths
 
 
 class Counts:

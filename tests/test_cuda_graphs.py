@@ -463,3 +463,7 @@ def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
         assert float(result) == 2 * 127 * clipped
         assert shares == {qparams.data_ptr(): max(0, clipped - 4) / 1000}
     assert call._run.captures == 1  # type: ignore[attr-defined]
+    for size in (3000, 3000, 1000, 3000):
+        _, shares = call(qparams, torch.full((size,), 127.0, device=device))
+        assert shares == {qparams.data_ptr(): 1 - 4 / size}
+    assert call._run.captures == 2  # type: ignore[attr-defined]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -129,6 +132,24 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
 
 def test_a_function_without_such_kernels_clips_nothing() -> None:
     assert drift.CountingCall(lambda x: x + 1)(2) == (3, {})
+
+
+def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
+    qparams = torch.tensor([1.0, 3.0, 1.0])
+    kernel = drift.counted(lambda xq, qparams: len(xq))
+    outcomes: dict[int, Any] = {}
+
+    def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(xq: torch.Tensor) -> Any:
+            if len(xq) not in outcomes:
+                outcomes[len(xq)] = function(xq)
+            return outcomes[len(xq)]
+
+        return run
+
+    call = drift.CountingCall(lambda xq: kernel(xq, qparams), replayed)
+    for size in (1000, 3000, 1000, 500, 3000):
+        assert call(torch.full((size,), 255, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
 
 
 @pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
