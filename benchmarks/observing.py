@@ -38,7 +38,7 @@ class Calls:
         if watches_memory:
             peak_memory.start(self._device)
         took = seconds(self._call, self._device)
-        peak = next(iter(peak_memory.peaks(self._device).values())) if watches_memory else None
+        peak = peak_memory.peak(self._device) if watches_memory else None
         self._taken.append((took, peak))
 
     def seconds(self) -> list[float]:

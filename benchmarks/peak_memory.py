@@ -30,3 +30,8 @@ def peaks(device: str) -> dict[str, float]:
         kibibytes = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
         found = {"resident": kibibytes * 2**10}
     return {name: size / 2**30 for name, size in found.items()}
+
+
+def peak(device: str) -> float:
+    """GiB since ``start`` that a GPU's tensors took at most, or the process."""
+    return next(iter(peaks(device).values()))

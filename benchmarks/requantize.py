@@ -26,6 +26,7 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks import peak_memory
 from benchmarks.models import build, model_parser
 from onlinequant_backend import errors, formats, precision
 from onlinequant_backend.formats import Format
@@ -42,13 +43,13 @@ class Measurement:
     what: str
     weights: list[torch.Tensor]
     seconds: list[float]
-    extra_bytes: int
+    extra: float  # GiB
 
     def cells(self) -> tuple[str, ...]:
         """The row as the table shows it."""
         median = statistics.median(self.seconds)
         seconds = f"{median:.2f} ({min(self.seconds):.2f}-{max(self.seconds):.2f})"
-        memory = f"{self.extra_bytes / 2**20:.0f}"
+        memory = f"{1024 * self.extra:.0f}"
         if not self.weights:
             return self.what, "", "", seconds, "", "", memory
         millions = sum(weight.numel() for weight in self.weights) / 1e6
@@ -80,20 +81,6 @@ def quantize_values(weights: list[torch.Tensor], format: Format) -> None:
         quantize_weight(weight, format)
 
 
-def peak_bytes(device: str, reset: bool = False) -> int:
-    """The most memory that has been in use since the last reset."""
-    if device == "cuda":
-        if reset:
-            torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.max_memory_allocated()
-    if not Path("/proc/self/status").exists():
-        return 0  # only Linux tells
-    if reset:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-
-
 def measure(
     what: str,
     weights: list[torch.Tensor],
@@ -103,16 +90,17 @@ def measure(
     repeats: int = 3,
 ) -> Measurement:
     """Time ``run``, each after an untimed ``before``."""
-    seconds, extra = [], 0
+    seconds, extra = [], 0.0
     for _ in range(repeats):
         before()
-        in_use = peak_bytes(device, reset=True)
+        peak_memory.start(device)
+        in_use = peak_memory.peak(device)
         start = time.perf_counter()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
-        extra = max(extra, peak_bytes(device) - in_use)
+        extra = max(extra, peak_memory.peak(device) - in_use)
     return Measurement(what, weights, seconds, extra)
 
 
