@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from onlinequant_backend import ahead, compat, ops
-from onlinequant_backend.kernels import cuda
+from onlinequant_backend.kernels import cuda, launch
 from onlinequant_backend.kernels.tuning import CUBLAS, Tile
 
 CPU = torch.device("cpu")
@@ -110,6 +110,13 @@ def test_operators_take_part() -> None:
             xq, weight = torch.empty(4, 32, dtype=torch.int8), torch.empty(16, 32, dtype=torch.int8)
             ops.linear(xq, torch.empty(3), weight, torch.empty(16), None, torch.float32)
     assert added == ["linear"]
+
+
+def test_tensors_that_are_nowhere_are_for_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(launch, "_processors", lambda index: 100 + index)
+    found = [launch.processors(torch.device(name)) for name in ("cpu", "cuda:1", "cuda", "meta")]
+    assert found == [1, 101, 103, 103]
 
 
 @pytest.mark.skipif(not compat.has_gluon(), reason="this Triton has no such Gluon")
