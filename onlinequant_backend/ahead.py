@@ -17,7 +17,7 @@ import torch
 _log = logging.getLogger("onlinequant")
 # Most of a compile is done outside of Python, by LLVM and ptxas.
 THREADS = min(8, os.cpu_count() or 1)
-# Its tensors have no memory, and nothing is run on it.
+# Tensors of this device have no memory, and nothing runs on it.
 NOWHERE = torch.device("meta")
 
 _local = threading.local()
