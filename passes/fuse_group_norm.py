@@ -83,11 +83,13 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
         args = (x, groups, weight, bias, eps, silu, qparams, dtype)
         result = graph_module.graph.call_function(ops.group_norm, args)
     result.meta = {key: value for key, value in quantize.meta.items() if key != "onlinequant"}
+    # AOTAutograd caches only graphs in which methods are called on what has an example.
+    result.meta["example_value"] = graph.example(norm).to(dtype)
     if orderings:
         orderings[0].replace_input_with(last, result)
         result = orderings[-1]
         for node in orderings:
-            node.meta.pop("example_value", None)  # was of float
+            node.meta["example_value"] = graph.example(node).to(dtype)
     if not channels_last:
         with graph_module.graph.inserting_before(quantize):
             result = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (result,))

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
 from onlinequant_backend import graph, ops
 from onlinequant_backend.passes import REWRITE
@@ -110,6 +111,9 @@ def test_rows_of_an_image_are_made_after_the_op(rows: Between, precision: Precis
     # The rows lie in memory as the norm writes them.
     y = torch.empty(X.shape).contiguous(memory_format=torch.channels_last)
     assert rows(y).data_ptr() == y.data_ptr()
+    # What AOTAutograd does not cache, a warm start would trace again.
+    check_cacheable(probe.graph_module)
+    assert all(graph.example(node).dtype is norm.args[-1] for node in (norm, *norm.users))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
