@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onlinequant_backend.kernels import tuning
-from onlinequant_backend.kernels.tuning import CUBLAS, GATHER, TMA, Tile
+from onlinequant_backend.kernels.tuning import CUBLAS, GATHER, GLUON, TMA, Tile
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
 ONE, NONE = (1, 1), (0, 0)
@@ -20,12 +20,13 @@ Gpu = Callable[..., None]
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
-    """``gpu(tma=True, processors=132)``; so it is, unless a test says otherwise."""
+    """``gpu(tma=True, processors=132, gluon=False)``; so it is, unless a test says otherwise."""
     cached = (tuning.linear_tiles, tuning.conv_tiles)
     monkeypatch.setattr(tuning, "_chosen", {})
 
-    def set_gpu(tma: bool = True, processors: int = 132) -> None:
+    def set_gpu(tma: bool = True, processors: int = 132, gluon: bool = False) -> None:
         monkeypatch.setattr(tuning, "_has_tma", lambda: tma)
+        monkeypatch.setattr(tuning, "_has_gluon", lambda: gluon)
         monkeypatch.setattr(tuning, "_processors", lambda: processors)
         for tiles in cached:
             tiles.cache_clear()
@@ -212,6 +213,25 @@ def test_only_tiles_that_are_known_are_valid() -> None:
         assert tuning.is_valid(good)
     for changes in ({"splits": 0}, {"splits": 17}, {"splits": 1.0}, {"rows": 3}, {"kernel": "cutlass"}, {"warps": 64}):
         assert not tuning.is_valid(dataclasses.replace(tile, **changes))
+
+
+@pytest.mark.parametrize(
+    ("channels", "stride", "offered"),
+    [
+        pytest.param(640, 1, True, id="plain"),
+        pytest.param(640, 2, True, id="stride"),
+        pytest.param(320, 2, False, id="stride and half a block of channels"),
+        pytest.param(20, 1, False, id="no whole vectors"),
+    ],
+)
+def test_gluon_is_offered_unsplit_where_it_can_run(channels: int, stride: int, offered: bool, gpu: Gpu) -> None:
+    shapes = (2, channels, 32, 32), (640, channels, 3, 3), ((stride, stride), ONE, ONE)
+    assert GLUON not in kernels(tuning.conv_tiles(*shapes, FP8))
+    gpu(gluon=True)
+    tiles = tuning.conv_tiles(*shapes, FP8)
+    assert (GLUON in kernels(tiles)) == offered
+    assert all(tile.splits == 1 for tile in tiles if tile.kernel == GLUON)
+    assert all(map(tuning.is_valid, tiles))
 
 
 def test_stride_is_for_even_sizes_and_whole_blocks_of_channels() -> None:
