@@ -36,6 +36,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -133,7 +134,9 @@ def open_folder(options: argparse.Namespace) -> None:
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{options.out} holds pictures drawn with other settings: give another --out, or delete it.")
     options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(settings) + "\n")
+    own = path.with_suffix(f".{os.getpid()}")  # rows in other processes may be doing the same
+    own.write_text(json.dumps(settings) + "\n")
+    own.replace(path)
 
 
 def draw_at_once(rows: list[str], jobs: int) -> None:
