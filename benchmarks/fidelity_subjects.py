@@ -92,7 +92,9 @@ class RandomWeights:
         self._start: torch.Tensor | None = None
         if outliers:
             enlarge_channels(self.model)
-            self._start = enlarge_start_token(self.model, self._inputs["encoder_hidden_states"])[:, :1]
+            text = self._inputs["encoder_hidden_states"]
+            if text.shape[1] > 1:  # SVD's only token is a picture's
+                self._start = enlarge_start_token(self.model, text)[:, :1]
         # SVD is shown a picture beside the noise.
         sample = self._inputs["sample"]
         self._shown = sample[:, :, 4:] if name == "svd" else sample[:, :0]

@@ -72,6 +72,7 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
     if quantize is None or quantize.target is not ops.quantize or (orderings and quantize.args[3]):
         return False
     _, qparams, dtype, channels_last = quantize.args[:4]
+    assert isinstance(dtype, torch.dtype)
     x, groups = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "num_groups")
     weight, bias = graph.argument(norm, 2, "weight"), graph.argument(norm, 3, "bias")
     eps = graph.argument(norm, 4, "eps", 1e-5)
