@@ -36,7 +36,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +51,7 @@ from benchmarks.fidelity_study import Row, Study, file_name
 from benchmarks.fidelity_subjects import SAMPLERS, RandomWeights, Scenes, Subject
 from benchmarks.fidelity_variants import COMPILED, EAGER, Variant, variants, without_inductor
 from benchmarks.models import MODELS
+from onlinequant_backend import files
 from onlinequant_backend.config import CALIBRATION_METHODS, QuantConfig
 
 # Heading of each column, and how its figures are written.
@@ -133,10 +133,7 @@ def open_folder(options: argparse.Namespace) -> None:
     path = options.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{options.out} holds pictures drawn with other settings: give another --out, or delete it.")
-    options.out.mkdir(parents=True, exist_ok=True)
-    own = path.with_suffix(f".{os.getpid()}")  # rows in other processes may be doing the same
-    own.write_text(json.dumps(settings) + "\n")
-    own.replace(path)
+    files.write_atomically(path, json.dumps(settings) + "\n")  # rows in other processes may be reading it
 
 
 def draw_at_once(rows: list[str], jobs: int) -> None:
