@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _BLOCK = 2**20
 # Values of outputs that are compared at a time, of one image at least: all of a video model's take more than its step.
 _MOST_COMPARED = 2**26
-# On a GPU a histogram is some fifteen small kernels, so a layer has one made for the first and for one in so many calls.
+# On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
 # No weight is taken for smaller than this, so that scales are normal numbers.
 _LEAST = torch.finfo(torch.float32).tiny * 2**20
