@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+from .compile_process import in_background
+
 _log = logging.getLogger("onlinequant")
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
@@ -37,15 +39,21 @@ class Background:
         is_inference, has_grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         is_ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
 
+        def beside_others() -> None:
+            with in_background():
+                work()
+
         def run() -> None:
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
                 if is_ready is None:
-                    context.run(work)
+                    context.run(beside_others)
                     return
                 with torch.cuda.device(device):
                     torch.cuda.current_stream().wait_event(is_ready)
-                    context.run(work)
-                    torch.cuda.synchronize()  # whoever uses the result may do so on another stream
+                    context.run(beside_others)
+                    # Whoever uses the result may do so on another stream. Not the whole device: another thread's capture
+                    # of a CUDA graph would become invalid.
+                    torch.cuda.current_stream().synchronize()
 
         with self._lock:
             if not self.is_busy():

@@ -2,28 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
-from torch._guards import TracingContext, tracing
-from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import agreement, ahead, compat, graph, keys
+from . import agreement, graph, wire
+from .compiler import Job, NotNowError, compile_job
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .drift import CountingCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
-from .shapes import SymbolicInputs
+from .shapes import FixedInputs, SymbolicInputs
 from .weights import WeightSet, getter
 
 _log = logging.getLogger("onlinequant")
@@ -104,21 +101,25 @@ def build(
     precision: Precision,
     symbolic: bool,
     directory: Path | None,
+    beforehand: Callable[[Job], object] = lambda job: None,
 ) -> CompiledGraph:
     """Rewrite the selected layers of a copy of ``graph_module`` and compile it.
 
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
     caches; None leaves them where they are by default. If it turns out that nothing can be written there any more, a
-    temporary directory takes its place. What cannot be compiled in regions is compiled as a whole.
+    temporary directory takes its place. What cannot be compiled in regions is compiled as a whole. ``beforehand`` is
+    called with what will be compiled, and may have another process do so first.
     """
     try:
-        return _build(graph_module, args, weights, config, precision, symbolic, directory)
+        return _build(graph_module, args, weights, config, precision, symbolic, directory, beforehand)
+    except NotNowError:
+        raise
     except Exception as error:
         if directory is None or _can_be_written(directory):
             raise
         _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
         elsewhere = Path(_temporary_directory().name)
-        return _build(graph_module, args, weights, config, precision, symbolic, elsewhere)
+        return _build(graph_module, args, weights, config, precision, symbolic, elsewhere, beforehand)
 
 
 def _build(
@@ -129,8 +130,9 @@ def _build(
     precision: Precision,
     symbolic: bool,
     directory: Path | None,
+    beforehand: Callable[[Job], object],
 ) -> CompiledGraph:
-    inputs = SymbolicInputs(graph_module, args) if symbolic else None
+    inputs = SymbolicInputs(graph_module, args) if symbolic else FixedInputs(args)
     rewritten = graph.copy_graph(graph_module)
     graph.specialize(rewritten, args, sizes=not symbolic)
     device = weights.layers[0].device
@@ -147,12 +149,14 @@ def _build(
     names = [node.name for node in graph.placeholders(rewritten)]
     taken = [positions[name] for name in names if name in positions]
     extras = [weights.extra(what, of) for what, of in context.extra_inputs]
-    values = args if inputs is None else inputs.values
-    # Inductor cannot do with inference tensors that require gradients, as the weights of ComfyUI's ControlNets are.
-    examples = [value.detach() if graph.requires_grad(value) else value for value in (values[i] for i in taken)]
-    moved = [i for i, value in enumerate(examples) if device.type == "cuda" and _is_cpu_number(value)]
-    for i in moved:
-        examples[i] = examples[i].to(device)
+    moved = [i for i, at in enumerate(taken) if device.type == "cuda" and _is_cpu_number(inputs.values[at])]
+    examples = [inputs.values[at] for at in taken]
+    with inputs.fake_mode, torch.no_grad():
+        for i in moved:
+            examples[i] = examples[i].to(device)
+        # Inductor cannot do with inference tensors that require gradients, as the weights of ComfyUI's ControlNets are.
+        examples = [value.detach() if graph.requires_grad(value) else value for value in examples]
+    examples += [inputs.fake_mode.from_tensor(extra, static_shapes=True) for extra in extras]
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if device.type == "cuda":
@@ -163,21 +167,26 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
-    given = [*examples, *extras]
-    reference = agreement.Reference(rewritten, given, options, directory) if has_regions else None
+    job = Job(wire.standard(rewritten), examples, inputs.symbols, options, directory, device)
+    given = [*(args[at].to(device) if i in moved else args[at] for i, at in enumerate(taken)), *extras]
+    reference = agreement.Reference(job.graph, given, options, directory) if has_regions else None
     try:
-        with _compilation(inputs), compile_caches(directory), ahead.compiling_ahead(device):
-            function = compat.compile_fx(rewritten, given, options, outside_dynamo=True)
+        beforehand(job)
+        function = compile_job(job, inputs.fake_mode)
         if reference is not None:
             reference.check(function)
+    except NotNowError:
+        raise
     except Exception as error:
         if not has_regions:
             raise
         _log.warning("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
         whole = dataclasses.replace(config, regional_compilation=False)
-        return _build(graph_module, args, weights, whole, precision, symbolic, directory)
-    if inputs is not None:
+        return _build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
+    if isinstance(inputs, SymbolicInputs):
         inputs.finish()
+    else:
+        inputs = None
     return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
 
 
@@ -198,26 +207,3 @@ def _can_be_written(directory: Path) -> bool:
 @functools.lru_cache(maxsize=1)
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process ends
-
-
-@contextlib.contextmanager
-def compile_caches(directory: Path | None) -> Iterator[None]:
-    """Inductor's caches lie in ``directory``, and know a change of this package's sources: their keys see of our
-    operators no more than the names."""
-    with compat.inductor_cache(directory, tag=keys.source_digest()):
-        yield
-
-
-@contextlib.contextmanager
-def _compilation(inputs: SymbolicInputs | None) -> Iterator[None]:
-    """What Inductor needs outside Dynamo: a tracing context of its own (without one its caches are bypassed), and
-    ordinary tensors even under ``inference_mode``."""
-    fake_mode = FakeTensorMode(shape_env=ShapeEnv()) if inputs is None else inputs.fake_mode
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(compat.compile_lock())
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(tracing(TracingContext(fake_mode)))
-        if inputs is not None:
-            stack.enter_context(compat.free_sizes())
-        yield

@@ -201,6 +201,11 @@ class Cache:
             return folder
         return None
 
+    def has_compiled(self, key: str) -> bool:
+        """Whether there is any compiled graph for such a key; see ``compiler.is_in_cache``."""
+        directory = self.inductor_directory(key) if self.has(key) else None
+        return directory is not None and any(directory.glob("compiled-*"))
+
     def entries(self) -> list[EntryInfo]:
         """Every calibration, last used first."""
         if self.root is not None:

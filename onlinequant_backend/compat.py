@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -184,6 +186,41 @@ def compile_lock() -> Any:
     return torch._dynamo.convert_frame.compile_lock
 
 
+_tracing_thread: int | None = None
+
+
+@contextlib.contextmanager
+def tracing_unseen_elsewhere() -> Iterator[None]:
+    """Within the block, FX may trace in this thread, and all others go on calling compiled models.
+
+    FX notes for the whole process that it is tracing, and Dynamo refuses every call meanwhile, of any model in any
+    thread. So the function that Dynamo asks is changed, in place, since whatever was compiled before holds on to it.
+    """
+    global _tracing_thread
+    asked: Any = torch.fx._symbolic_trace.is_fx_symbolic_tracing
+    if asked.__code__ is not _is_tracing_here.__code__:
+        asked.__globals__["_onlinequant_traces_elsewhere"] = _traces_elsewhere
+        asked.__code__ = _is_tracing_here.__code__
+    before, _tracing_thread = _tracing_thread, threading.get_ident()
+    try:
+        yield
+    finally:
+        _tracing_thread = before
+
+
+def _traces_elsewhere() -> bool:
+    return _tracing_thread not in (None, threading.get_ident())
+
+
+def _is_tracing_here() -> bool:
+    """The code of ``torch.fx._symbolic_trace.is_fx_symbolic_tracing``, for threads that do not trace themselves."""
+    return (
+        _is_fx_tracing_flag  # type: ignore[name-defined]  # noqa: F821
+        and not _onlinequant_traces_elsewhere()  # type: ignore[name-defined]  # noqa: F821
+        and not torch.compiler.is_compiling()
+    )
+
+
 def found_graphs() -> tuple[int, int]:
     """How many graphs Inductor has found in its cache in this process, and how many it has not."""
     counts = torch._dynamo.utils.counters["inductor"]
@@ -206,12 +243,85 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
         is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
     except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
         is_users = True
+    _keep_kernel_cache()
     patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
     with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
             stack.enter_context(vector_instructions.asked_once(directory))
         yield
+
+
+def _keep_kernel_cache() -> None:
+    """Have Triton's cache stay where it is: with the first kernel of its own, Inductor would move it to another folder,
+    in which no other process, nor this one, finds the kernels of ours that are compiled already."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return
+    os.environ.setdefault("TRITON_CACHE_DIR", str(knobs.cache.dir))
+
+
+# What a compile depends on beside its graph, and what another process must be told: the keys of Inductor's caches hold
+# most of it.
+_FLAGS = (
+    "backends.cuda.matmul.allow_tf32",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation",
+    "backends.cudnn.allow_tf32",
+    "backends.cudnn.benchmark",
+    "backends.cudnn.deterministic",
+)
+# What is asked for with the first function and set with the second one, and the order in which attention is tried.
+_SWITCHES = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
+    ),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+)
+Settings = tuple[dict[str, Any], list[Any], list[dict[str, Any]]]
+
+
+def settings() -> Settings:
+    """What ``apply_settings`` takes in another process, so that it compiles the same: it must pickle."""
+    flags = {name: operator.attrgetter(name)(torch) for name in _FLAGS}
+    plain = (bool, int, float, str, type(None))
+    configs = [
+        {name: value for name, value in config.save_config_portable().items() if isinstance(value, plain)}
+        for config in _configs()
+    ]
+    return flags, [ask() for ask, _ in _SWITCHES], configs
+
+
+def apply_settings(settings: Settings) -> None:
+    """Set all that differs."""
+    flags, switches, configs = settings
+    for name, value in flags.items():
+        owner, _, attribute = name.rpartition(".")
+        if operator.attrgetter(name)(torch) != value:
+            setattr(operator.attrgetter(owner)(torch), attribute, value)
+    for (ask, change), value in zip(_SWITCHES, switches, strict=True):
+        if ask() != value:
+            change(value)
+    for config, values in zip(_configs(), configs, strict=True):
+        known = config.save_config_portable()
+        config.load_config({name: value for name, value in values.items() if name in known and known[name] != value})
+
+
+def _configs() -> tuple[Any, ...]:
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+
+    return inductor_config, functorch_config
 
 
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:

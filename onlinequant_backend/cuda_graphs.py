@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .graph_memory import Waits, allocates_in_graph, trim_graph_memory
 from .weights import getter
 
 _log = logging.getLogger("onlinequant")
@@ -70,6 +71,7 @@ class GraphedCall:
         """Give back the memory of all captures; the next calls make new ones."""
         with self._lane.lock:
             self._known.clear()
+            self._lane.trim()
 
     def _refusal(self, args: Sequence[Any]) -> str | None:
         """Why this one call cannot have a graph."""
@@ -162,27 +164,13 @@ class _Capture:
                     tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
                 )
         self._buffers = [_without_repetitions(arguments[position]) for position in self._positions]
-        self._replay, outputs = lane.record(lambda: function(*arguments))
-        self._leaves, self._structure = tree_flatten(outputs)
-        self._storages = {
-            _storage(leaf): torch.empty(0, dtype=torch.uint8, device=leaf.device).set_(leaf.untyped_storage())
-            for leaf in self._leaves
-            if isinstance(leaf, torch.Tensor)
-        }
+        self._replay, self._outputs = lane.record(lambda: function(*arguments))
 
     def replay(self, args: Sequence[Any]) -> Any:
         for buffer, position in zip(self._buffers, self._positions, strict=True):
             buffer.copy_(_without_repetitions(args[position]))
         self._replay()
-        # Whole storages, so that outputs keep their strides and what they share with each other.
-        copies = {address: memory.clone().untyped_storage() for address, memory in self._storages.items()}
-        leaves = list(self._leaves)
-        for i, leaf in enumerate(leaves):
-            if isinstance(leaf, torch.Tensor):
-                leaves[i] = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
-                    copies[_storage(leaf)], leaf.storage_offset(), leaf.size(), leaf.stride()
-                )
-        return tree_unflatten(leaves, self._structure)
+        return _copied(self._outputs)
 
 
 class _Lane:
@@ -220,30 +208,61 @@ class _Lane:
         """Memory from this stream is used again by captures only, which begin with a wait for the device."""
         return torch.cuda.stream(self._stream)
 
-    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture ``run``: what replays it, and its outputs, which each replay overwrites."""
+    def record(self, run: Callable[[], Any], trims: bool = True) -> tuple[Callable[[], None], Any]:
+        """Capture ``run``: what replays it, and its outputs, which each replay overwrites.
+
+        ``trims``: give back what the allocator keeps, since it cannot do so during a capture.
+        """
+        if allocates_in_graph():
+            run = self._on_own_memory(run)
         others = list(self._graphs)  # held, because torch refuses a pool whose last graph is gone
         if not others:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # during a capture the allocator cannot give back what it keeps
-        # cuBLAS keeps a workspace for each stream. Made here, it must not outlive the pool, nor come from outside.
+        if trims:
+            torch.cuda.empty_cache()
+        # cuBLAS keeps a workspace for each stream. Made in the capture, it must not outlive it, nor come from outside.
         torch._C._cuda_clearCublasWorkspaces()
-        try:
-            with self.side_stream():
-                try:
-                    # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
-                    graph.capture_begin(self._pool, capture_error_mode="thread_local")
-                    outputs = run()
-                    graph.capture_end()
-                except BaseException:
-                    self._recover(graph)
-                    raise
-        finally:
-            torch._C._cuda_clearCublasWorkspaces()
+        with self.side_stream():
+            try:
+                # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                outputs = run()
+                torch._C._cuda_clearCublasWorkspaces()
+                graph.capture_end()
+            except BaseException:
+                self._recover(graph)
+                raise
         self._graphs.add(graph)
         return graph.replay, outputs
+
+    def trim(self) -> None:
+        """Give back the memory of graphs that are gone."""
+        if allocates_in_graph():
+            trim_graph_memory(self.device)
+
+    def _on_own_memory(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """``run`` for an allocator that makes allocations a part of the graph: with outputs that are none of them.
+
+        If anything goes wrong within such a capture, the next tensor to be freed ends the process, and so does one that
+        was made in it and is freed before the first replay. So it is tried first, and refused if it might wait for the
+        GPU, which forbids a capture.
+        """
+        with self.side_stream():
+            with Waits() as waits:
+                outputs = run()
+            if waits.reason is not None:
+                raise RuntimeError(waits.reason)
+            kept = _copied(outputs)
+            del outputs
+            self._stream.synchronize()
+
+        def run_into_kept() -> Any:
+            _copy_storages(run(), kept)
+            return kept
+
+        return run_into_kept
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
         """After a failed capture: bring stream, allocator and random generator back into a usable state."""
@@ -256,6 +275,7 @@ class _Lane:
             _broken.append(graph)
             torch._C._cuda_releasePool(self.device.index, self._pool)
         with contextlib.suppress(Exception):
+            torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.synchronize(self.device)
             # The default generator believes that it is still being captured, until a capture ends well.
             something, healthy = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
@@ -294,6 +314,33 @@ def _differs(tensor: torch.Tensor, before: torch.Tensor) -> bool:
 
 def _storage(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
+
+
+def _copied(outputs: Any) -> Any:
+    """The same in memory of their own: outputs keep their strides and what they share with each other."""
+    leaves, structure = tree_flatten(outputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    copies = {_storage(tensor): _bytes(tensor).clone().untyped_storage() for tensor in tensors}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            leaves[i] = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
+                copies[_storage(leaf)], leaf.storage_offset(), leaf.size(), leaf.stride()
+            )
+    return tree_unflatten(leaves, structure)
+
+
+def _copy_storages(outputs: Any, kept: Any) -> None:
+    """Write what ``outputs`` lie in into what ``kept``, copies of outputs of the same function, lie in."""
+    done = set[int]()
+    for source, target in zip(tree_leaves(outputs), tree_leaves(kept), strict=True):
+        if isinstance(source, torch.Tensor) and _storage(target) not in done:
+            done.add(_storage(target))
+            _bytes(target).copy_(_bytes(source))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
 
 
 def _without_repetitions(tensor: torch.Tensor) -> torch.Tensor:

@@ -43,6 +43,12 @@ def requires_grad(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.requires_grad
 
 
+def is_concrete(value: Any) -> bool:
+    """Whether a value that Dynamo saw has no symbolic size, nor is one."""
+    numbers = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, torch.Tensor) else (value,)
+    return not any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
+
+
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The graph's inputs in call order."""
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]

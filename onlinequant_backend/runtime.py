@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -22,13 +23,15 @@ from .calibration import Observation
 from .changes import addresses_and_versions
 from .choice import Choice
 from .compile_times import CompileTimes
+from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
+from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .persistence import Entry
 from .progress import Progress, tell
 from .report import clear
-from .sampling import current_run
+from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
-from .sizes import CompiledGraphs, Key, ModelMovedError
+from .sizes import CompiledGraphs, Key
 from .traced import TracedGraph
 from .watch import Watch
 from .weights import WeightSet, getter, registry
@@ -73,15 +76,21 @@ class QuantizedGraph:
         self._choice = Choice(traced)
         self._lock = threading.RLock()
         self._gave_up = False
+        self._failures = 0
+        self._failed_in: weakref.ref[SamplingRun] | None = None
         self._background = Background()
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
         self._moves = 0  # that a compile has failed with
+        self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
+        self._is_compiled_elsewhere = False  # what was compiled last
         self._progress: Progress | None = None
 
     def __call__(self, *args: Any) -> Any:
         run = current_run()
         if run is not None:
             run.called.append((self._report, self._report.phase))
+        if self._gave_up and self._may_try_again(run):
+            self._gave_up = False
         if self._gave_up or self._background.is_busy():
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
@@ -99,8 +108,10 @@ class QuantizedGraph:
             key = self._compiled.key(args, weights)
             known = self._compiled.known
             if key not in known and self._may_work_aside() and self._compiled.needs_build(key, args, weights):
-                self._finish_aside(args)
-                return self._run_float(args)
+                self._load(key, args, weights)
+                if key not in known:
+                    self._finish_aside(args)
+                    return self._run_float(args)
             compiled = known[key] if key in known else self._compile(key, args, weights)
             if compiled is not None:
                 compiled.prepare(weights)
@@ -111,8 +122,7 @@ class QuantizedGraph:
         except OnlineQuantError:
             raise
         except Exception as error:
-            self._gave_up = True
-            self._stay_in_float(error)
+            self._give_up(error)
             return self._run_float(args)
         if compiled is None:
             return self._run_float(args)
@@ -127,7 +137,12 @@ class QuantizedGraph:
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in list(self._sets.values()):  # another thread may find one
             weights.check_not_freed()
-        return self._graph(*args)
+        with self._turn() if self._background.is_busy() else contextlib.nullcontext():
+            return self._graph(*args)
+
+    def _turn(self) -> contextlib.AbstractContextManager[None]:
+        """The GPU for this thread alone, while it times layers or needs memory that another step would need as well."""
+        return lane_of(self._device).turn() if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         weights = self._sets.get(id(parameters[0]))
@@ -167,15 +182,20 @@ class QuantizedGraph:
 
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
-        with self._lock, weights.layers[0].lock:
+        with contextlib.ExitStack() as locks:
+            for lock in (self._lock, weights.layers[0].lock):
+                # Another graph of this model may be about to be compiled in the background, which takes its time.
+                if not lock.acquire(blocking=not self._may_work_aside()):
+                    return self._run_float(args)
+                locks.callback(lock.release)
             if weights.selection is not None:
                 return None
             if not weights.is_calibrated() and weights not in self._entries:
                 restored = self._entry(weights, parameters).restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
             if weights.is_calibrated():
-                # See ``_finish_aside``; and without a compile it is quick.
-                if self._may_work_aside() and self._device.type != "cuda" and not self._compiled.known:
+                # Quick are another set of weights, for which there is no compile, and what another process has left.
+                if self._may_work_aside() and not self._compiled.known and not self._is_left(weights, parameters):
                     self._finish_aside(args)
                     return self._run_float(args)
                 self._select(args, parameters, weights)
@@ -187,7 +207,7 @@ class QuantizedGraph:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._show_progress(run.step, run.steps)
-            finish = self._finish_run_aside if self._may_work_aside() else self._finish
+            finish = self._finish_aside if self._may_work_aside() else self._finish
             run.at_end((self, weights), functools.partial(finish, args))
             last = False
         else:
@@ -208,8 +228,9 @@ class QuantizedGraph:
         weights.check_not_freed()
         if last and self._device.type == "cuda":  # it calls the kernels of every layer
             selection.compile_ahead(self._graph, self._precision.format, self._device)
+        turn = self._turn() if self._places is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
-        with torch.no_grad():
+        with turn, torch.no_grad():
             return self._traced.observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))
 
     def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
@@ -223,12 +244,6 @@ class QuantizedGraph:
             return False
         # Belongs to a thread and is compiled in.
         return not torch.is_autocast_enabled(self._device.type)
-
-    def _finish_run_aside(self, args: Sequence[Any]) -> Callable[[], None]:
-        """The part of ``_finish`` that cannot be done aside at the end of a run; returns the part that can."""
-        if self._device.type == "cuda":  # GPUs select by measured times, which nothing else may disturb
-            self._finish(args, compiles=False)
-        return functools.partial(self._finish_aside, args)
 
     def _finish_aside(self, args: Sequence[Any]) -> None:
         """``_finish`` in another thread; calls are in float until that is done."""
@@ -252,11 +267,10 @@ class QuantizedGraph:
 
         self._background.start(work, self._device)
 
-    def _finish(self, args: Sequence[Any], aside: bool = False, compiles: bool = True) -> None:
+    def _finish(self, args: Sequence[Any], aside: bool = False) -> None:
         """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.
 
-        ``aside``: then nobody hears of a user's mistake, and the model may be moved meanwhile. ``compiles=False``: all
-        but the compile.
+        ``aside``: then nobody hears of a user's mistake, and the model may be moved meanwhile.
         """
         parameters = self._parameters(args)
         places = _places(parameters)
@@ -268,8 +282,7 @@ class QuantizedGraph:
                     return
                 if weights.selection is None:
                     self._end_run(args, parameters, weights)
-                if compiles:
-                    self._compile(self._compiled.key(args, weights), args, weights)
+                self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
             if self._was_moved(parameters):
                 self._moves += 1
@@ -277,8 +290,7 @@ class QuantizedGraph:
                 return
             if isinstance(error, OnlineQuantError) and not aside:
                 raise
-            self._gave_up = True
-            self._stay_in_float(error)
+            self._give_up(error)
         finally:
             self._places = None
 
@@ -374,17 +386,49 @@ class QuantizedGraph:
                 self._compiled.make(key, args, weights)
             return known.get(key)
 
+    def _is_left(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
+        entry = self._entry(weights, parameters)
+        is_timed = self._device.type != "cuda" or self._config.selection == "density" or entry.load_autotuning()
+        return bool(is_timed) and self._cache.has_compiled(entry.key)
+
+    def _load(self, key: Key, args: Sequence[Any], weights: WeightSet) -> None:
+        """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
+        with self._lock:
+            self._loads = True
+            try:
+                self._compile(key, args, weights)
+            except NotInCacheError:
+                pass
+            finally:
+                self._loads = False
+
+    def _beforehand(self, job: Job) -> None:
+        if is_in_cache(job):
+            return
+        if self._loads:
+            raise NotInCacheError
+        self._is_compiled_elsewhere = compile_elsewhere(job)
+
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
+        before = self._report.phase, self._report.phase_reason
         self._report.phase = "compiling"
+        if self._loads:
+            self._report.phase_reason = "loading from the cache"
         entry = self._entry(weights, parameters)
         entry.claim()
         try:
-            with compat.compile_lock():  # waiting for another model's compile is no part of this one's
+            # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock to
+            # those who trace meanwhile.
+            with _background_compiles if self._places is not None else compat.compile_lock():
                 compiled = self._build_timed(args, weights, symbolic, entry.key)
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"
+        except NotInCacheError:
+            self._report.phase, self._report.phase_reason = before
+            raise
         except Exception as error:
             if self._was_moved(parameters):
                 raise ModelMovedError(f"{type(error).__name__}: {error}") from error
@@ -412,18 +456,38 @@ class QuantizedGraph:
         how = f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {symbolic}"
         source = "from the cache" if self._cache.has(key) else "anew"
         start, (hits, misses) = time.perf_counter(), compat.found_graphs()
+        self._is_compiled_elsewhere = False
         try:
-            with Progress("compiling", expected=times.expected(f"{how} {source}", nodes)):
+            doing = "loading from the cache" if self._loads else "compiling"
+            with Progress(doing, expected=times.expected(f"{how} {source}", nodes)):
                 directory = self._cache.inductor_directory(key)
-                compiled = build(self._graph, args, weights, self._config, self._precision, symbolic, directory)
+                compiled = build(
+                    *(self._graph, args, weights, self._config, self._precision, symbolic, directory),
+                    beforehand=self._beforehand,
+                )
         finally:
             seconds = time.perf_counter() - start
             self._report.compile_seconds += seconds
         # Another checkpoint of this model may have left its code.
         now_hits, now_misses = compat.found_graphs()
-        source = "from the cache" if now_hits > hits and now_misses == misses else "anew"
+        is_found = now_hits > hits and now_misses == misses and not self._is_compiled_elsewhere
+        source = "from the cache" if is_found else "anew"
         times.add(f"{how} {source}", nodes, seconds)
         return compiled
+
+    def _give_up(self, error: Exception) -> None:
+        run = current_run()
+        self._gave_up = True
+        self._failures += 1
+        self._failed_in = None if run is None else weakref.ref(run)
+        self._stay_in_float(error)
+
+    def _may_try_again(self, run: SamplingRun | None) -> bool:
+        """Whether a new sampling run has begun since it failed: what went wrong, such as a lack of memory, may have been
+        passing."""
+        if run is None or self._failures > _MOST_FAILURES or self._background.is_busy():
+            return False
+        return self._failed_in is None or self._failed_in() is not run
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""
@@ -435,7 +499,8 @@ class QuantizedGraph:
             entry.release()
 
 
-_MOST_MOVES = 2
+_background_compiles = threading.RLock()
+_MOST_MOVES, _MOST_FAILURES = 2, 2
 _Places = list[tuple[Any, ...]]
 
 

@@ -16,7 +16,8 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from . import ahead, graph
+from . import ahead, cuda_graphs, graph
+from .compile_process import done_elsewhere
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
@@ -248,34 +249,47 @@ def _candidates(info: LayerInfo, format: Format) -> tuple[Tile, ...]:
 
 def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.device) -> None:
     """Compile the kernels that ``measure`` will time, several at a time, where that is still to be done."""
+    shapes = _shapes(_groups(graph_module), format)
+    missing = [info for key, info in shapes.items() if key not in _known and key not in _compiled]
+    _compiled.update(shapes)
+    tiles = [(info, tile) for info in missing for tile in _candidates(info, format)]
+    if tiles:
+        with Progress("compiling kernels", len(tiles)) as progress:
+            if not done_elsewhere(compile_tiles, tiles, format, device):
+                compile_tiles(tiles, format, device, progress.advance)
+
+
+def compile_tiles(
+    tiles: Sequence[tuple[LayerInfo, Tile]],
+    format: Format,
+    device: torch.device,
+    advance: Callable[[str], object] = lambda name: None,
+) -> None:
+    """Compile a kernel for each layer and tile; ``advance`` is called with the layer's name after each."""
 
     def call(info: LayerInfo, tile: Tile) -> None:
         with ahead.on(device):
             _Trial(info, format, ahead.NOWHERE).run(tile)
 
-    shapes = _shapes(_groups(graph_module), format)
-    missing = [info for key, info in shapes.items() if key not in _known and key not in _compiled]
-    _compiled.update(shapes)
-    tiles = [(info, tile) for info in missing for tile in _candidates(info, format)]
-    if not tiles:
-        return
-    with Progress("compiling kernels", len(tiles)) as progress, ThreadPoolExecutor(ahead.THREADS) as pool:
+    with ThreadPoolExecutor(ahead.THREADS) as pool:
         for (info, tile), done in [(each, pool.submit(call, *each)) for each in tiles]:
             if done.exception() is not None:
                 _log.debug("%s, %s: %s", info.name, tile, done.exception())
-            progress.advance(info.name)
+            advance(info.name)
 
 
 def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:
     """``_time_layer``; None where memory runs out."""
-    torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
-    try:
-        return _time_layer(info, format, device)
-    except RuntimeError as error:
-        if not _is_out_of_memory(error):
-            raise
-        _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
-        return None
+    for is_last in (False, True):
+        try:
+            return _time_layer(info, format, device)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            if is_last:
+                _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
+        torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
+    return None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -291,26 +305,27 @@ def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing
 
 
 class _Clock:
-    """Times runs of one layer, which share the memory for their results: each stream and each CUDA graph would keep
-    its own."""
+    """Times runs of one layer, while nothing else of ours runs on the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._stream = _side_stream(device)
-        self._graphs: list[torch.cuda.CUDAGraph] = []  # while there is one, its memory serves the next
+        self._lane = cuda_graphs.lane_of(device)
 
     def time(self, run: Callable[[], object]) -> float:
         """Microseconds of one run among others of its kind in a CUDA graph, so without the time it takes to launch."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+
+        def several() -> None:
+            for _ in range(_RUNS):
+                run()
+
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         times = []
-        with torch.cuda.stream(self._stream):
-            run()
-            self._stream.synchronize()
-            torch.cuda.empty_cache()
-            graph = self._captured(run)
+        with self._lane.turn(), self._lane.side_stream():
+            torch.cuda.synchronize(self._lane.device)
+            run()  # compiles, loads and shows whether it can be run at all
+            replay, _ = self._lane.record(several, trims=False)
             for _ in range(_REPLAYS):
                 start.record()
-                graph.replay()
+                replay()
                 end.record()
                 end.synchronize()
                 times.append(start.elapsed_time(end))
@@ -325,22 +340,4 @@ class _Clock:
             if _is_out_of_memory(error):
                 raise
             _log.debug("a tile cannot be timed: %s", error)
-            torch.cuda.synchronize()
             return 1e9
-
-    def _captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin(self._graphs[0].pool() if self._graphs else None, capture_error_mode="thread_local")
-        graphs, self._graphs = self._graphs, []  # what is captured after an invalid one must not have their memory
-        try:
-            for _ in range(_RUNS):
-                run()
-        finally:
-            graph.capture_end()
-        self._graphs = [*graphs, graph]
-        return graph
-
-
-@functools.cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
@@ -108,6 +108,41 @@ def broadcast_sizes(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> f
     return ones if len(ones) < len(leading) else frozenset()
 
 
+class Symbol(NamedTuple):
+    """A symbolic size: its name with Dynamo, the name of its own, and what it was first."""
+
+    source: str
+    name: str
+    hint: int
+
+
+class FixedInputs:
+    """Fake inputs for a graph of one shape; the attributes are those of ``SymbolicInputs``."""
+
+    symbols: tuple[Symbol, ...] = ()
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.values = [
+            self.fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+            for value in arguments
+        ]
+
+
+def symbolic_sizes(shape_env: ShapeEnv, symbols: Sequence[Symbol]) -> dict[str, int | torch.SymInt]:
+    """The sizes of ``SymbolicInputs.symbols``, by name, in a shape environment of another process."""
+    return {symbol.name: _new_size(shape_env, symbol.source, symbol.hint) for symbol in symbols}
+
+
+def _new_size(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    source = ConstantSource(name)
+    own = shape_env.create_symbol(
+        hint, source, DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
+    )
+    number: Any = shape_env.create_symintnode(own, hint=hint, source=source)
+    return number
+
+
 class SymbolicInputs:
     """Fake inputs of a graph with symbolic sizes, in a shape environment that belongs to nobody else.
 
@@ -117,6 +152,7 @@ class SymbolicInputs:
     Attributes:
         fake_mode: what the values are fake in.
         values: for each input of the graph a fake tensor, a symbolic integer, or the argument as it is.
+        symbols: its sizes, from which another process makes the same ones; see ``symbolic_sizes``.
     """
 
     def __init__(self, graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
@@ -133,9 +169,14 @@ class SymbolicInputs:
         }
         self._ones = broadcast_sizes(graph_module, arguments) & self._positions.keys()
         self._sizes: dict[sympy.Symbol, int | torch.SymInt] = {
-            symbol: 1 if symbol in self._ones else self._new_size(symbol, arguments[at])
+            symbol: 1 if symbol in self._ones else _new_size(self._shape_env, str(symbol), max(arguments[at], SMALLEST))
             for symbol, at in self._positions.items()
         }
+        self.symbols = tuple(
+            Symbol(str(symbol), str(size.node.expr), int(size.node.hint))
+            for symbol, size in self._sizes.items()
+            if isinstance(size, torch.SymInt)
+        )
         with self.fake_mode:
             self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
 
@@ -153,15 +194,6 @@ class SymbolicInputs:
         free = [position for symbol, position in self._positions.items() if symbol not in self._ones]
         sizes = [max(arguments[position], at_least) for position in free]
         return bool(self._shape_env.evaluate_guards_expression(self._guards, sizes))
-
-    def _new_size(self, symbol: sympy.Symbol, size: int) -> torch.SymInt:
-        source = ConstantSource(str(symbol))
-        hint = max(size, SMALLEST)
-        own = self._shape_env.create_symbol(
-            hint, source, DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
-        )
-        number: Any = self._shape_env.create_symintnode(own, hint=hint, source=source)
-        return number
 
     def _fake(self, traced: Any, argument: Any) -> Any:
         if isinstance(traced, torch.SymInt):

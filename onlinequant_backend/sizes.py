@@ -10,6 +10,7 @@ import torch
 
 from . import graph, shapes
 from .build import CompiledGraph
+from .compiler import NotNowError
 from .sensitivity import relative_error
 from .traced import TracedGraph
 from .weights import WeightSet
@@ -23,10 +24,6 @@ _SAME_PICTURE = 0.3
 _MOST_KINDS = 8
 
 Key = tuple[tuple[Any, ...], tuple[Any, ...]]
-
-
-class ModelMovedError(Exception):
-    """What failed would not have if the model had stayed where it was."""
 
 
 class CompiledGraphs:
@@ -111,7 +108,7 @@ class CompiledGraphs:
         if symbolic:
             try:
                 return self._build(args, weights, True)
-            except ModelMovedError:
+            except NotNowError:
                 raise
             except Exception as error:
                 _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)

@@ -11,7 +11,7 @@ import torch.fx as fx
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
 from onlinequant_backend import compat, cpp_batches
-from onlinequant_backend.build import compile_caches
+from onlinequant_backend.compiler import caches_in
 from tests.tiny import noise, relative_error
 
 X = noise(6, 40, 8)
@@ -37,7 +37,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def compiled(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[..., Sequence[torch.Tensor]]:
-    with compile_caches(None), torch.no_grad():
+    with caches_in(None), torch.no_grad():
         module = fx.symbolic_trace(function)
         result: Callable[..., Sequence[torch.Tensor]] = compat.compile_fx(
             module, list(inputs), {"max_fusion_size": 1}, outside_dynamo=True

@@ -1,0 +1,127 @@
+"""Another process that compiles, so that this one goes on sampling: a compile holds Python's lock most of the time.
+
+It leaves what it has compiled in the caches on disk, where this process finds it within seconds. Whatever goes wrong
+costs no more than that: then this process compiles itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import logging
+import os
+import pickle
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from . import compat
+
+_log = logging.getLogger("onlinequant")
+IDLE = 60.0  # seconds without work after which it ends; its start takes some
+
+
+class CompileProcessError(Exception):
+    """The other process could not do its work; the message says why."""
+
+
+class CompileProcess:
+    """One such process, which is started with the first work and again after its end. It does one thing at a time."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def run(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(*args)``, done there; both must pickle. Raises CompileProcessError where that fails."""
+        try:
+            work = pickle.dumps((compat.settings(), function, args))
+        except Exception as error:
+            raise CompileProcessError(f"{type(error).__name__}: {error}") from error
+        with self._lock:
+            try:
+                reply = self._ask(work) or self._ask(work)  # it may have ended just now, with nothing to do
+            except OSError as error:
+                raise CompileProcessError(f"it cannot be started: {error}") from error
+        if reply is None:
+            raise CompileProcessError("it has ended without an answer")
+        result, trouble = pickle.loads(reply)
+        if trouble is not None:
+            raise CompileProcessError(trouble)
+        return result
+
+    def stop(self) -> None:
+        """End it, whatever it is doing. The next work starts another one."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def _ask(self, work: bytes) -> bytes | None:
+        if self._process is None or self._process.poll() is not None:
+            self._process = _started()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        try:
+            send(self._process.stdin, work)
+            return receive(self._process.stdout)
+        except OSError:
+            return None
+
+
+def _started() -> subprocess.Popen[bytes]:
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = {**os.environ, "PYTHONPATH": path}
+    command = [sys.executable, "-m", "onlinequant_backend.compile_worker"]
+    _log.debug("starting %s", command)
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+
+def send(stream: IO[bytes], message: bytes) -> None:
+    """Write a message, with its length before it."""
+    stream.write(len(message).to_bytes(8, "little") + message)
+    stream.flush()
+
+
+def receive(stream: IO[bytes]) -> bytes | None:
+    """The next message; None at the end of the stream."""
+    length = int.from_bytes(stream.read(8), "little")
+    message = stream.read(length)
+    return message if length and len(message) == length else None
+
+
+_process = CompileProcess()
+_in_background: contextvars.ContextVar[bool] = contextvars.ContextVar("onlinequant_in_background", default=False)
+
+
+@contextlib.contextmanager
+def in_background() -> Iterator[None]:
+    """Within the block, this thread works beside others that must not wait for it."""
+    token = _in_background.set(True)
+    try:
+        yield
+    finally:
+        _in_background.reset(token)
+
+
+def done_elsewhere(function: Callable[..., Any], *args: Any) -> bool:
+    """Whether ``function(*args)``, which only fills caches on disk, was done by the other process."""
+    if not is_wanted():
+        return False
+    try:
+        _process.run(function, *args)
+    except CompileProcessError as error:
+        _log.info("this process compiles itself, since another one could not: %s", error)
+        return False
+    return True
+
+
+def is_wanted() -> bool:
+    """Whether the other process is to do what it can: not for a thread that others wait for anyway."""
+    return _in_background.get() and is_possible()
+
+
+def is_possible() -> bool:
+    """Whether there is a Python to start: a program may have it built in."""
+    return Path(sys.executable or "").name.lower().startswith("python")

@@ -1,0 +1,52 @@
+"""The main program of the process that compiles for another one; see ``compile_process``."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import queue
+import sys
+import threading
+import traceback
+from typing import IO
+
+from .compile_process import IDLE, receive, send
+
+
+def main() -> None:
+    """Do what comes in, one thing after the other, until nothing does for a while or the other process is gone."""
+    # Whatever else prints to standard output must not get between the messages.
+    replies = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    if hasattr(os, "nice"):
+        os.nice(5)  # sampling comes first, and still leaves it a quarter of busy processors
+    messages: queue.Queue[bytes] = queue.Queue()
+    threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()
+    while True:
+        try:
+            work = messages.get(timeout=IDLE)
+        except queue.Empty:
+            return
+        send(replies, _done(work))
+
+
+def _read(stream: IO[bytes], messages: queue.Queue[bytes]) -> None:
+    while (message := receive(stream)) is not None:
+        messages.put(message)
+    os._exit(0)  # in the middle of whatever it is: nobody wants the result any more
+
+
+def _done(work: bytes) -> bytes:
+    """A pickle of the result, or of what went wrong."""
+    try:
+        from . import compat
+
+        settings, function, args = pickle.loads(work)
+        compat.apply_settings(settings)
+        return pickle.dumps((function(*args), None))
+    except BaseException:
+        return pickle.dumps((None, traceback.format_exc()))
+
+
+if __name__ == "__main__":
+    main()

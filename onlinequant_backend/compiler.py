@@ -1,0 +1,124 @@
+"""One compile by Inductor, the same in the process that wants its result and in another one that makes it beforehand."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.fx as fx
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from . import ahead, compat, keys, wire
+from .compile_process import done_elsewhere, is_wanted
+from .shapes import Symbol, symbolic_sizes
+from .trouble import going_on
+
+_log = logging.getLogger("onlinequant")
+
+
+class NotNowError(Exception):
+    """What has not been compiled now may be another time."""
+
+
+class ModelMovedError(NotNowError):
+    """What failed would not have if the model had stayed where it was."""
+
+
+class NotInCacheError(NotNowError):
+    """It would take long to compile, and whoever asked has no time."""
+
+
+class Job(NamedTuple):
+    """What Inductor is given.
+
+    Attributes:
+        graph: a rewritten graph, as ``wire.standard`` makes it.
+        inputs: a fake tensor, a symbolic size or a number for each of its inputs.
+        symbols: the symbolic sizes among them.
+        options: of Inductor.
+        directory: for its caches; None leaves them where they are by default.
+        device: where the graph runs.
+    """
+
+    graph: fx.GraphModule
+    inputs: Sequence[Any]
+    symbols: tuple[Symbol, ...]
+    options: dict[str, Any]
+    directory: Path | None
+    device: torch.device
+
+
+def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
+    """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
+    note = _note(job)  # before Inductor changes the graph
+    with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), ahead.compiling_ahead(job.device):
+        compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
+    if note is not None:
+        with going_on("cannot write %s", note):
+            note.touch()
+    return compiled
+
+
+def is_in_cache(job: Job) -> bool:
+    """Whether ``compile_job`` has been done in this directory before, by any process."""
+    note = _note(job)
+    return note is not None and note.exists()
+
+
+def _note(job: Job) -> Path | None:
+    if job.directory is None:
+        return None
+    modules = [module for _, module in sorted(job.graph.named_modules()) if isinstance(module, fx.GraphModule)]
+    inputs = [wire.kind(value) if isinstance(value, torch.Tensor) else str(value) for value in job.inputs]
+    options = sorted((name, repr(value)) for name, value in job.options.items())
+    known = repr(([str(module.graph) for module in modules], inputs, options, compat.settings(), keys.source_digest()))
+    return job.directory / f"compiled-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
+
+
+def compile_elsewhere(job: Job) -> bool:
+    """Whether another process has compiled it, so that ``compile_job`` will find the result in the cache."""
+    if not is_wanted():
+        return False
+    try:
+        data = wire.dumps(tuple(job))
+    except wire.NotPortableError as error:
+        _log.info("this process compiles itself, since no other one can: %s", error)
+        return False
+    return done_elsewhere(compile_packed, job.symbols, data)
+
+
+def compile_packed(symbols: Sequence[Symbol], data: bytes) -> None:
+    """Compile in this process for another one, which will find the result in the cache."""
+    shape_env = ShapeEnv(duck_shape=False) if symbols else ShapeEnv()
+    fake_mode = FakeTensorMode(shape_env=shape_env)
+    compile_job(Job(*wire.loads(data, fake_mode, symbolic_sizes(shape_env, symbols))), fake_mode)
+
+
+@contextlib.contextmanager
+def caches_in(directory: Path | None) -> Iterator[None]:
+    """Inductor's caches lie in ``directory``, and know a change of this package's sources: their keys see of our
+    operators no more than the names."""
+    with compat.inductor_cache(directory, tag=keys.source_digest()):
+        yield
+
+
+@contextlib.contextmanager
+def _compilation(fake_mode: FakeTensorMode, is_symbolic: bool) -> Iterator[None]:
+    """What Inductor needs outside Dynamo: a tracing context of its own (without one its caches are bypassed), and
+    ordinary tensors even under ``inference_mode``."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(compat.compile_lock())
+        stack.enter_context(compat.tracing_unseen_elsewhere())
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(tracing(TracingContext(fake_mode)))
+        if is_symbolic:
+            stack.enter_context(compat.free_sizes())
+        yield

@@ -1,0 +1,81 @@
+"""CUDA's own allocator, ``backend:cudaMallocAsync``, which ComfyUI turns on: what is different about its CUDA graphs.
+
+Where torch's allocator keeps a pool for a graph, this one makes each allocation and each freeing within a capture a
+part of the graph. Two things follow. Memory that was allocated in a capture exists only while the graph runs, so the
+outputs must lie elsewhere. And freeing such memory fails after a capture that went wrong, or before the first replay;
+torch frees in destructors, in which an error ends the process. So nothing that may go wrong must be captured.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_log = logging.getLogger("onlinequant")
+
+# Operators of others may do anything, such as wait for the GPU.
+_KNOWN_OPERATORS = ("aten", "onlinequant", "prims", "inductor")
+# Their results are as long as the values say, or are numbers, so that the GPU must be waited for.
+_WAITING_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
+
+
+@functools.cache
+def allocates_in_graph() -> bool:
+    """Whether this process uses that allocator. It is chosen before the first tensor, for good."""
+    return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
+
+
+class Waits(TorchDispatchMode):
+    """Within the block, looks for operators that may wait for the GPU.
+
+    Attributes:
+        reason: what was found first; None for nothing.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reason: str | None = None
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.reason is None:
+            self.reason = self._why(func, tree_leaves((args, kwargs or {})), tree_leaves(result))
+        return result
+
+    def _why(self, func: Any, given: list[Any], results: list[Any]) -> str | None:
+        if func.namespace not in _KNOWN_OPERATORS:
+            return f"{func} may wait for the GPU"
+        if any(tag in func.tags for tag in _WAITING_TAGS):
+            return f"{func} waits for the GPU"
+        # A number in a tensor without dimensions is handed over with the launch; everything else is copied.
+        copied = [x for x in given if isinstance(x, torch.Tensor) and x.dim()]
+        made = [x for x in results if isinstance(x, torch.Tensor)]
+        if len({tensor.device.type for tensor in (*copied, *made)}) > 1:
+            return f"{func} copies between devices"
+        return None
+
+
+def trim_graph_memory(device: torch.device) -> None:
+    """Give back what graphs that are gone have left: the driver keeps it for others, and torch does not know of it."""
+    try:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            code = _driver().cuDeviceGraphMemTrim(device.index or 0)
+    except (OSError, AttributeError) as error:
+        code = error
+    if code:
+        _log.info("the memory of CUDA graphs is not given back: %s", code)
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return ctypes.CDLL("nvcuda.dll")

@@ -1,0 +1,52 @@
+"""What may wait for the GPU is told before it is captured. The CPU and the meta device stand in for two devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from onlinequant_backend.graph_memory import Waits
+
+X = torch.arange(6.0).view(2, 3)
+
+
+def reason(function: Callable[[], Any]) -> str | None:
+    with torch.no_grad(), Waits() as waits:
+        function()
+    return waits.reason
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda: X.sum().item(), "_local_scalar_dense.default waits"),
+        (lambda: X.nonzero(), "nonzero.default waits"),
+        (lambda: X[X > 1], "waits"),
+        (lambda: bool(X.any()), "waits"),
+        (lambda: X.to("meta"), "copies between devices"),
+        (lambda: torch.empty(2, 3, device="meta").copy_(X), "copies between devices"),
+        (lambda: torch.ops.onlinequant_test.anything(X), "onlinequant_test.anything.default may wait"),
+    ],
+)
+def test_what_may_wait(function: Callable[[], Any], why: str) -> None:
+    with torch.library._scoped_library("onlinequant_test", "DEF") as library:
+        library.define("anything(Tensor x) -> Tensor")
+        library.impl("anything", torch.clone, "CPU")
+        assert why in (reason(function) or "")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: F.conv2d(X.view(1, 1, 2, 3), X.view(1, 1, 2, 3)),
+        lambda: F.scaled_dot_product_attention(*[X.view(1, 1, 2, 3)] * 3),
+        lambda: torch.empty(2, device="meta") * torch.tensor(2.0),  # a number, handed over with the launch
+        lambda: torch.cat([X, X]).to(torch.float16),
+    ],
+)
+def test_what_does_not(function: Callable[[], Any]) -> None:
+    assert reason(function) is None
