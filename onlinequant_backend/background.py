@@ -51,8 +51,8 @@ class Background:
                 with torch.cuda.device(device):
                     torch.cuda.current_stream().wait_event(is_ready)
                     context.run(beside_others)
-                    # Whoever uses the result may do so on another stream. Not the whole device: another thread's capture
-                    # of a CUDA graph would become invalid.
+                    # Whoever uses the result may do so on another stream. Waiting for the whole device would make
+                    # another thread's capture of a CUDA graph invalid.
                     torch.cuda.current_stream().synchronize()
 
         with self._lock:

@@ -183,11 +183,10 @@ def _build(
         _log.warning("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
         whole = dataclasses.replace(config, regional_compilation=False)
         return _build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
-    if isinstance(inputs, SymbolicInputs):
-        inputs.finish()
-    else:
-        inputs = None
-    return CompiledGraph(function, taken, context.extra_inputs, inputs, moved, graphed)
+    sizes = inputs if isinstance(inputs, SymbolicInputs) else None
+    if sizes is not None:
+        sizes.finish()
+    return CompiledGraph(function, taken, context.extra_inputs, sizes, moved, graphed)
 
 
 def _is_cpu_number(value: Any) -> bool:

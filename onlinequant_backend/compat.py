@@ -309,6 +309,7 @@ def apply_settings(settings: Settings) -> None:
         owner, _, attribute = name.rpartition(".")
         if operator.attrgetter(name)(torch) != value:
             setattr(operator.attrgetter(owner)(torch), attribute, value)
+    change: Any
     for (ask, change), value in zip(_SWITCHES, switches, strict=True):
         if ask() != value:
             change(value)

@@ -75,7 +75,17 @@ def _started() -> subprocess.Popen[bytes]:
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-m", "onlinequant_backend.compile_worker"]
     _log.debug("starting %s", command)
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
+    )
+    threading.Thread(target=_log_lines, args=(process.stderr,), name="onlinequant-compile-log", daemon=True).start()
+    return process
+
+
+def _log_lines(stream: IO[bytes]) -> None:
+    """What it says is for whoever looks for a fault; what a user must know comes with its answers."""
+    for line in stream:
+        _log.debug("the process that compiles: %s", line.decode(errors="replace").rstrip())
 
 
 def send(stream: IO[bytes], message: bytes) -> None:

@@ -1,4 +1,4 @@
-"""One compile by Inductor, the same in the process that wants its result and in another one that makes it beforehand."""
+"""One compile by Inductor, the same in the process that wants it and in another one that makes it beforehand."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .graph_memory import Waits, allocates_in_graph, trim_graph_memory
+from .graph_memory import Waits, allocates_in_graph, others_wait_to_synchronize, trim_graph_memory
 from .weights import getter
 
 _log = logging.getLogger("onlinequant")
@@ -208,11 +208,8 @@ class _Lane:
         """Memory from this stream is used again by captures only, which begin with a wait for the device."""
         return torch.cuda.stream(self._stream)
 
-    def record(self, run: Callable[[], Any], trims: bool = True) -> tuple[Callable[[], None], Any]:
-        """Capture ``run``: what replays it, and its outputs, which each replay overwrites.
-
-        ``trims``: give back what the allocator keeps, since it cannot do so during a capture.
-        """
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture ``run``: what replays it, and its outputs, which each replay overwrites."""
         if allocates_in_graph():
             run = self._on_own_memory(run)
         others = list(self._graphs)  # held, because torch refuses a pool whose last graph is gone
@@ -220,11 +217,10 @@ class _Lane:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        if trims:
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()  # during a capture the allocator cannot give back what it keeps
         # cuBLAS keeps a workspace for each stream. Made in the capture, it must not outlive it, nor come from outside.
         torch._C._cuda_clearCublasWorkspaces()
-        with self.side_stream():
+        with others_wait_to_synchronize(), self.side_stream():
             try:
                 # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")

@@ -8,9 +8,12 @@ torch frees in destructors, in which an error ends the process. So nothing that 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import logging
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _log = logging.getLogger("onlinequant")
+_patching = threading.Lock()
 
 # Operators of others may do anything, such as wait for the GPU.
 _KNOWN_OPERATORS = ("aten", "onlinequant", "prims", "inductor")
@@ -59,6 +63,33 @@ class Waits(TorchDispatchMode):
         if len({tensor.device.type for tensor in (*copied, *made)}) > 1:
             return f"{func} copies between devices"
         return None
+
+
+@contextlib.contextmanager
+def others_wait_to_synchronize() -> Iterator[None]:
+    """Within the block, other threads that are about to wait for the whole device wait for its end first: it would make
+    this thread's capture invalid."""
+    me, done = threading.get_ident(), threading.Event()
+
+    def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def wait_then_call(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() != me:
+                done.wait()
+            return function(*args, **kwargs)
+
+        return wait_then_call
+
+    with _patching:
+        originals = {name: getattr(torch.cuda, name) for name in ("synchronize", "empty_cache")}
+        for name, original in originals.items():
+            setattr(torch.cuda, name, waiting(original))
+        try:
+            yield
+        finally:
+            for name, original in originals.items():
+                setattr(torch.cuda, name, original)
+            done.set()
 
 
 def trim_graph_memory(device: torch.device) -> None:

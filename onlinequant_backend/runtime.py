@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -419,8 +419,8 @@ class QuantizedGraph:
         entry = self._entry(weights, parameters)
         entry.claim()
         try:
-            # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock to
-            # those who trace meanwhile.
+            # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock
+            # to those who trace meanwhile.
             with _background_compiles if self._places is not None else compat.compile_lock():
                 compiled = self._build_timed(args, weights, symbolic, entry.key)
             self._report.phase = "quantized" if weights.selection else "float"
@@ -483,8 +483,8 @@ class QuantizedGraph:
         self._stay_in_float(error)
 
     def _may_try_again(self, run: SamplingRun | None) -> bool:
-        """Whether a new sampling run has begun since it failed: what went wrong, such as a lack of memory, may have been
-        passing."""
+        """Whether a new sampling run has begun since it failed: what went wrong, such as a lack of memory, may be
+        over."""
         if run is None or self._failures > _MOST_FAILURES or self._background.is_busy():
             return False
         return self._failed_in is None or self._failed_in() is not run

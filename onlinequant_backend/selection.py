@@ -28,8 +28,10 @@ from .progress import Progress
 
 _log = logging.getLogger("onlinequant")
 _VERSION = 1
-# Runs in one CUDA graph, and replays of it, of which the quickest counts.
-_RUNS, _REPLAYS = 8, 3
+# Runs that are timed together, and how often, of which the quickest counts.
+_RUNS, _TIMES = 8, 3
+# For how long the GPU is kept busy while they are launched: two milliseconds or so, and at most a tenth of a second.
+_BUSY_CYCLES, _MOST_CYCLES = 3_000_000, 192_000_000
 # A layer must be faster by this share: times vary a little, and 8 bit costs accuracy. Any gain will do after a norm:
 # our kernels for those, which write 8 bit, are faster than Inductor's for float.
 _LEAST_GAIN = 0.08
@@ -305,30 +307,34 @@ def _time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing
 
 
 class _Clock:
-    """Times runs of one layer, while nothing else of ours runs on the device."""
+    """Times runs of one layer, while nothing else of ours runs on the device.
+
+    Not in a CUDA graph: another thread that waits for the device meanwhile would make its capture invalid. So the GPU
+    is kept busy until all runs are launched, and then does them one after the other.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._lane = cuda_graphs.lane_of(device)
 
     def time(self, run: Callable[[], object]) -> float:
-        """Microseconds of one run among others of its kind in a CUDA graph, so without the time it takes to launch."""
-
-        def several() -> None:
-            for _ in range(_RUNS):
-                run()
-
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        times = []
-        with self._lane.turn(), self._lane.side_stream():
-            torch.cuda.synchronize(self._lane.device)
+        """Microseconds of one run among others of its kind, without the time it takes to launch."""
+        with self._lane.turn():
             run()  # compiles, loads and shows whether it can be run at all
-            replay, _ = self._lane.record(several, trims=False)
-            for _ in range(_REPLAYS):
+            torch.cuda.synchronize(self._lane.device)
+            cycles, times = _BUSY_CYCLES, list[float]()
+            while len(times) < _TIMES:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(cycles)
                 start.record()
-                replay()
+                for _ in range(_RUNS):
+                    run()
                 end.record()
+                was_late = start.query() and cycles < _MOST_CYCLES
                 end.synchronize()
-                times.append(start.elapsed_time(end))
+                if was_late:  # the GPU was done before the last one was launched
+                    cycles *= 4
+                else:
+                    times.append(start.elapsed_time(end))
         return 1000 * min(times) / _RUNS
 
     def time_if_possible(self, run: Callable[[], object]) -> float:

@@ -82,9 +82,7 @@ class _Pickler(pickle.Pickler):
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(
-        self, file: io.BytesIO, fake_mode: FakeTensorMode, sizes: Mapping[str, int | torch.SymInt]
-    ) -> None:
+    def __init__(self, file: io.BytesIO, fake_mode: FakeTensorMode, sizes: Mapping[str, int | torch.SymInt]) -> None:
         super().__init__(file)
         self.fake_mode = fake_mode
         self.sizes = sizes
@@ -145,8 +143,12 @@ def _described(module: fx.GraphModule) -> tuple[Any, ...]:
     """The arguments of ``_graph_module``."""
     references = {node: _Reference(position) for position, node in enumerate(module.graph.nodes)}
     nodes, constants = [], {}
+
+    def referred(value: Any) -> Any:
+        return references[value] if isinstance(value, fx.Node) else value
+
     for node in module.graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), references.__getitem__)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), referred)
         source = getattr(node, "_dynamo_source", None)
         nodes.append((node.op, node.name, node.target, args, kwargs, node.type, _meta(node), source))
         if node.op in ("get_attr", "call_module"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onlinequant_backend.graph_memory import Waits
+from onlinequant_backend.graph_memory import Waits, others_wait_to_synchronize
 
 X = torch.arange(6.0).view(2, 3)
 
@@ -50,3 +51,19 @@ def test_what_may_wait(function: Callable[[], Any], why: str) -> None:
 )
 def test_what_does_not(function: Callable[[], Any]) -> None:
     assert reason(function) is None
+
+
+def test_others_wait_to_synchronize_until_a_capture_is_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    happened = list[str]()
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: happened.append("synchronized"))
+    original = torch.cuda.synchronize
+    with others_wait_to_synchronize():
+        torch.cuda.synchronize()  # whoever captures knows what it does
+        other = threading.Thread(target=torch.cuda.synchronize)
+        other.start()
+        other.join(0.2)
+        assert other.is_alive()
+        happened.append("captured")
+    other.join(60)
+    assert happened == ["synchronized", "captured", "synchronized"]
+    assert torch.cuda.synchronize is original
