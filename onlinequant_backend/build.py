@@ -151,12 +151,10 @@ def _build(
     extras = [weights.extra(what, of) for what, of in context.extra_inputs]
     moved = [i for i, at in enumerate(taken) if device.type == "cuda" and _is_cpu_number(inputs.values[at])]
     examples = [inputs.values[at] for at in taken]
-    with inputs.fake_mode, torch.no_grad():
+    with inputs.fake_mode, torch.inference_mode(False):
         for i in moved:
             examples[i] = examples[i].to(device)
-        # Inductor cannot do with inference tensors that require gradients, as the weights of ComfyUI's ControlNets are.
-        examples = [value.detach() if graph.requires_grad(value) else value for value in examples]
-    examples += [inputs.fake_mode.from_tensor(extra, static_shapes=True) for extra in extras]
+    examples += [wire.stand_in(inputs.fake_mode, *wire.kind(extra)) for extra in extras]
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if device.type == "cuda":

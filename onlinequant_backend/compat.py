@@ -7,7 +7,6 @@ import functools
 import operator
 import os
 import sys
-import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -186,39 +185,24 @@ def compile_lock() -> Any:
     return torch._dynamo.convert_frame.compile_lock
 
 
-_tracing_thread: int | None = None
-
-
 @contextlib.contextmanager
-def tracing_unseen_elsewhere() -> Iterator[None]:
-    """Within the block, FX may trace in this thread, and all others go on calling compiled models.
+def others_call_uncompiled() -> Iterator[None]:
+    """Within the block, FX may trace in this thread, and calls of compiled models in other threads go on, uncompiled.
 
-    FX notes for the whole process that it is tracing, and Dynamo refuses every call meanwhile, of any model in any
-    thread. So the function that Dynamo asks is changed, in place, since whatever was compiled before holds on to it.
+    While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in every
+    thread. Dynamo asks whether FX is tracing and by default raises, where it might as well run the model as it is.
     """
-    global _tracing_thread
-    asked: Any = torch.fx._symbolic_trace.is_fx_symbolic_tracing
-    if asked.__code__ is not _is_tracing_here.__code__:
-        asked.__globals__["_onlinequant_traces_elsewhere"] = _traces_elsewhere
-        asked.__code__ = _is_tracing_here.__code__
-    before, _tracing_thread = _tracing_thread, threading.get_ident()
-    try:
-        yield
-    finally:
-        _tracing_thread = before
-
-
-def _traces_elsewhere() -> bool:
-    return _tracing_thread not in (None, threading.get_ident())
-
-
-def _is_tracing_here() -> bool:
-    """The code of ``torch.fx._symbolic_trace.is_fx_symbolic_tracing``, for threads that do not trace themselves."""
-    return (
-        _is_fx_tracing_flag  # type: ignore[name-defined]  # noqa: F821
-        and not _onlinequant_traces_elsewhere()  # type: ignore[name-defined]  # noqa: F821
-        and not torch.compiler.is_compiling()
-    )
+    name = "error_on_nested_fx_trace"
+    entry = getattr(torch._dynamo.config, "_config", {}).get(name)
+    before = getattr(entry, "default", None)
+    with torch._dynamo.config.patch({name: False}):
+        if before is not None:  # overrides are this thread's own, the default is everybody's
+            entry.default = False
+        try:
+            yield
+        finally:
+            if before is not None:
+                entry.default = before
 
 
 def found_graphs() -> tuple[int, int]:

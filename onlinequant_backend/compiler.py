@@ -115,7 +115,7 @@ def _compilation(fake_mode: FakeTensorMode, is_symbolic: bool) -> Iterator[None]
     ordinary tensors even under ``inference_mode``."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(compat.compile_lock())
-        stack.enter_context(compat.tracing_unseen_elsewhere())
+        stack.enter_context(compat.others_call_uncompiled())
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracing(TracingContext(fake_mode)))

@@ -21,7 +21,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from . import compat, graph
+from . import compat, graph, wire
 
 # A batch of one must not make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
 # torch assumes that a size is not 1 wherever it asks which strides matter. With a size of 1 none does, so such a graph
@@ -123,8 +123,11 @@ class FixedInputs:
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        made: dict[int, torch.Tensor] = {}  # one for each tensor, even if it is given twice
         self.values = [
-            self.fake_mode.from_tensor(value, static_shapes=True) if isinstance(value, torch.Tensor) else value
+            made.setdefault(id(value), wire.stand_in(self.fake_mode, *wire.kind(value)))
+            if isinstance(value, torch.Tensor)
+            else value
             for value in arguments
         ]
 
@@ -177,7 +180,7 @@ class SymbolicInputs:
             for symbol, size in self._sizes.items()
             if isinstance(size, torch.SymInt)
         )
-        with self.fake_mode:
+        with self.fake_mode, torch.inference_mode(False):
             self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
 
     def finish(self) -> None:
@@ -201,7 +204,7 @@ class SymbolicInputs:
         if not isinstance(argument, torch.Tensor):
             return argument
         if not _symbols_of(traced):
-            return self.fake_mode.from_tensor(argument, static_shapes=True)
+            return wire.stand_in(self.fake_mode, *wire.kind(argument))
         shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
         return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
 

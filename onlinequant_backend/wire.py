@@ -60,6 +60,26 @@ def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     return *layout, tensor.dtype, tensor.device, isinstance(tensor, torch.nn.Parameter)
 
 
+def stand_in(
+    fake_mode: FakeTensorMode,
+    shape: Sequence[Any],
+    stride: Sequence[Any],
+    offset: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    is_parameter: bool,
+) -> torch.Tensor:
+    """A fake tensor of a ``kind``."""
+    with fake_mode, torch.inference_mode(False), torch.no_grad():
+        if isinstance(offset, int) and offset:
+            last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+            tensor = torch.empty(offset + max(last, 0) + 1, dtype=dtype, device=device)
+            tensor = tensor.as_strided(shape, stride, offset)
+        else:
+            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+
+
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
@@ -92,23 +112,8 @@ class _Unpickler(pickle.Unpickler):
         return make(self, *arguments)
 
 
-def _tensor(
-    reader: _Unpickler,
-    shape: Sequence[Any],
-    stride: Sequence[Any],
-    offset: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_parameter: bool,
-) -> torch.Tensor:
-    with reader.fake_mode, torch.inference_mode(False), torch.no_grad():
-        if isinstance(offset, int) and offset:
-            last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-            tensor = torch.empty(offset + max(last, 0) + 1, dtype=dtype, device=device)
-            tensor = tensor.as_strided(shape, stride, offset)
-        else:
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+def _tensor(reader: _Unpickler, *kind: Any) -> torch.Tensor:
+    return stand_in(reader.fake_mode, *kind)
 
 
 def _size(reader: _Unpickler, expression: sympy.Expr) -> int | torch.SymInt:
