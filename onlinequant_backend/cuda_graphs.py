@@ -69,6 +69,7 @@ class GraphedCall:
     def release(self) -> None:
         """Give back the memory of all captures; the next calls make new ones."""
         with self._lane.lock:
+            torch.cuda.synchronize(self._lane.device)  # a replay may still be running there
             self._known.clear()
 
     def _refusal(self, args: Sequence[Any]) -> str | None:
