@@ -10,12 +10,16 @@ this can be tested without it.
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
+import re
 import sys
 import weakref
 from collections.abc import Iterator
 from typing import Any
+
+from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.trouble import going_on
@@ -48,9 +52,59 @@ def clone_in_place(model: Any) -> Any:
     return clone
 
 
+def put_control_net_in_place(control: Any) -> None:
+    """Have a ``ControlNet``, a copy of our own, run its network with all weights where it runs: that of its twin."""
+    patcher = getattr(control, "control_model_wrapped", None)
+    if patcher is None:
+        return
+    watch(patcher)
+    if _is_dynamic(patcher):
+        with going_on("a ControlNet stays in float, since ComfyUI loads its weights on demand"):
+            known = _twin_of_network(patcher)
+            control.control_model_wrapped, control.control_model = known, known.model
+
+
+def _twin_of_network(patcher: Any) -> Any:
+    network = patcher.model
+    if network not in _twins:
+        _unload_dynamic(patcher)  # so that all weights are on the CPU
+        plain = sys.modules["comfy.model_patcher"].ModelPatcher
+        known = plain(_with_same_weights(network, {}), patcher.load_device, patcher.offload_device)
+        _make_resident(known)
+        watch(known)
+        _twins[network], _originals[known.model] = known, weakref.ref(network)
+    return _twins[network]
+
+
+# The attributes of modules that ComfyUI's patchers leave behind; they set them again.
+_LEFT_BEHIND = re.compile(
+    r"_v(_signature)?|_pins?|_pin_state|_prefetch|dynamic_.*|seed_key|device|(weight|bias)_(lowvram_)?function"
+    r"|(prev_)?comfy_.*_weights|model_lowvram|lowvram_patch_counter|model_.*_memory|current_weight_patches_uuid"
+)
+
+
+def _with_same_weights(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy whose parameters have the same memory, until they are moved, without what ComfyUI's patchers have left.
+
+    ``copy.deepcopy`` would copy pages and pinned memory, which both would free. ``known``: copies of modules.
+    """
+    if module not in known:
+        twin = known[module] = module.__new__(type(module))
+        for name, value in vars(module).items():
+            if not _LEFT_BEHIND.fullmatch(name):
+                vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                twin._parameters[name] = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = _with_same_weights(child, known)
+    return known[module]
+
+
 def watch(patcher: Any) -> None:
     """Have ComfyUI say when it loads or unloads the model of a ``ModelPatcher``, also through what it is a clone of."""
-    while patcher is not None and hasattr(patcher, "add_callback_with_key"):
+    while hasattr(patcher, "add_callback_with_key"):
         for kind, callback in ((ON_LOAD, _after_load), (ON_DETACH, _after_detach)):
             if not patcher.get_callbacks(kind, KEY):
                 patcher.add_callback_with_key(kind, KEY, callback)
@@ -113,6 +167,11 @@ def _resident(kind: Any) -> Any:
                 _copy_sizes[self.model] = copies
             return own + _copy_sizes.get(self.model, 0)
 
+        def loaded_size(self) -> int:
+            """The same of what is there."""
+            loaded: int = super().loaded_size()  # of a model that was loaded as a whole it is ``model_size``
+            return min(loaded, _own_sizes.get(self.model, loaded)) + oq.copied_bytes(_module(self))
+
         def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **options: Any) -> Any:
             _unload_other_copy(self.model)  # before this one takes its memory
             if not any((*args, *options.values())):
@@ -120,7 +179,7 @@ def _resident(kind: Any) -> Any:
             return super().partially_load(device_to, extra_memory, *args, **options)
 
         def partially_unload(self, *args: Any, **options: Any) -> Any:
-            oq.release(_module(self))
+            _release(self)
             return super().partially_unload(*args, **options)
 
     Resident.__name__ = Resident.__qualname__ = kind.__name__
@@ -134,7 +193,7 @@ def _take_patches_off(patcher: Any, extra_memory: float) -> int:
     Returns 0, with nothing changed, where that is not what is about to happen.
     """
     utils, model = sys.modules.get("comfy.utils"), patcher.model
-    loaded = getattr(model, "model_loaded_weight_memory", 0)
+    loaded: int = patcher.loaded_size()
     known = getattr(model, "current_weight_patches_uuid", None)
     fits = loaded > 0 and not model.model_lowvram and extra_memory + loaded > patcher.model_size()
     if utils is None or known in (None, patcher.patches_uuid) or not fits or patcher.hook_backup:
@@ -150,7 +209,7 @@ def _take_patches_off(patcher: Any, extra_memory: float) -> int:
         vars(module).pop("comfy_patched_weights", None)
     # Now it is as ComfyUI leaves a model that was loaded without LoRAs, but for what is on the CPU.
     model.current_weight_patches_uuid, model.model_loaded_weight_memory = None, 0
-    return int(loaded)
+    return loaded
 
 
 def _after_load(patcher: Any, *_arguments: Any) -> None:
@@ -180,16 +239,27 @@ def _loaded(model: Any) -> Iterator[Any]:
 
 def _unload(loaded: Any) -> None:
     management, patcher = sys.modules["comfy.model_management"], loaded.model
-    if _is_dynamic(patcher):  # it comes back by itself, the quicker the more of it is still in pinned memory
-        patcher.partially_unload(patcher.offload_device, _EVERYTHING)
+    if _is_dynamic(patcher):
+        _unload_dynamic(patcher)
     else:
         others = [other for other in management.current_loaded_models if other is not loaded]
         management.free_memory(_EVERYTHING, loaded.device, others)
 
 
+def _unload_dynamic(patcher: Any) -> None:
+    # It comes back by itself, the quicker the more of it is still in pinned memory.
+    patcher.partially_unload(patcher.offload_device, _EVERYTHING)
+
+
 def _after_detach(patcher: Any, unpatch_all: bool = True) -> None:
     if unpatch_all:  # or else only another clone takes over
-        oq.release(_module(patcher))
+        _release(patcher)
+
+
+def _release(patcher: Any) -> None:
+    freed = oq.release(_module(patcher))
+    if freed:
+        _log.info("unloaded with the model: %.2f GB of 8-bit copies; its next run makes them again", freed / 1e9)
 
 
 def _module(patcher: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import sys
+import tempfile
 import weakref
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from unittest import mock
 import torch
 
 installation, chosen, root = Path(sys.argv[1]), sys.argv[2:], Path(__file__).parents[2]
-sys.path[:0] = [str(installation / "ComfyUI"), str(root)]
+sys.path[:0] = [str(root), str(installation / "ComfyUI")]
 sys.argv[1:] = ["--cpu", "--use-pytorch-cross-attention"]
 exec((installation / "tools/tv_shim.py").read_text())  # ComfyUI cannot be imported without it here
 
 import comfy.options  # noqa: E402
 
 comfy.options.enable_args_parsing()
+import comfy.controlnet  # noqa: E402
 import comfy.model_management as management  # noqa: E402
 import comfy.model_patcher  # noqa: E402
 import comfy.sd  # noqa: E402
@@ -34,10 +36,13 @@ import comfy_aimdo.model_vbar  # noqa: E402
 
 import onlinequant_backend as oq  # noqa: E402
 from onlinequant_backend.comfy_integration import residency  # noqa: E402
+from onlinequant_backend.comfy_integration.control_patch import quantize_control_net  # noqa: E402
 from onlinequant_backend.comfy_integration.model_patch import quantize_model  # noqa: E402
 
 GPU = torch.device("cpu", 0)
 CHECKPOINT = installation / "models/checkpoints/tiny_sd15.safetensors"
+CONTROL_NET = installation / "models/controlnet/tiny_sd15_cn.safetensors"
+VIDEO = installation / "models/checkpoints/tiny_svd.safetensors"
 LORA = installation / "models/loras/tiny_sd15_lora.safetensors"
 
 
@@ -161,7 +166,7 @@ def test_loras_before_the_node_share_one_twin() -> None:
             clone = node(with_lora(model, strength))  # and the old one is gone, as from ComfyUI's cache
             load(clone)
             assert clone.model is twin and same(weights(twin), expected[strength]), strength
-            assert on_gpu(twin) == clone.model_size()
+            assert on_gpu(twin) == clone.loaded_size() == clone.model_size()
     assert loads.call_count == 1
     # ComfyUI would move all of it to the CPU at each change.
     assert set(moved) == {GPU}, moved
@@ -228,7 +233,7 @@ def test_a_twin_whose_clones_are_gone_is_still_known_and_dies_with_its_model() -
 
 def test_what_is_unloaded_is_released() -> None:
     released: list[Any] = []
-    with mock.patch.object(oq, "release", released.append):
+    with mock.patch.object(oq, "release", lambda module: released.append(module) or 0):
         model = loader()
         clone = node(model)
         for through_a_clone in (True, False):  # such as a LoRA after the node
@@ -250,11 +255,33 @@ def test_8_bit_copies_count() -> None:
     clone = node(model)
     own = clone.model_size()
     assert own == model.model_size()
+    load(clone)
+    (loaded,) = management.current_loaded_models
+    assert clone.loaded_size() == own
     with mock.patch.object(oq, "copied_bytes", return_value=1000):
-        assert clone.model_size() == with_lora(clone, 1.0).model_size() == own + 1000
-        load(clone)
+        assert clone.model_size() == with_lora(clone, 1.0).model_size() == clone.loaded_size() == own + 1000
+        assert loaded.model_memory_required(GPU) == 0
+        load(with_lora(clone, 1.0))
+        assert clone.loaded_size() == own + 1000
+    assert loaded.model_memory_required(GPU) == 1000  # they will be back
     management.unload_all_models()
-    assert node(model).model_size() == own + 1000  # they will be back
+    clone = node(model)
+    assert clone.loaded_size() == 0 and clone.model_size() == own + 1000
+
+
+def test_other_loaders() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "unet.safetensors"
+        prefix = "model.diffusion_model."
+        weights = comfy.utils.load_torch_file(str(CHECKPOINT)).items()
+        unet_weights = {name.removeprefix(prefix): weight for name, weight in weights if name.startswith(prefix)}
+        comfy.utils.save_torch_file(unet_weights, str(file))
+        unet = comfy.sd.load_diffusion_model(str(file))
+        video = comfy.sd.load_checkpoint_guess_config(str(VIDEO), output_vae=False, output_clipvision=True)[0]
+        for model in (unet, video):
+            clones = [node(model), node(model.clone())]
+            assert not clones[0].is_dynamic() and clones[0].model is clones[1].model is not model.model
+            load(clones[1])
 
 
 def test_a_model_that_cannot_be_loaded_again_stays_as_it_is() -> None:
@@ -264,6 +291,37 @@ def test_a_model_that_cannot_be_loaded_again_stays_as_it_is() -> None:
     assert clone.is_dynamic() and clone.model is model.model
     assert any("--disable-dynamic-vram" in line for line in log.lines)
     load(clone)
+
+
+def test_a_control_net_has_a_twin() -> None:
+    control = comfy.controlnet.load_controlnet(str(CONTROL_NET))
+    original = control.control_model
+    assert control.control_model_wrapped.is_dynamic()
+    expected = weights(original)
+    load(control.control_model_wrapped)  # which leaves pages and more in its modules
+    assert on_gpu(original) > 0 and any(hasattr(module, "_v") for module in original.modules())
+    ours = [quantize_control_net(control, {}, True, lambda _update: None) for _ in range(2)]
+    (patcher,), twin = ours[0].copy().get_models(), ours[0].control_model
+    assert all(one.control_model is twin for one in ours) and patcher.model is twin is not original
+    assert not patcher.is_dynamic() and on_gpu(original) == 0
+    assert not any(hasattr(module, "_v") for module in twin.modules())
+    load(patcher)
+    assert same(weights(twin), expected) and on_gpu(twin) == patcher.model_size() > 0
+    x, hint = torch.randn(1, 4, 16, 16), torch.randn(1, 3, 128, 128)
+    results = twin(x=x, hint=hint, timesteps=torch.tensor([5.0]), context=torch.randn(1, 77, 768))
+    assert results["output"] and all(torch.isfinite(result).all() for result in results["output"])
+    load(control.control_model_wrapped)
+    assert on_gpu(twin) == 0 and on_gpu(original) > 0 and same(weights(original), expected)
+    load(patcher)
+    assert on_gpu(twin) > 0 and on_gpu(original) == 0 and same(weights(original), expected)
+    with mock.patch.object(oq, "release", return_value=0) as release:
+        management.unload_all_models()
+    release.assert_called_with(twin)
+    release.reset_mock()
+    guards = weakref.ref(original), weakref.ref(twin)
+    del control, original, twin, ours, patcher
+    gc.collect()
+    assert not any(guard() is not None for guard in guards)
 
 
 if __name__ == "__main__":
