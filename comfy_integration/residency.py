@@ -10,6 +10,7 @@ this can be tested without it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -19,6 +20,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
 import onlinequant_backend as oq
@@ -181,6 +183,13 @@ def _resident(kind: Any) -> Any:
         def partially_unload(self, *args: Any, **options: Any) -> Any:
             _release(self)
             return super().partially_unload(*args, **options)
+
+        def detach(self, *args: Any, **options: Any) -> Any:
+            # ComfyUI loads in inference mode and may unload outside of it: what it then puts back in place of a LoRA's
+            # weights would be ordinary tensors, for which Dynamo traces anew.
+            is_inference = any(weight.is_inference() for weight in _module(self).parameters())
+            with torch.inference_mode() if is_inference else contextlib.nullcontext():
+                return super().detach(*args, **options)
 
     Resident.__name__ = Resident.__qualname__ = kind.__name__
     return Resident
