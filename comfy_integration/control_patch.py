@@ -13,6 +13,7 @@ from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
+from .residency import put_control_net_in_place
 
 
 def quantize_control_net(control_net: Any, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> Any:
@@ -26,6 +27,7 @@ def quantize_control_net(control_net: Any, options: Mapping[str, Any], whole_run
         why = f"a {type(control_net).__name__} has no network of its own that every step runs"
         listener(Update(f"in float: {why}"))
         return copy
+    put_control_net_in_place(copy)
     return ControlHook(options, whole_run, listener).attach(copy)
 
 

@@ -6,8 +6,6 @@ ComfyUI's own modules are not needed here, so that this can be tested without th
 from __future__ import annotations
 
 import contextlib
-import inspect
-import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -16,8 +14,7 @@ from onlinequant_backend.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .record import Record, record_of
-
-_log = logging.getLogger("onlinequant")
+from .residency import clone_in_place
 
 # Where ComfyUI's own TorchCompileModel keeps its wrapper as well: a model has one, that of the last node that compiles.
 APPLY_MODEL, KEY = "apply_model", "torch.compile"
@@ -30,7 +27,7 @@ def quantize_model(model: Any, options: Mapping[str, Any], whole_run: bool, list
     ``options``: of the backend. ``whole_run``: observe all calls of one sampling run, however many, instead of
     ``calibration_steps``. ``listener`` is told how far it has come.
     """
-    clone = _clone(model)
+    clone = clone_in_place(model)
     hook = ModelHook(options, whole_run, listener)
     for kind, key, wrapper in ((APPLY_MODEL, KEY, hook), (SAMPLER_SAMPLE, OWN_KEY, hook.sample)):
         clone.remove_wrappers_with_key(kind, key)
@@ -44,16 +41,6 @@ def record_of_model(model: Any) -> Record | None:
         if isinstance(hook, ModelHook):
             return hook.record(model.model.diffusion_model)
     return None
-
-
-def _clone(model: Any) -> Any:
-    """A clone without dynamic VRAM: layers whose weights are fetched inside the graph would stay in float."""
-    if "disable_dynamic" in inspect.signature(model.clone).parameters:
-        try:
-            return model.clone(disable_dynamic=True)
-        except RuntimeError as error:  # ComfyUI cannot load it again
-            _log.warning("layers whose weights are loaded on demand stay in float: %s", error)
-    return model.clone()
 
 
 class ModelHook:

@@ -11,7 +11,7 @@ from .config import QuantConfig
 from .errors import OnlineQuantError
 from .progress import Update, told_to
 from .report import NodeDecision, Report, reports
-from .runtime import invalidate, reset
+from .runtime import copied_bytes, invalidate, release, reset
 from .sampling import SamplingRun, sampling_run
 
 __all__ = [
@@ -21,8 +21,10 @@ __all__ = [
     "Report",
     "SamplingRun",
     "Update",
+    "copied_bytes",
     "invalidate",
     "onlinequant",
+    "release",
     "reports",
     "reset",
     "sampling_run",

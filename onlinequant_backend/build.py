@@ -21,7 +21,7 @@ from .drift import CountingCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
 from .shapes import FixedInputs, SymbolicInputs
-from .weights import WeightSet, getter
+from .weights import WeightSet, copies_lock, getter
 
 _log = logging.getLogger("onlinequant")
 
@@ -32,6 +32,12 @@ class Prepared(NamedTuple):
     function: Callable[..., Any]
     counting: CountingCall
     extras: tuple[torch.Tensor, ...]
+
+    def release(self) -> None:
+        """Give back the memory of CUDA graphs."""
+        for call in (self.function, self.counting.run):
+            if isinstance(call, GraphedCall):
+                call.release()
 
 
 class CompiledGraph:
@@ -77,10 +83,11 @@ class CompiledGraph:
         """How this is called with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
         known: Prepared | None = weights.extras.get(self)
         if known is None:
-            extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
-            # A CUDA graph is made for certain addresses, so every set of weights has its own.
-            function = self.function if self._graphed is None else self._graphed(self.function)
-            known = weights.extras[self] = Prepared(function, CountingCall(self.function, self._graphed), extras)
+            with copies_lock:  # else those that are released meanwhile would stay
+                extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
+                # A CUDA graph is made for certain addresses, so every set of weights has its own.
+                function = self.function if self._graphed is None else self._graphed(self.function)
+                known = weights.extras[self] = Prepared(function, CountingCall(self.function, self._graphed), extras)
         return known
 
     @property

@@ -70,6 +70,7 @@ class GraphedCall:
     def release(self) -> None:
         """Give back the memory of all captures; the next calls make new ones."""
         with self._lane.lock:
+            self._lane.wait()  # a replay may still be running there
             self._known.clear()
             self._lane.trim()
 
@@ -200,6 +201,9 @@ class _Lane:
             finally:
                 self._done.record(stream)
                 self._last = stream
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
 
     def is_capturing(self) -> bool:
         return torch.cuda.is_current_stream_capturing()

@@ -63,18 +63,21 @@ class CountingCall:
     """A compiled function whose calls also say what its 8-bit layers clip.
 
     ``graphed``: makes a function that is replayed as a CUDA graph out of one that is not; None where there is no GPU.
+
+    Attributes:
+        run: what is called, the CUDA graph where there is one.
     """
 
     def __init__(
         self, function: Callable[..., Any], graphed: Callable[[Callable[..., Any]], Callable[..., Any]] | None = None
     ) -> None:
         self._function = function
-        self._run = self._counted if graphed is None else graphed(self._counted)
+        self.run = self._counted if graphed is None else graphed(self._counted)
 
     def __call__(self, *args: Any) -> tuple[Any, dict[int, float]]:
         """The result, and of each quantized tensor by the address of its ``qparams`` the share of values at an end of
         its range, less what a handful may be. Waits for both."""
-        result, clipped, lengths = self._run(*args)
+        result, clipped, lengths = self.run(*args)
         return result, {} if clipped is None else _shares(clipped, lengths)
 
     def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None, dict[int, int]]:

@@ -276,6 +276,27 @@ class Layer:
         if not self.in_use:
             self.weight = self.weight_scale = None
 
+    def release(self) -> int:
+        """Give up the 8-bit copy although graphs run on it; returns its bytes. What shares its memory goes as well."""
+        sharing = (self,) if self.merged is None else self.merged.layers
+        if any(layer.freed for layer in sharing):  # there is nothing that it could be made of again
+            return 0
+        freed = sum(layer.copied_bytes() for layer in sharing)
+        for layer in sharing:
+            layer.weight = layer.weight_scale = layer.merged = None
+            layer.forget()
+        return freed
+
+    def copied_bytes(self) -> int:
+        """The memory of the 8-bit copy."""
+        return 0 if self.weight is None else self.weight.nbytes
+
+    def restore_copy(self) -> None:
+        """Make a copy that was released meanwhile again, of the weight that it was made of."""
+        weight = self._source()
+        if self.weight is None and weight is not None:
+            self.requantize(weight)
+
     def forget(self) -> None:
         """Drop the 8-bit copy's claim to be up to date."""
         self._stamp = None

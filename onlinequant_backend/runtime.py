@@ -524,6 +524,20 @@ def invalidate(module: torch.nn.Module) -> int:
     return registry.forget_weights(list(module.parameters()))
 
 
+def release(module: torch.nn.Module) -> int:
+    """Give back the memory of the 8-bit copies of ``module``'s weights and of the CUDA graphs that run on them.
+
+    The next call makes them again, from the float weights that it brings along, without compiling. Returns the copies'
+    size in bytes. Copies whose float weights were given up (``free_float_weights``) stay.
+    """
+    return registry.release(list(module.parameters()))
+
+
+def copied_bytes(module: torch.nn.Module) -> int:
+    """The size in bytes of the 8-bit copies that ``module`` runs on; 0 while there are none."""
+    return registry.copied_bytes(list(module.parameters()))
+
+
 def reset() -> None:
     """Forget everything in this process: observed ranges, 8-bit weights and reports.
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +29,11 @@ from .merged import MergedWeight
 if TYPE_CHECKING:
     from .build import Prepared
     from .passes.layer import ConvGeometry
+
+
+# Held while 8-bit copies are made, handed to a compiled graph or released. A call in another thread keeps those that it
+# was given for as long as it runs.
+copies_lock = threading.RLock()
 
 
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -80,6 +85,10 @@ class WeightSet:
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
         """How many of these parameters, by qualified name, are in this set under the same name."""
         return sum(name in self._guards and self._guards[name]() is weight for name, weight in parameters.items())
+
+    def has_any_of(self, ids: Set[int]) -> bool:
+        """Whether any parameter with one of these identities is in this set."""
+        return any(id(guard()) in ids for guard in self._guards.values())  # None is no parameter
 
     def layer(self, name: str) -> Layer | None:
         """The layer whose weight has this name."""
@@ -135,11 +144,12 @@ class WeightSet:
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
         stale: set[Layer] = set()
-        # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
-        for some in (indices, [index for index in indices if self.layers[index].merged is not None]):
-            for index in some:
-                if self.layers[index].refresh(parameters[self._candidates[index]]):
-                    stale.add(self.layers[index])
+        with copies_lock:
+            # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
+            for some in (indices, [index for index in indices if self.layers[index].merged is not None]):
+                for index in some:
+                    if self.layers[index].refresh(parameters[self._candidates[index]]):
+                        stale.add(self.layers[index])
         return len(stale)
 
     def merge(self, indices: Sequence[int]) -> MergedWeight | None:
@@ -158,6 +168,8 @@ class WeightSet:
 
     def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
         """An extra input of a compiled graph: what rewriting calls ``what``, of a layer or of a merged weight."""
+        for index in (of,) if isinstance(of, int) else of:
+            self.layers[index].restore_copy()  # may have been released since the call looked whether it is current
         if isinstance(of, int):
             found = getattr(self.layers[of], what)
         else:
@@ -287,6 +299,32 @@ class Registry:
         for layer in found:
             layer.forget()
         return sum(layer.weight is not None for layer in found)
+
+    def copied_bytes(self, weights: Sequence[torch.Tensor]) -> int:
+        """The memory of the 8-bit copies that models with any of ``weights`` run on."""
+        with self._lock:
+            return sum(layer.copied_bytes() for layer in self._layers_beside(weights))
+
+    def release(self, weights: Sequence[torch.Tensor]) -> int:
+        """Give up the 8-bit copies that models with any of ``weights`` run on, and what was captured with them;
+        returns the copies' bytes."""
+        with copies_lock:
+            with self._lock:
+                layers = self._layers_beside(weights)
+                sets = [known for known in self._sets if not layers.isdisjoint(known.layers)]
+            prepared = [one for known in sets for one in known.extras.values()]
+            for known in sets:
+                known.extras.clear()
+            freed = sum(layer.release() for layer in layers)
+        for one in prepared:
+            one.release()
+        return freed
+
+    def _layers_beside(self, weights: Sequence[torch.Tensor]) -> set[Layer]:
+        # By biases and norms too: a LoRA's weights may be gone already, and the model's own never seen.
+        ids = set(map(id, weights))
+        running = [known for known in self._sets if known.selection is not None and known.has_any_of(ids)]
+        return {layer for known in running for layer in known.layers}
 
     def clear(self) -> None:
         """Forget every layer."""

@@ -35,11 +35,16 @@ class FakeLane:
         self.fails = False
         self.capturing = False
         self.alive = 0
+        self.waits = 0
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
         with self.lock:
             yield
+
+    def wait(self) -> None:
+        assert self.lock.locked()
+        self.waits += 1
 
     def is_capturing(self) -> bool:
         return self.capturing
@@ -350,6 +355,11 @@ def test_release(case: Case) -> None:
         case.graphed.release()
 
 
+def test_release_waits_for_replays_that_are_still_running(fake: FakeLane, device: torch.device) -> None:
+    Case(device).graphed.release()
+    assert fake.waits == 1
+
+
 def test_threads(case: Case) -> None:
     other = Case(case.device)
     barrier = threading.Barrier(4)
@@ -471,8 +481,8 @@ def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
         result, shares = call(qparams, x)
         assert float(result) == 2 * 127 * clipped
         assert shares == {qparams.data_ptr(): max(0, clipped - 4) / 1000}
-    assert call._run.captures == 1  # type: ignore[attr-defined]
+    assert call.run.captures == 1  # type: ignore[attr-defined]
     for size in (3000, 3000, 1000, 3000):
         _, shares = call(qparams, torch.full((size,), 127.0, device=device))
         assert shares == {qparams.data_ptr(): 1 - 4 / size}
-    assert call._run.captures == 2  # type: ignore[attr-defined]
+    assert call.run.captures == 2  # type: ignore[attr-defined]

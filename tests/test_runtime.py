@@ -15,6 +15,8 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat, ops
+from onlinequant_backend.kernels import cpu as kernels_cpu
+from onlinequant_backend.weights import registry
 from tests.tiny import OPTIONS, Net, net, noise, relative_error
 
 X = noise(1, 4, 8, 8)
@@ -461,6 +463,58 @@ def test_invalidate_follows_a_change_that_leaves_no_trace(inductor: EagerInducto
     expected = model(X)
     oq.invalidate(model)
     assert relative_error(step(X), expected) < CLOSE
+
+
+@torch.no_grad()
+def test_what_was_released_comes_back_without_a_compile(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    pictures = [step(X) for _ in range(3)]
+    layers = {layer for known in registry._sets for layer in known.layers}
+    copies = [weakref.ref(copy) for layer in layers for copy in (layer.weight, layer.weight_scale)]
+    packed = len(kernels_cpu._packed_weights)
+    size = oq.copied_bytes(model)
+    assert size == sum(weight.numel() for weight in model.parameters() if weight.dim() > 1)
+    assert oq.release(model) == size and oq.copied_bytes(model) == 0
+    assert not any(copy() is not None for copy in copies)
+    assert len(kernels_cpu._packed_weights) == packed - len(layers)
+    assert torch.equal(step(X), pictures[-1])
+    assert (len(inductor.graphs), dynamo_graphs(), oq.copied_bytes(model)) == (1, 1, size)
+
+
+@torch.no_grad()
+def test_weights_that_change_after_a_release_are_followed(inductor: EagerInductor) -> None:
+    """ComfyUI takes a LoRA off a model that it unloads, and may put another one on."""
+    model = net()
+    originals = dict(model.named_parameters())
+    put(model, {name: w * 1.5 for name, w in originals.items() if "to_q" in name or "conv_out.weight" in name})
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    put(model, originals)
+    assert oq.release(model) > 0
+    for factor in (1.0, 2.0):
+        put(model, {"conv_out.weight": originals["conv_out.weight"] * factor})
+        assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert (len(inductor.graphs), dynamo_graphs()) == (1, 1)
+
+
+def put(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
+    """As ComfyUI does: each weight is replaced by another parameter."""
+    for name, weight in weights.items():
+        module, _, attribute = name.rpartition(".")
+        parameter = weight if isinstance(weight, nn.Parameter) else nn.Parameter(weight, requires_grad=False)
+        setattr(model.get_submodule(module), attribute, parameter)
+
+
+@torch.no_grad()
+def test_freed_weights_keep_their_copies(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, free_float_weights=True)
+    pictures = [step(X) for _ in range(3)]
+    size = oq.copied_bytes(model)
+    assert oq.release(model) == 0 and oq.copied_bytes(model) == size > 0
+    assert torch.equal(step(X), pictures[-1])
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ Inductor is replaced by running the rewritten graph as it is, which is quick and
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,9 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat, weights
+from onlinequant_backend.build import CompiledGraph
+from onlinequant_backend.watch import Watch
+from onlinequant_backend.weights import WeightSet
 from tests.test_runtime import EagerInductor, compiled, deltas
 from tests.tiny import Net, net, noise, relative_error
 
@@ -132,6 +136,58 @@ def test_two_models_of_one_architecture_share_a_graph_and_no_weights(inductor: E
     rounds(callers, 6)
     assert [caller.observed for caller in callers] == [2, 2]
     assert len(inductor.graphs) == 1
+
+
+def test_a_model_whose_copies_are_released_meanwhile(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, calibration_steps=1)
+    callers = [Caller(model, step) for _ in range(2)]
+    rounds(callers, 2)
+    observed = calls_observed()
+    is_over = threading.Event()
+
+    def release() -> torch.Tensor:
+        while not is_over.is_set():
+            oq.release(model)
+        return X
+
+    def call(caller: Caller) -> torch.Tensor:
+        try:
+            for _ in range(20):
+                picture = caller()
+                caller.check(picture)
+                assert not torch.equal(picture, model(X))  # as in float it would be, had anything failed
+            return picture
+        finally:
+            is_over.set()
+
+    at_once(release, *(functools.partial(call, caller) for caller in callers))
+    assert (calls_observed(), len(inductor.graphs), oq.reports()[-1].phase) == (observed, 1, "quantized")
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", [(WeightSet, "begin_check"), (Watch, "run"), (CompiledGraph, "_taken")])
+def test_copies_that_are_released_in_the_middle_of_a_call(
+    where: tuple[type, str], inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the call has found them current, before it is handed them, and before it computes with them."""
+    model = net()
+    step = compiled(model, calibration_steps=1)
+    pictures = [step(X) for _ in range(2)]
+    original = getattr(*where)
+
+    def release_first(*args: Any, **kwargs: Any) -> Any:
+        assert oq.release(model) > 0
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(*where, release_first)
+        assert torch.equal(step(X), pictures[-1])
+    # What that call has left behind is nothing that a later one goes on with.
+    original_weight = model.conv_out.weight
+    model.conv_out.weight = torch.nn.Parameter(original_weight * 2, requires_grad=False)
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert (len(inductor.graphs), oq.reports()[-1].phase) == (1, "quantized")
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
+from onlinequant_backend import build
 from onlinequant_backend.formats import FP8
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
@@ -276,3 +277,54 @@ def test_invalidate_is_for_changes_that_leave_no_trace() -> None:
     assert oq.invalidate(module) == 3
     assert made.follow(weights) == 3
     assert oq.invalidate(linears()) == 0
+
+
+def test_released_weights_take_the_captures_with_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = []
+
+    class Graphed:
+        def __init__(self, function: Callable[..., torch.Tensor]) -> None:
+            self.function = function
+
+        def __call__(self, *args: torch.Tensor) -> torch.Tensor:
+            return self.function(*args)
+
+        def release(self) -> None:
+            released.append(self)
+
+    monkeypatch.setattr(build, "GraphedCall", Graphed)
+    module, other = linears(), linears()
+    known, others = selected(weights_of(module)), selected(weights_of(other))
+    registry.add(known)
+    registry.add(others)
+    graph = build.CompiledGraph(lambda weight: weight, [], [("weight", 1)], graphed=Graphed)
+    prepared, kept = graph.prepare(known), graph.prepare(others)
+    assert graph([], known) is known.layers[1].weight is not None
+    oq.release(module)
+    assert released == [prepared.function, prepared.counting.run]
+    assert graph.prepare(known) is not prepared and graph.prepare(others) is kept
+
+
+def test_what_was_merged_is_released_as_a_whole_and_merged_again() -> None:
+    module = linears()
+    known = selected(weights_of(module))
+    registry.add(known)
+    for layer in known.layers:  # as on a GPU: on a CPU weights are packed and never merged
+        layer.format = FP8
+    oq.invalidate(module)
+    for layer in known.layers:
+        layer.weight = layer.weight_scale = None
+    known.follow(weights_of(module))
+    x = noise(4, 24)
+    merged = known.extra("merged_weight", (0, 1))
+    before = [layer.quantized_output(x, None, x) for layer in known.layers]
+    guard = weakref.ref(merged)
+    del merged
+    size = oq.copied_bytes(module)
+    assert oq.release(module) == size == 3 * 24 * 24
+    gc.collect()
+    assert guard() is None
+    assert known.extra("merged_weight", (0, 1)).shape == (48, 24)
+    known.follow(weights_of(module))
+    for layer, expected in zip(known.layers, before, strict=True):
+        assert torch.equal(layer.quantized_output(x, None, x), expected)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import gc
 import types
+import weakref
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -259,19 +262,97 @@ def test_an_error_of_the_model_s_own_is_raised_and_held_against_nobody(denoiser:
     assert is_8_bit(model.apply(X), denoiser(X))
 
 
-@pytest.mark.parametrize("error", [None, RuntimeError("it was not loaded from a file")])
-def test_dynamic_vram_is_switched_off_where_that_can_be(
-    denoiser: Denoiser, told: list[str], error: Exception | None
+class Model:
+    """As ComfyUI's, it can be referred to weakly."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self.diffusion_model = denoiser
+
+
+class Dynamic(Patcher):
+    """A patcher of a model whose weights are loaded on demand, and its clones in place."""
+
+    def __init__(self, model: Model | None, *_devices: object, dynamic: bool = False) -> None:
+        super().__init__(nn.Module())
+        self.model = model  # type: ignore[assignment]
+        self.load_device = self.offload_device = "cpu"
+        self.hook_backup: dict[str, Any] = {}
+        self.callbacks: dict[tuple[str, str], list[Callable[..., Any]]] = {}
+        self.parent: Dynamic | None = None
+        self.dynamic = dynamic
+        self.error: Exception | None = None
+
+    def is_dynamic(self) -> bool:
+        return self.dynamic
+
+    def get_clone_model_override(self) -> Any:
+        return self.model
+
+    def clone(self, disable_dynamic: bool = False, model_override: Model | None = None) -> Dynamic:
+        model = model_override or self.model
+        if disable_dynamic and self.error is not None:
+            raise self.error
+        if disable_dynamic and model_override is None and self.dynamic:
+            model = Model(copy.deepcopy(self.model.diffusion_model))  # from the disk
+        other = type(self)(model, dynamic=self.dynamic and not disable_dynamic)
+        other.parent = self
+        other.wrappers = {key: list(wrappers) for key, wrappers in self.wrappers.items()}
+        other.callbacks = {key: list(callbacks) for key, callbacks in self.callbacks.items()}
+        return other
+
+    def add_callback_with_key(self, kind: str, key: str, callback: Callable[..., Any]) -> None:
+        self.callbacks.setdefault((kind, key), []).append(callback)
+
+    def get_callbacks(self, kind: str, key: str) -> list[Callable[..., Any]]:
+        return self.callbacks.get((kind, key), [])
+
+    def detach(self, unpatch_all: bool) -> None:
+        (callback,) = self.get_callbacks("on_detach_after", "onlinequant")
+        callback(self, unpatch_all)
+
+
+def test_a_model_loaded_on_demand_has_one_twin_that_dies_with_it(denoiser: Denoiser, told: list[str]) -> None:
+    loader = Dynamic(Model(denoiser), dynamic=True)
+    for _ in range(2):  # each with a LoRA of its own, say
+        quantized = patched(loader.clone(), told)
+        quantized.run()
+    twin = weakref.ref(quantized.model)
+    assert quantized.model is not loader.model and not quantized.is_dynamic()
+    assert all(is_8_bit(result, denoiser(X)) for result in quantized.run())
+    assert len(oq.reports()) == 1
+    del quantized
+    gc.collect()
+    assert twin() is not None
+    del loader
+    gc.collect()
+    assert twin() is None
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("it was not loaded from a file"), TypeError("no argument of that name")]
+)
+def test_a_model_that_cannot_be_loaded_in_another_way_stays_as_it_is(
+    denoiser: Denoiser, told: list[str], caplog: pytest.LogCaptureFixture, error: Exception
 ) -> None:
-    asked: list[bool] = []
+    loader = Dynamic(Model(denoiser), dynamic=True)
+    loader.error = error
+    assert patched(loader, told).model is loader.model
+    assert str(error) in caplog.text and "--disable-dynamic-vram" in caplog.text
 
-    class Dynamic(Patcher):
-        def clone(self, disable_dynamic: bool = False) -> Patcher:
-            asked.append(disable_dynamic)
-            if disable_dynamic and error is not None:
-                raise error
-            return super().clone()
 
-    patched(Dynamic(denoiser), told).run()
-    assert asked == ([True] if error is None else [True, False])
-    assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_comfyui_unloads_is_released_and_comes_back_without_a_trace(
+    denoiser: Denoiser, told: list[str], dynamic: bool
+) -> None:
+    loader = Dynamic(Model(denoiser), dynamic=dynamic)
+    quantized = patched(loader, told)
+    quantized.run()
+    module, size = quantized.model.diffusion_model, oq.copied_bytes(quantized.model.diffusion_model)
+    # When no clone is left, ComfyUI takes its parent for what is loaded.
+    for patcher in (quantized, quantized.clone(), quantized.parent):
+        patcher.detach(False)
+        assert oq.copied_bytes(module) == size > 0
+        patcher.detach(True)
+        assert oq.copied_bytes(module) == 0
+        assert all(is_8_bit(result, denoiser(X)) for result in quantized.run())
+    assert len(oq.reports()) == 1

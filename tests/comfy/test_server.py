@@ -155,6 +155,18 @@ def test_a_lora_comes_changes_its_strength_and_goes_and_nothing_is_compiled(stud
         assert shot.is_8_bit and shot.is_quick, patches
 
 
+def test_what_is_unloaded_comes_back_and_nothing_is_compiled(studio: Studio) -> None:
+    drawing = SMALL.but(patches=(lora(1.0),)).quantized()
+    studio.prepare(PLAIN)
+    studio.prepare(drawing)
+    before = len(studio.server.log.read_text())
+    studio.server.post("/free", {"unload_models": True})
+    studio.server.wait_for("unloaded with the model: .* of 8-bit copies", since=before)
+    for again in (drawing, PLAIN):
+        shot = studio.draw(again.but(seed=2))
+        assert shot.is_8_bit and shot.is_quick, again
+
+
 @pytest.mark.parametrize("quantized", [False, True], ids=["in float", "in 8 bit"])
 def test_a_control_net_stops_before_the_last_step(studio: Studio, quantized: bool) -> None:
     controlled = PLAIN.but(control_end=0.7, control_quantized=quantized)

@@ -1,0 +1,276 @@
+"""How a model in 8 bit and ComfyUI's memory management get along.
+
+ComfyUI loads the weights of most models on demand ("dynamic VRAM"), which no compiled graph can do with. So a model
+gets a *twin*, the same one with its weights in place: one for as long as the model lives, whatever LoRAs come and go.
+Of the two only one is on the GPU. What ComfyUI unloads loses its 8-bit copies and CUDA graphs as well.
+
+Everything of ComfyUI's that is not there, or is other than expected, is left alone. Nothing of it is imported, so that
+this can be tested without it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import logging
+import re
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+import onlinequant_backend as oq
+from onlinequant_backend.trouble import going_on
+
+_log = logging.getLogger("onlinequant")
+
+# ComfyUI's ``CallbacksMP``; every clone of a patcher has its callbacks, too.
+ON_LOAD, ON_DETACH, KEY = "on_load_after", "on_detach_after", "onlinequant"
+_EVERYTHING = 1e30  # bytes, as ComfyUI says it
+
+# A patcher of each model's twin that nobody samples with. It stands for the twin when no clone is left, and it knows
+# nothing of the model, which it would keep alive.
+_twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
+_originals: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+# Bytes of each model's own weights, and of its 8-bit copies when last seen.
+_own_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_copy_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+
+def clone_in_place(model: Any) -> Any:
+    """A clone of a ``ModelPatcher`` whose weights are all where the model runs, if ComfyUI can do that.
+
+    Clones of one model share one copy of it: its own, or that of its twin.
+    """
+    clone = _clone_of_twin(model) if _is_dynamic(model) else model.clone()
+    if not _is_dynamic(clone):
+        _make_resident(clone)
+    for patcher in (model, clone):
+        watch(patcher)
+    return clone
+
+
+def put_control_net_in_place(control: Any) -> None:
+    """Have a ``ControlNet``, a copy of our own, run its network with all weights where it runs: that of its twin."""
+    patcher = getattr(control, "control_model_wrapped", None)
+    if patcher is None:
+        return
+    watch(patcher)
+    if _is_dynamic(patcher):
+        with going_on("a ControlNet stays in float, since ComfyUI loads its weights on demand"):
+            known = _twin_of_network(patcher)
+            control.control_model_wrapped, control.control_model = known, known.model
+
+
+def _twin_of_network(patcher: Any) -> Any:
+    network = patcher.model
+    if network not in _twins:
+        _unload_dynamic(patcher)  # so that all weights are on the CPU
+        plain = sys.modules["comfy.model_patcher"].ModelPatcher
+        known = plain(_with_same_weights(network, {}), patcher.load_device, patcher.offload_device)
+        _make_resident(known)
+        watch(known)
+        _twins[network], _originals[known.model] = known, weakref.ref(network)
+    return _twins[network]
+
+
+# The attributes of modules that ComfyUI's patchers leave behind; they set them again.
+_LEFT_BEHIND = re.compile(
+    r"_v(_signature)?|_pins?|_pin_state|_prefetch|dynamic_.*|seed_key|device|(weight|bias)_(lowvram_)?function"
+    r"|(prev_)?comfy_.*_weights|model_lowvram|lowvram_patch_counter|model_.*_memory|current_weight_patches_uuid"
+)
+
+
+def _with_same_weights(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+    """A copy whose parameters have the same memory, until they are moved, without what ComfyUI's patchers have left.
+
+    ``copy.deepcopy`` would copy pages and pinned memory, which both would free. ``known``: copies of modules.
+    """
+    if module not in known:
+        twin = known[module] = module.__new__(type(module))
+        for name, value in vars(module).items():
+            if not _LEFT_BEHIND.fullmatch(name):
+                vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+        for name, weight in module._parameters.items():
+            if weight is not None:
+                twin._parameters[name] = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
+        for name, child in module._modules.items():
+            if child is not None:
+                twin._modules[name] = _with_same_weights(child, known)
+    return known[module]
+
+
+def watch(patcher: Any) -> None:
+    """Have ComfyUI say when it loads or unloads the model of a ``ModelPatcher``, also through what it is a clone of."""
+    while hasattr(patcher, "add_callback_with_key"):
+        for kind, callback in ((ON_LOAD, _after_load), (ON_DETACH, _after_detach)):
+            if not patcher.get_callbacks(kind, KEY):
+                patcher.add_callback_with_key(kind, KEY, callback)
+        patcher = getattr(patcher, "parent", None)
+
+
+def _is_dynamic(patcher: Any) -> bool:
+    return hasattr(patcher, "is_dynamic") and bool(patcher.is_dynamic())
+
+
+def _clone_of_twin(model: Any) -> Any:
+    known = _twins.get(model.model)
+    override = {} if known is None else {"model_override": known.get_clone_model_override()}
+    try:
+        clone = model.clone(disable_dynamic=True, **override)
+    except (RuntimeError, TypeError) as error:  # it cannot, or this version knows no such arguments
+        _log.warning(
+            "this model's layers stay in float, since ComfyUI loads their weights on demand and cannot load the model "
+            "in another way (%s); start it with --disable-dynamic-vram",
+            error,
+        )
+        return model.clone()
+    if known is None:
+        known = _twins[model.model] = _stand_in(clone)
+        _originals[clone.model] = weakref.ref(model.model)
+    # Whom ComfyUI takes a loaded model for when the clone is gone. The model's own patcher stands for another copy.
+    clone.parent = known
+    clone.hook_backup = known.hook_backup
+    return clone
+
+
+def _stand_in(clone: Any) -> Any:
+    bare = type(clone)(clone.model, clone.load_device, clone.offload_device)
+    known = bare.clone(model_override=clone.get_clone_model_override())
+    _make_resident(known)
+    known.parent = None
+    return known
+
+
+def _make_resident(patcher: Any) -> None:
+    kind: Any = type(patcher)
+    if not hasattr(kind, "made_resident"):
+        patcher.__class__ = _resident(kind)
+
+
+@functools.cache
+def _resident(kind: Any) -> Any:
+    """ComfyUI's ``ModelPatcher`` for a model that may be in 8 bit; clones of one are such as well."""
+
+    class Resident(kind):
+        made_resident = True
+
+        def model_size(self) -> int:
+            """With the 8-bit copies, so that ComfyUI makes room for them, too."""
+            own = _own_sizes.get(self.model)
+            if own is None:
+                own = _own_sizes[self.model] = super().model_size()
+            copies = oq.copied_bytes(_module(self))
+            if copies:
+                _copy_sizes[self.model] = copies
+            return own + _copy_sizes.get(self.model, 0)
+
+        def loaded_size(self) -> int:
+            """The same of what is there."""
+            loaded: int = super().loaded_size()  # of a model that was loaded as a whole it is ``model_size``
+            return min(loaded, _own_sizes.get(self.model, loaded)) + oq.copied_bytes(_module(self))
+
+        def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **options: Any) -> Any:
+            _unload_other_copy(self.model)  # before this one takes its memory
+            if not any((*args, *options.values())):
+                extra_memory += _take_patches_off(self, extra_memory)
+            return super().partially_load(device_to, extra_memory, *args, **options)
+
+        def partially_unload(self, *args: Any, **options: Any) -> Any:
+            _release(self)
+            return super().partially_unload(*args, **options)
+
+        def detach(self, *args: Any, **options: Any) -> Any:
+            # ComfyUI loads in inference mode and may unload outside of it: what it then puts back in place of a LoRA's
+            # weights would be ordinary tensors, for which Dynamo traces anew.
+            is_inference = any(weight.is_inference() for weight in _module(self).parameters())
+            with torch.inference_mode() if is_inference else contextlib.nullcontext():
+                return super().detach(*args, **options)
+
+    Resident.__name__ = Resident.__qualname__ = kind.__name__
+    return Resident
+
+
+def _take_patches_off(patcher: Any, extra_memory: float) -> int:
+    """Prepare a loaded model for other LoRAs than it has, leaving on the GPU what no LoRA changes; returns the bytes of
+    the model that are there. ComfyUI itself would move all of it away and back.
+
+    Returns 0, with nothing changed, where that is not what is about to happen.
+    """
+    utils, model = sys.modules.get("comfy.utils"), patcher.model
+    loaded: int = patcher.loaded_size()
+    known = getattr(model, "current_weight_patches_uuid", None)
+    fits = loaded > 0 and not model.model_lowvram and extra_memory + loaded > patcher.model_size()
+    if utils is None or known in (None, patcher.patches_uuid) or not fits or patcher.hook_backup:
+        return 0
+    own = dict(patcher.backup)
+    if any(saved.inplace_update for saved in own.values()):
+        return 0
+    modules = [model.get_submodule(key.rpartition(".")[0]) for key in {*own, *patcher.patches}]
+    patcher.backup.clear()
+    for key, saved in own.items():
+        utils.set_attr_param(model, key, saved.weight)
+    for module in modules:
+        vars(module).pop("comfy_patched_weights", None)
+    # Now it is as ComfyUI leaves a model that was loaded without LoRAs, but for what is on the CPU.
+    model.current_weight_patches_uuid, model.model_loaded_weight_memory = None, 0
+    return loaded
+
+
+def _after_load(patcher: Any, *_arguments: Any) -> None:
+    _unload_other_copy(patcher.model)
+
+
+def _unload_other_copy(model: Any) -> None:
+    other = _other_copy(model)
+    if other is not None:
+        with going_on("another copy of %s stays on the GPU", type(other).__name__):
+            for loaded in _loaded(other):
+                _unload(loaded)
+
+
+def _other_copy(model: Any) -> Any:
+    if model in _twins:
+        return _twins[model].model
+    return _originals[model]() if model in _originals else None
+
+
+def _loaded(model: Any) -> Iterator[Any]:
+    """ComfyUI's entries of a model that is loaded, but not for the same run."""
+    for loaded in list(getattr(sys.modules.get("comfy.model_management"), "current_loaded_models", ())):
+        if loaded.model is not None and loaded.model.model is model and not loaded.currently_used:
+            yield loaded
+
+
+def _unload(loaded: Any) -> None:
+    management, patcher = sys.modules["comfy.model_management"], loaded.model
+    if _is_dynamic(patcher):
+        _unload_dynamic(patcher)
+    else:
+        others = [other for other in management.current_loaded_models if other is not loaded]
+        management.free_memory(_EVERYTHING, loaded.device, others)
+
+
+def _unload_dynamic(patcher: Any) -> None:
+    # It comes back by itself, the quicker the more of it is still in pinned memory.
+    patcher.partially_unload(patcher.offload_device, _EVERYTHING)
+
+
+def _after_detach(patcher: Any, unpatch_all: bool = True) -> None:
+    if unpatch_all:  # or else only another clone takes over
+        _release(patcher)
+
+
+def _release(patcher: Any) -> None:
+    freed = oq.release(_module(patcher))
+    if freed:
+        _log.info("unloaded with the model: %.2f GB of 8-bit copies; its next run makes them again", freed / 1e9)
+
+
+def _module(patcher: Any) -> Any:
+    """What is compiled: the denoiser, or a ControlNet's network."""
+    return getattr(patcher.model, "diffusion_model", patcher.model)
