@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import threading
+from pathlib import Path
 from typing import Any
 
 import folder_paths
@@ -113,19 +116,24 @@ class OnlineQuantReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: Any) -> float:
+        _warm_up()  # asked for before anything is sampled
         return float("nan")  # never equal to the last one: what it shows changes while its inputs do not
 
     @classmethod
     def execute(cls, model: Any, picture: Any = None, reference: Any = None) -> io.NodeOutput:
-        from . import summary  # not when ComfyUI starts: matplotlib takes its time
-
         record = record_of_model(model)
         if record is None:
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")
         difference = None if picture is None or reference is None else _difference(picture, reference)
-        _text_on(cls.hidden.unique_id)(Update(summary.headline(record, difference)))
-        chart = summary.chart(record)
-        return io.NodeOutput(summary.table(record, difference), chart, ui=ui.PreviewImage(chart, cls=cls))
+        _warm_up().join()
+        from . import summary  # not when ComfyUI starts: matplotlib takes its time
+
+        seen = record.snapshot()
+        _text_on(cls.hidden.unique_id)(Update(summary.headline(seen, difference)))
+        chart = summary.chart(seen)
+        name = summary.save(chart, Path(folder_paths.get_temp_directory()))
+        shown = ui.SavedImages([ui.SavedResult(name, "", io.FolderType.temp)])
+        return io.NodeOutput(summary.table(seen, difference), summary.as_image(chart), ui=shown)
 
 
 class OnlineQuantCompare(io.ComfyNode):
@@ -264,6 +272,20 @@ def _backend_options(
     if calibration_steps:
         options["calibration_steps"] = calibration_steps
     return options
+
+
+@functools.cache
+def _warm_up() -> threading.Thread:
+    """Have matplotlib ready by the time that a picture is drawn."""
+
+    def work() -> None:
+        from . import summary
+
+        summary.warm_up()
+
+    thread = threading.Thread(target=work, name="onlinequant-report", daemon=True)
+    thread.start()
+    return thread
 
 
 def _difference(picture: Any, reference: Any) -> str:

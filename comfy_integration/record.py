@@ -1,20 +1,61 @@
-"""What was seen of a model while it sampled: which graphs it ran, and how long its calls took."""
+"""What was seen of a model while it sampled: which graphs it ran, and how long its steps took."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import statistics
+import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 from torch import nn
 
 from onlinequant_backend import Report, SamplingRun
 
-# Enough calls for a median that a slow one does not move.
+# Enough steps for a median that a slow one does not move.
 _KEPT = 200
+# What steps are told apart by. While a graph is compiled or loaded, it runs in float.
+FLOAT, OBSERVED, QUANTIZED = "float", "calibrating", "quantized"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pace:
+    """How long a step takes.
+
+    Attributes:
+        milliseconds: the median.
+        steps: how many there were.
+    """
+
+    milliseconds: float
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+    """A record as it was at one moment: whatever is said of a model is made of one, so that nothing contradicts.
+
+    Attributes:
+        reports: copies, of every graph that took part in the sampling runs, a ControlNet's too.
+        paces: of steps in ``FLOAT``, ``OBSERVED`` and ``QUANTIZED``, as far as they were seen at the last step's size.
+    """
+
+    reports: tuple[Report, ...]
+    paces: dict[str, Pace]
+
+    @property
+    def gain(self) -> float | None:
+        """How many times faster a step in 8 bit is than the fastest kind of step in float; None if not seen yet."""
+        floats = [self.paces[kind].milliseconds for kind in (FLOAT, OBSERVED) if kind in self.paces]
+        return min(floats) / self.paces[QUANTIZED].milliseconds if floats and QUANTIZED in self.paces else None
+
+    def summaries(self) -> list[str]:
+        """A line for each graph, without those that say the same, and what is gained."""
+        lines = list(dict.fromkeys(report.summary() for report in self.reports))
+        return lines if self.gain is None else [*lines, f"{self.gain:.2g}x"]
 
 
 class Record:
@@ -26,38 +67,67 @@ class Record:
 
     def __init__(self) -> None:
         self.reports: list[Report] = []
-        self._seconds: dict[str, deque[float]] = {}
-        self._last: tuple[SamplingRun, float, str | None] | None = None
+        self._lock = threading.Lock()
+        self._seconds: dict[tuple[Hashable, str], deque[float]] = {}
+        self._size: Hashable = None  # of the last step
+        self._step: _Step | None = None  # the one that is going on
 
     @contextlib.contextmanager
-    def call(self, run: SamplingRun) -> Iterator[None]:
-        """Around each call of the denoiser in a run.
+    def call(self, run: SamplingRun, size: Hashable = None) -> Iterator[None]:
+        """Around each call of the denoiser in a run; ``size``: of what it is given, for other sizes take other times.
 
-        What is timed is from one call's beginning to the next one's: samplers look at each result, so a GPU cannot fall
-        behind, and nothing waits for it on our account.
+        What is timed is from one step's first call to that of the next: samplers look at each result, so a GPU cannot
+        fall behind, and nothing waits for it on our account.
         """
-        now = time.perf_counter()
-        if self._last is not None and self._last[0] is run and self._last[2] is not None:
-            self._seconds.setdefault(self._last[2], deque(maxlen=_KEPT)).append(now - self._last[1])
+        now, step = time.perf_counter(), self._step
+        if step is None or not step.is_now(run):
+            if step is not None and step.run() is run and run.step == step.number + 1:
+                self._add(step, now - step.begun)
+            step = self._step = _Step(run, now, size)
         yield
-        self._last = run, now, self._phase(run)
+        called, run.called = run.called, []
+        step.kinds |= {_kind(phase) for report, before in called for phase in (before, report.phase)}
+        with self._lock:
+            for report, _ in called:
+                if not any(report is known for known in self.reports):
+                    self.reports.append(report)
 
-    def milliseconds(self) -> dict[str, float]:
-        """The median time of a call in each phase that was seen: "calibrating", "quantized", "float"."""
-        return {phase: 1e3 * statistics.median(seconds) for phase, seconds in self._seconds.items()}
+    def snapshot(self) -> Snapshot:
+        """What was seen until now."""
+        with self._lock:
+            times = {kind: self._seconds.get((self._size, kind)) for kind in (FLOAT, OBSERVED, QUANTIZED)}
+            paces = {kind: Pace(1e3 * statistics.median(each), len(each)) for kind, each in times.items() if each}
+            return Snapshot(tuple(report.copy() for report in self.reports), paces)
 
     def summaries(self) -> list[str]:
-        """A line for each graph, without those that say the same."""
-        return list(dict.fromkeys(report.summary() for report in self.reports))
+        """See ``Snapshot``."""
+        return self.snapshot().summaries()
 
-    def _phase(self, run: SamplingRun) -> str | None:
-        """The phase that all graphs were in during a call; None if they differ or if it changed, by compiling."""
-        called, run.called = run.called, []
-        for report, _ in called:
-            if not any(report is known for known in self.reports):
-                self.reports.append(report)
-        phases = {phase for report, before in called for phase in (before, report.phase)}
-        return phases.pop() if len(phases) == 1 else None
+    def _add(self, step: _Step, seconds: float) -> None:
+        """A step during which it was changed over counts for neither kind."""
+        with self._lock:
+            self._size = step.size
+            if len(step.kinds) == 1:
+                (kind,) = step.kinds
+                self._seconds.setdefault((step.size, kind), deque(maxlen=_KEPT)).append(seconds)
+
+
+class _Step:
+    """A step of a run, whose calls of the denoiser may be several."""
+
+    def __init__(self, run: SamplingRun, begun: float, size: Hashable) -> None:
+        self.run = weakref.ref(run)
+        self.number = run.step
+        self.begun = begun
+        self.size = size
+        self.kinds: set[str] = set()
+
+    def is_now(self, run: SamplingRun) -> bool:
+        return self.run() is run and self.number == run.step
+
+
+def _kind(phase: str) -> str:
+    return phase if phase in (OBSERVED, QUANTIZED) else FLOAT
 
 
 _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.WeakKeyDictionary()

@@ -8,6 +8,7 @@ import torch.fx as fx
 
 from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.report import CANDIDATE
 
 from .layer import (
     CASTS,
@@ -51,7 +52,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
         refusal = impossible or _refused_by_options(info, context) or _refused_for_quality(node, info, work, context)
         info.quantized, info.reason = (
             refusal is None,
-            refusal or ("selected" if context.measured else "candidate, being observed"),
+            refusal or ("selected" if context.measured else CANDIDATE),
         )
     if context.measured:
         for kind in ("conv", "linear"):

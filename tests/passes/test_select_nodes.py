@@ -12,6 +12,7 @@ from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
+from onlinequant_backend.report import CANDIDATE
 from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight
 from tests.tiny import net, noise
 
@@ -118,7 +119,7 @@ def test_layers_are_numbered_in_graph_order_whether_wanted_or_not() -> None:
     assert [info.index for info in probe.infos] == list(range(7))
     candidates = [info for info in probe.infos if info.quantized]
     assert len(candidates) == 6
-    assert all(info.reason == "candidate, being observed" for info in candidates)
+    assert all(info.reason == CANDIDATE for info in candidates)
     assert probe.after == probe.before
     probe.assert_settled(select_nodes)
 
