@@ -54,8 +54,14 @@ class Snapshot:
 
     def summaries(self) -> list[str]:
         """A line for each graph, without those that say the same, and what is gained."""
-        lines = list(dict.fromkeys(report.summary() for report in self.reports))
+        lines = [*dict.fromkeys(report.summary() for report in self.reports), *self.warnings()]
         return lines if self.gain is None else [*lines, f"{self.gain:.2g}x"]
+
+    def warnings(self) -> list[str]:
+        """What the user should know of: patterns of ``exclude`` that match in none of the graphs."""
+        unmatched = [report.unmatched() for report in self.reports] or [[]]
+        patterns = [pattern for pattern in unmatched[0] if all(pattern in each for each in unmatched)]
+        return [f"exclude: no layer is called {pattern!r}" for pattern in patterns]
 
 
 class Record:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ def table(snapshot: Snapshot, difference: str | None) -> str:
 def headline(snapshot: Snapshot, difference: str | None = None) -> str:
     """What fits on the node, in one line: it takes room from the chart."""
     reports = dict.fromkeys(report.summary() for report in snapshot.reports)
-    return " · ".join(filter(None, [*reports, speed(snapshot), difference]))
+    return " · ".join(filter(None, [*reports, *snapshot.warnings(), speed(snapshot), difference]))
 
 
 def chart(snapshot: Snapshot) -> Image.Image:
@@ -126,7 +127,7 @@ def _palette() -> Image.Image:
     colours = [ImageColor.getrgb(colour) for colour in ("black", *dict.fromkeys(COLOURS.values()))]
     shades = [[255 + (value - 255) * step // 15 for value in colour] for colour in colours for step in range(16)]
     palette = Image.new("P", (1, 1))
-    palette.putpalette(sum(shades, []))
+    palette.putpalette(list(itertools.chain.from_iterable(shades)))
     return palette
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fnmatch
 import json
 import math
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,6 +155,10 @@ class Report:
         ]
         return f"{', '.join(counts)} layers {verb}"
 
+    def unmatched(self) -> list[str]:
+        """The patterns of the option ``exclude`` that no layer's name matches."""
+        return unmatched(self.config.get("exclude", ()), [decision.name for decision in self.decisions])
+
     def copy(self) -> Report:
         """The report as it is now, which stays so."""
         return dataclasses.replace(self, decisions=list(self.decisions), widened=dict(self.widened))
@@ -213,6 +218,11 @@ class Report:
         from .plot import plot_layers
 
         plot_layers(self, path)
+
+
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The glob patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 
 _reports: list[Report] = []

@@ -48,6 +48,8 @@ def _summary(report: Report) -> Table:
     if report.widened:
         most = max(report.widened.values())
         grid.add_row("widened", f"the ranges of {len(report.widened)} layers, by up to {most:.2g}x, for larger values")
+    if report.unmatched():
+        grid.add_row("exclude", f"{', '.join(map(repr, report.unmatched()))}: no layer has such a name")
     if report.stats_path is not None:
         grid.add_row("statistics", report.stats_path)
     return grid

@@ -145,6 +145,16 @@ def test_another_size_has_times_of_its_own(seen: Record, clock: SimpleNamespace)
     assert seen.snapshot().paces == {"quantized": Pace(4000.0, 2)} and seen.snapshot().gain is None
 
 
+def test_a_pattern_that_excludes_nothing_in_any_graph_is_said(seen: Record, clock: SimpleNamespace) -> None:
+    (report,) = seen.reports
+    report.config = {"exclude": ["to_k", "down_*", "nowhere", "*.other"]}
+    assert "exclude: no layer is called 'nowhere'" in seen.summaries()
+    assert "'nowhere', '*.other': no layer has such a name" in summary.table(seen.snapshot(), None)
+    decisions = [dataclasses.replace(report.decisions[0], name="a.other")]
+    sample(seen, clock, dataclasses.replace(report, decisions=decisions), "quantized", 1.0)
+    assert seen.snapshot().warnings() == ["exclude: no layer is called 'nowhere'"]
+
+
 def test_a_snapshot_stays_as_it_was(seen: Record) -> None:
     snapshot = seen.snapshot()
     before = summary.table(snapshot, None), summary.headline(snapshot)
