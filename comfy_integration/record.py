@@ -77,6 +77,7 @@ class Record:
         self._seconds: dict[tuple[Hashable, str], deque[float]] = {}
         self._size: Hashable = None  # of the last step
         self._step: _Step | None = None  # the one that is going on
+        self._asked: int | None = None  # how often to observe again
 
     @contextlib.contextmanager
     def call(self, run: SamplingRun, size: Hashable = None) -> Iterator[None]:
@@ -97,6 +98,16 @@ class Record:
             for report, _ in called:
                 if not any(report is known for known in self.reports):
                     self.reports.append(report)
+
+    def is_to_observe_again(self, number: int) -> bool:
+        """Whether this number, of times that the user has asked for it, is another than the last one."""
+        last, self._asked = self._asked, number
+        return last is not None and last != number
+
+    def start_over(self) -> None:
+        """What was compiled stays, and is not used until the model was observed again."""
+        for report in self.reports:
+            report.phase, report.phase_reason, report.calls_observed = "calibrating", "asked to observe again", 0
 
     def snapshot(self) -> Snapshot:
         """What was seen until now."""

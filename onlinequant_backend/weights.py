@@ -13,7 +13,7 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -81,6 +81,10 @@ class WeightSet:
         """How many of these parameters, by qualified name, are in this set under the same name."""
         return sum(name in self._guards and self._guards[name]() is weight for name, weight in parameters.items())
 
+    def has_any(self, ids: Collection[int]) -> bool:
+        """Whether any of its parameters, of those that are alive, is among these identities."""
+        return any(id(weight) in ids for guard in self._guards.values() if (weight := guard()) is not None)
+
     def layer(self, name: str) -> Layer | None:
         """The layer whose weight has this name."""
         return self._by_name.get(name)
@@ -96,7 +100,7 @@ class WeightSet:
         return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
 
     def start_over(self) -> None:
-        """Calibrate anew: another checkpoint was loaded into these parameters."""
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
         for layer in self.layers:
             layer.start_over()
         self.selection = None
@@ -287,6 +291,16 @@ class Registry:
         for layer in found:
             layer.forget()
         return sum(layer.weight is not None for layer in found)
+
+    def observe_again(self, weights: Sequence[torch.Tensor]) -> int:
+        """Have the sets with any of ``weights`` observed anew at their next calls; returns how many there were. Not to
+        be called while one of them is."""
+        wanted = set(map(id, weights))
+        with self._lock:
+            found = [known for known in self._sets if not known.has_freed() and known.has_any(wanted)]
+        for known in found:
+            known.start_over()
+        return len(found)
 
     def clear(self) -> None:
         """Forget every layer."""

@@ -53,7 +53,7 @@ def test_latents_have_a_range_of_their_own(size: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("picture", "reference", "message"),
     [
-        (image(1, 8, 8, 3), image(1, 8, 16, 3), "1x3x8x8 and 1x3x8x16"),
+        (image(1, 8, 8, 3), image(1, 8, 16, 3), "1 of 8 x 8 with 3 channels and 1 of 16 x 8 with 3"),
         ({"samples": image(1, 4, 8, 8)}, image(1, 8, 8, 3), "decode the latent"),
     ],
 )

@@ -1,0 +1,23 @@
+"""Settings by name, for those who do not want to know what each widget does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+CUSTOM = "custom"
+_FAST: Mapping[str, Any] = {
+    "quantized_conv_percentage": 100,
+    "quantized_linear_percentage": 100,
+    "conv_compute_density_threshold": 0,
+    "linear_compute_density_threshold": 0,
+    "precision": "auto",
+    "selection": "auto",
+    "exclude": "",
+    "cuda_graphs": "auto",
+}
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "fast": _FAST,
+    # The most sensitive fifth makes most of the error.
+    "faithful": {**_FAST, "quantized_conv_percentage": 80, "quantized_linear_percentage": 80},
+}
