@@ -38,7 +38,8 @@ def _summary(report: Report) -> Table:
         observed = "before, with other options or at another size"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("model", report.model)
-    grid.add_row("phase", _because(report.phase, report.phase_reason))
+    is_under_way = report.phase == "calibrating" and report.calls_observed
+    grid.add_row("phase", _because(report.phase, "" if is_under_way else report.phase_reason))
     grid.add_row("precision", _because(report.precision, report.precision_reason))
     grid.add_row("layers", report.headline())
     grid.add_row("observed", observed + (", decisions from the cache" if report.cache_hit else ""))
