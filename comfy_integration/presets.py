@@ -18,7 +18,7 @@ _FAST: Mapping[str, Any] = {
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": _FAST,
-    # The most sensitive tenth makes half of a step's error: of the model of scenes' in int8, 0.0030 instead of 0.0056 is
-    # left (pictures at 47.6 dB instead of 44.4), and 0.0025 without a fifth.
+    # The most sensitive tenth makes half of a step's error: of 0.0056 in int8, on the model of scenes, 0.0030 are left,
+    # and 0.0025 without a fifth. Pictures are at 47.6 dB instead of 44.4.
     "faithful": {**_FAST, "quantized_conv_percentage": 90, "quantized_linear_percentage": 90},
 }
