@@ -16,7 +16,7 @@ from torch import nn
 from onlinequant_backend import Report, SamplingRun
 
 # Enough steps for a median that a slow one does not move.
-_KEPT = 200
+_KEPT, _ENOUGH = 200, 4
 # What steps are told apart by. While a graph is compiled or loaded, it runs in float.
 FLOAT, OBSERVED, QUANTIZED = "float", "calibrating", "quantized"
 _TRACED = "traced"  # a step in which Dynamo did, which takes longer than any other
@@ -49,9 +49,11 @@ class Snapshot:
 
     @property
     def gain(self) -> float | None:
-        """How many times faster a step in 8 bit is than the fastest kind of step in float; None if not seen yet."""
-        floats = [self.paces[kind].milliseconds for kind in (FLOAT, OBSERVED) if kind in self.paces]
-        return min(floats) / self.paces[QUANTIZED].milliseconds if floats and QUANTIZED in self.paces else None
+        """How many times faster a step in 8 bit is than the fastest kind of step in float; None before enough are seen,
+        for the first ones of a process are slow."""
+        known = {kind: pace.milliseconds for kind, pace in self.paces.items() if pace.steps >= _ENOUGH}
+        floats = [known[kind] for kind in (FLOAT, OBSERVED) if kind in known]
+        return min(floats) / known[QUANTIZED] if floats and QUANTIZED in known else None
 
     def summaries(self) -> list[str]:
         """A line for each graph, without those that say the same, and what is gained."""

@@ -32,7 +32,7 @@ _HEIGHT, _SPEEDS, _LAYERS = 715, 325, 975  # pixels: of both panels, and their w
 def speed(snapshot: Snapshot) -> str:
     """One line: how long a step took in each way, over how many steps, and what is gained."""
     parts = [
-        f"{name}: {pace.milliseconds:.4g} ms, {_steps(pace)}"
+        f"{name}: {_milliseconds(pace)}, {_steps(pace)}"
         for kind, name in _KINDS.items()
         if (pace := snapshot.paces.get(kind)) is not None
     ]
@@ -111,10 +111,14 @@ def _draw_speeds(draw: ImageDraw.ImageDraw, snapshot: Snapshot) -> None:
         middle, half = column * (number + 0.5), min(column * 0.38, 55)
         height = (bottom - top) * pace.milliseconds / tallest
         draw.rectangle((middle - half, bottom - height, middle + half, bottom), _COLOURS[kind])
-        draw.text((middle, bottom - height - 6), f"{pace.milliseconds:.4g} ms", "black", _font(17), anchor="mb")
+        draw.text((middle, bottom - height - 6), _milliseconds(pace), "black", _font(17), anchor="mb")
         label = f"{_KINDS[kind]}\n{_steps(pace)}".replace(", ", ",\n")
         draw.multiline_text((middle, bottom + 10), label, "black", _font(16), anchor="ma", align="center")
     draw.line((12, bottom, _SPEEDS - 12, bottom), "black")
+
+
+def _milliseconds(pace: Pace) -> str:
+    return f"{pace.milliseconds:.0f} ms" if pace.milliseconds >= 100 else f"{pace.milliseconds:.3g} ms"
 
 
 def _steps(pace: Pace) -> str:

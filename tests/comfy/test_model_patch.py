@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import types
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -129,8 +128,7 @@ def test_the_first_run_is_observed_and_the_second_is_in_8_bit(denoiser: Denoiser
     assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
     told.clear()
     assert all(is_8_bit(result, expected) for result in model.run())
-    (text,) = told
-    assert re.fullmatch(r"Denoiser: quantized: 3 of 3 layers in int8 · [\d.e+]+x", text)
+    assert told == ["Denoiser: quantized: 3 of 3 layers in int8"]
 
 
 def test_an_interrupted_run_is_observed_again(denoiser: Denoiser, told: list[str]) -> None:
@@ -208,8 +206,7 @@ def test_the_node_executed_again_neither_observes_nor_compiles_again(denoiser: D
     assert len(oq.reports()) == 1
     again: list[str] = []
     assert all(is_8_bit(result, denoiser(X)) for result in patched(Patcher(denoiser), again).run())
-    assert len(oq.reports()) == 1
-    assert len(again) == 1 and again[0].startswith("Denoiser: quantized: 3 of 3 layers in int8")
+    assert len(oq.reports()) == 1 and again == ["Denoiser: quantized: 3 of 3 layers in int8"]
 
 
 class Scaled(Denoiser):

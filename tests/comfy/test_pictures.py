@@ -86,21 +86,30 @@ def sample(
 def seen(clock: SimpleNamespace) -> Record:
     """Of a model that was observed and then in 8 bit."""
     result, report = Record(), made()
-    sample(result, clock, report, "calibrating", 2.0)
-    sample(result, clock, report, "quantized", 1.0, steps=4)
+    sample(result, clock, report, "calibrating", 2.0, steps=6)
+    sample(result, clock, report, "quantized", 1.0, steps=6)
     return result
 
 
 def test_the_table_tells_speed_difference_and_every_layer(seen: Record) -> None:
     text = summary.table(seen.snapshot(), "PSNR 31.0 dB, SSIM 0.9900")
     first, second, *_ = text.splitlines()
-    assert first == "a step in float, observed: 2000 ms, 1 step; in 8 bit: 1000 ms, 3 steps; 2x"
+    assert first == "a step in float, observed: 2000 ms, 4 steps; in 8 bit: 1000 ms, 5 steps; 2x"
     assert second == "the picture against float's: PSNR 31.0 dB, SSIM 0.9900"
     assert made().table() in text
     seen.reports[0].stats_path = "a path of the server's"
     assert "path" not in summary.table(seen.snapshot(), None)
     assert summary.headline(seen.snapshot(), "equal") == f"{seen.reports[0].summary()} · {first} · equal"
     assert seen.summaries() == [seen.reports[0].summary(), "2x"]
+
+
+def test_a_step_or_two_are_no_base_for_what_is_gained(clock: SimpleNamespace) -> None:
+    seen, report = Record(), made()
+    sample(seen, clock, report, "calibrating", 30.0)
+    sample(seen, clock, report, "quantized", 1.0, steps=6)
+    assert summary.speed(seen.snapshot()) == "a step in float, observed: 30000 ms, 1 step; in 8 bit: 1000 ms, 5 steps"
+    sample(seen, clock, report, "float", 2.0, steps=5)
+    assert seen.snapshot().gain == 2
 
 
 def test_before_any_sampling_there_is_little_to_tell() -> None:
@@ -116,7 +125,7 @@ def test_float_steps_while_it_compiles_count_and_the_gain_is_over_the_fastest(
     for phase in ("compiling", "float"):
         sample(seen, clock, report, phase, 1.5)
     snapshot = seen.snapshot()
-    assert snapshot.paces["float"] == Pace(1500.0, 4) and snapshot.gain == 1.5
+    assert snapshot.paces["float"] == Pace(1500.0, 4) and snapshot.gain == 1.5  # two runs of three steps
 
 
 def test_a_step_that_compiled_is_not_timed(clock: SimpleNamespace) -> None:
