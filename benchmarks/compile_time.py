@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import CPU_THRESHOLDS, build, model_parser, relative_error, seconds
+from benchmarks.models import build, model_parser, relative_error, seconds
 
 ROWS: dict[str, dict[str, Any] | None] = {
     "torch.compile": None,
@@ -45,8 +45,6 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         step, observed = torch.compile(model), 0
     else:
         given = {"precision": options.precision, "calibration_steps": 1, **backend}
-        if options.device == "cpu":
-            given |= CPU_THRESHOLDS
         step, observed = torch.compile(model, backend="onlinequant", options=given), 1
     first = sum(seconds(lambda: step(**inputs), options.device) for _ in range(observed + 1))
     times = [seconds(lambda: step(**inputs), options.device) for _ in range(options.rounds)]

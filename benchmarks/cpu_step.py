@@ -25,16 +25,16 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import CPU_THRESHOLDS, build, relative_error
+from benchmarks.models import GPU_THRESHOLDS, build, relative_error
 
-CPU_OPTIONS = {"precision": "int8", **CPU_THRESHOLDS}
+OPTIONS = {"precision": "int8"}
 COLUMNS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "torch.compile": None,
     "torchao int8 dynamic": None,
-    "onlinequant, default thresholds": {"precision": "int8"},
-    "onlinequant": CPU_OPTIONS,
-    "onlinequant, minmax": {**CPU_OPTIONS, "calibration_method": "minmax"},
+    "onlinequant, a GPU's thresholds": {**OPTIONS, **GPU_THRESHOLDS},
+    "onlinequant": OPTIONS,
+    "onlinequant, minmax": {**OPTIONS, "calibration_method": "minmax"},
 }
 
 

@@ -1,4 +1,4 @@
-"""How many layers of the real SD1.5, SDXL and SVD go into 8 bit at the default thresholds, and why not the others.
+"""How many layers of the real SD1.5, SDXL and SVD go into 8 bit by density alone, and why not the others.
 
     python benchmarks/model_coverage.py --models sd15 sdxl svd --dtype float16
 
@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import MODELS, build
+from benchmarks.models import GPU_THRESHOLDS, MODELS, build
 from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, LayerInfo, PassContext, layer_nodes, run_passes
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float16", choices=("float16", "bfloat16", "float32"))
     parser.add_argument("--batch", type=int, default=2)
     options = parser.parse_args()
-    table = Table(title=f"{options.dtype}, batch {options.batch}, default thresholds (conv 100, linear 300)")
+    table = Table(title=f"{options.dtype}, batch {options.batch}, thresholds 100 (conv) and 300 (linear)")
     headings = ["model", "TFLOP"]
     for kind in ("convs", "linears"):
         headings += [kind, "too thin", "other reasons", "8 bit"]
@@ -74,7 +74,7 @@ def main() -> None:
         table.add_column(heading, justify="right")
     for name in options.models:
         model, inputs = build(name, "meta", getattr(torch, options.dtype), options.batch)
-        layers = analyzed_layers(model, inputs, QuantConfig())
+        layers = analyzed_layers(model, inputs, QuantConfig(**GPU_THRESHOLDS))
         table.add_row(*summary(name, layers))
         reasons = Counter(re.sub(r"density \d+", "density", info.reason) for info in layers if not info.quantized)
         for reason, count in reasons.most_common():

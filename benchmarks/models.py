@@ -126,8 +126,8 @@ def thresholds(density: float) -> dict[str, float]:
     return {f"{kind}_compute_density_threshold": density for kind in ("conv", "linear")}
 
 
-# On a CPU memory keeps up with far fewer FLOPs per byte than on a GPU.
-CPU_THRESHOLDS = thresholds(20)
+# What layers of GPUs go by that are not timed.
+GPU_THRESHOLDS = {"conv_compute_density_threshold": 100, "linear_compute_density_threshold": 300}
 
 
 def model_parser(description: str | None, model: str) -> argparse.ArgumentParser:

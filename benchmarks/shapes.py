@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import CPU_THRESHOLDS, relative_error
+from benchmarks.models import relative_error
 
 # Batch, height and width of the latent image, tokens of the prompt.
 SIZES = ((1, 64, 64, 77), (2, 64, 64, 77), (1, 96, 64, 77), (1, 64, 96, 154), (2, 48, 48, 77), (1, 40, 72, 231))
@@ -38,7 +38,7 @@ def run(shapes: str, steps: int, count: int) -> dict[str, Any]:
     from onlinequant_backend.demo import CHANNELS, TEXT_WIDTH, build_unet
 
     unet = build_unet(CHANNELS)
-    step = torch.compile(unet, backend="onlinequant", options={**OPTIONS, **CPU_THRESHOLDS, "shapes": shapes})
+    step = torch.compile(unet, backend="onlinequant", options={**OPTIONS, "shapes": shapes})
 
     def inputs(batch: int, height: int, width: int, tokens: int) -> dict[str, Any]:
         torch.manual_seed(0)

@@ -30,7 +30,7 @@ from rich.console import Console  # noqa: E402
 from rich.table import Table  # noqa: E402
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.models import CPU_THRESHOLDS, MODELS, build, relative_error  # noqa: E402
+from benchmarks.models import MODELS, build, relative_error  # noqa: E402
 
 
 class Parts:
@@ -108,7 +108,7 @@ def run(row: argparse.Namespace) -> dict[str, Any]:
     imported = time.perf_counter() - _STARTED
     parts = watched()
     model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
-    options = {"precision": row.precision, "calibration_steps": row.calibration_steps, **CPU_THRESHOLDS}
+    options = {"precision": row.precision, "calibration_steps": row.calibration_steps}
     if row.backend == "onlinequant":
         step = torch.compile(model, backend="onlinequant", options=options)
     else:

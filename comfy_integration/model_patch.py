@@ -86,7 +86,7 @@ class ModelHook:
             run = current_run()
             if run is not None:
                 self._last_record = self.record(denoiser)
-                stack.enter_context(self._last_record.call(run))
+                stack.enter_context(self._last_record.call(run, getattr(args[0], "shape", None)))
             return executor(*args, **kwargs)
 
     def _say_how_it_stands(self) -> None:

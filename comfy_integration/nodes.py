@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
+import threading
+from pathlib import Path
 from typing import Any
 
 import folder_paths
+from aiohttp import web
 from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
 from onlinequant_backend.cache import ENVIRONMENT_VARIABLES
-from onlinequant_backend.progress import Listener, Update
+from onlinequant_backend.progress import Update
+from onlinequant_backend.weights import registry
 
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model
 from .pictures import AMPLIFIED, compare
+from .presets import CUSTOM, PRESETS
+from .record import Record
+from .status import Statuses
 
 CATEGORY = "model/patch"
 ALIASES = ["quantize", "int8", "fp8", "torch.compile", "speed"]
@@ -36,16 +44,20 @@ class OnlineQuantModel(io.ComfyNode):
                 "Of several nodes that compile one model, such as TorchCompileModel, the last one counts."
             ),
             search_aliases=ALIASES,
-            inputs=[io.Model.Input("model"), *_options()],
+            inputs=[io.Model.Input("model"), *_options(), _observe_again_input()],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
-    def execute(cls, model: Any, calibration_steps: int, **options: Any) -> io.NodeOutput:
-        listener = _text_on(cls.hidden.unique_id)
-        options = _backend_options(calibration_steps, **options)
-        return io.NodeOutput(quantize_model(model, options, calibration_steps == 0, listener))
+    def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
+        listener = _statuses.listener(cls.hidden.unique_id, OnlineQuantModel.__name__, settings, model.model)
+        options, whole_run, observe_again = _understood(**settings)
+        quantized = quantize_model(model, options, whole_run, listener)
+        record = record_of_model(quantized)
+        if record is not None and record.is_to_observe_again(observe_again):
+            _observe_again(model.model.diffusion_model, record)
+        return io.NodeOutput(quantized)
 
 
 class OnlineQuantControlNet(io.ComfyNode):
@@ -68,10 +80,11 @@ class OnlineQuantControlNet(io.ComfyNode):
         )
 
     @classmethod
-    def execute(cls, control_net: Any, calibration_steps: int, **options: Any) -> io.NodeOutput:
-        listener = _text_on(cls.hidden.unique_id)
-        options = _backend_options(calibration_steps, **options)
-        return io.NodeOutput(quantize_control_net(control_net, options, calibration_steps == 0, listener))
+    def execute(cls, control_net: Any, **settings: Any) -> io.NodeOutput:
+        network = getattr(control_net, "control_model", None)
+        listener = _statuses.listener(cls.hidden.unique_id, OnlineQuantControlNet.__name__, settings, network)
+        options, whole_run, _ = _understood(**settings)
+        return io.NodeOutput(quantize_control_net(control_net, options, whole_run, listener))
 
 
 class OnlineQuantReport(io.ComfyNode):
@@ -113,19 +126,24 @@ class OnlineQuantReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: Any) -> float:
+        _warm_up()  # asked for before anything is sampled
         return float("nan")  # never equal to the last one: what it shows changes while its inputs do not
 
     @classmethod
     def execute(cls, model: Any, picture: Any = None, reference: Any = None) -> io.NodeOutput:
-        from . import summary  # not when ComfyUI starts: matplotlib takes its time
-
         record = record_of_model(model)
         if record is None:
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")
         difference = None if picture is None or reference is None else _difference(picture, reference)
-        _text_on(cls.hidden.unique_id)(Update(summary.headline(record, difference)))
-        chart = summary.chart(record)
-        return io.NodeOutput(summary.table(record, difference), chart, ui=ui.PreviewImage(chart, cls=cls))
+        _warm_up().join()
+        from . import summary  # not when ComfyUI starts: matplotlib takes its time
+
+        seen = record.snapshot()
+        _say(cls.hidden.unique_id, OnlineQuantReport, summary.headline(seen, difference))
+        chart = summary.chart(seen)
+        name = summary.save(chart, Path(folder_paths.get_temp_directory()))
+        shown = ui.SavedImages([ui.SavedResult(name, "", io.FolderType.temp)])
+        return io.NodeOutput(summary.table(seen, difference), summary.as_image(chart), ui=shown)
 
 
 class OnlineQuantCompare(io.ComfyNode):
@@ -162,7 +180,7 @@ class OnlineQuantCompare(io.ComfyNode):
     def execute(cls, picture: Any, reference: Any) -> io.NodeOutput:
         comparison = compare(picture, reference)
         text, panels = str(comparison), comparison.side_by_side
-        _text_on(cls.hidden.unique_id)(Update(text))
+        _say(cls.hidden.unique_id, OnlineQuantCompare, text)
         shown = ui.PreviewImage(panels, cls=cls)
         return io.NodeOutput(panels, comparison.psnr, comparison.ssim, text, ui=shown)
 
@@ -175,16 +193,27 @@ class OnlineQuantExtension(ComfyExtension):
 
 
 def _options() -> list[io.Input]:
-    """The widgets of the two nodes that quantize."""
+    """The widgets of the two nodes that quantize. All may be missing in a workflow, as in those from before there
+    were presets: then a node goes by the values that it has."""
     return [
+        io.Combo.Input(
+            "preset",
+            options=[*PRESETS, CUSTOM],
+            default=next(iter(PRESETS)),
+            optional=True,
+            extra_dict={"presets": PRESETS},
+            tooltip="fast: all layers that gain go into 8 bit. faithful: the most sensitive tenth stays in float, "
+            "which halves the error. custom: as the other widgets say, which the first two fill in.",
+        ),
         _percentage("quantized_conv_percentage", "convolutions"),
         _percentage("quantized_linear_percentage", "linear layers"),
-        _threshold("conv_compute_density_threshold", 100, "A convolution"),
-        _threshold("linear_compute_density_threshold", 300, "A linear layer"),
+        _threshold("conv_compute_density_threshold", "A convolution"),
+        _threshold("linear_compute_density_threshold", "A linear layer"),
         io.Combo.Input(
             "precision",
             options=["auto", "fp8", "int8", "float"],
             default="auto",
+            optional=True,
             tooltip="The 8-bit format; auto takes what the device is fast at, float where there is nothing.",
         ),
         io.Int.Input(
@@ -192,6 +221,8 @@ def _options() -> list[io.Input]:
             default=0,
             min=0,
             max=1000,
+            optional=True,
+            advanced=True,
             tooltip="How many calls of the model are observed in float before the change to 8 bit. "
             "0: all steps of the first sampling run, however many.",
         ),
@@ -201,8 +232,8 @@ def _options() -> list[io.Input]:
             default="auto",
             optional=True,
             advanced=True,
-            tooltip="Which layers are worth it: by the density thresholds, or by timing each one (CUDA only). "
-            "auto measures on CUDA, and the thresholds then have no effect.",
+            tooltip="What decides among the layers that the thresholds leave. measured: each is timed (CUDA only); "
+            "density: all go into 8 bit; auto: measured on CUDA.",
         ),
         io.String.Input(
             "exclude",
@@ -210,7 +241,8 @@ def _options() -> list[io.Input]:
             placeholder="*.ff.net.2, *.proj_out",
             optional=True,
             advanced=True,
-            tooltip="Names of layers that stay in float, separated by commas; * stands for anything.",
+            tooltip="Names of layers that stay in float, separated by commas; * stands for anything. "
+            "OnlineQuant Report has the names.",
         ),
         io.Combo.Input(
             "cuda_graphs",
@@ -231,6 +263,18 @@ def _options() -> list[io.Input]:
     ]
 
 
+def _observe_again_input() -> io.Int.Input:
+    return io.Int.Input(
+        "observe_again",
+        default=0,
+        min=0,
+        max=1_000_000,
+        optional=True,
+        advanced=True,
+        tooltip="Count up to have the next run observed anew, for instance after prompts that are quite different.",
+    )
+
+
 def _percentage(name: str, layers: str) -> io.Int.Input:
     return io.Int.Input(
         name,
@@ -238,32 +282,78 @@ def _percentage(name: str, layers: str) -> io.Int.Input:
         min=0,
         max=100,
         step=1,
+        optional=True,
         tooltip=f"Share of the {layers} that go into 8 bit, least sensitive first. 0 is none.",
     )
 
 
-def _threshold(name: str, default: int, layer: str) -> io.Int.Input:
+def _threshold(name: str, layer: str) -> io.Int.Input:
     return io.Int.Input(
         name,
-        default=default,
+        default=0,
         min=0,
         max=10_000,
-        step=10,
-        tooltip=f"{layer} with fewer FLOPs per byte than this stays in float. GPUs choose by measuring instead, "
-        "unless selection is density; on CPUs, 20 is a good value.",
+        step=1,
+        optional=True,
+        advanced=True,
+        tooltip=f"{layer} with fewer FLOPs per byte than this stays in float. 0 is automatic: GPUs time each layer and "
+        "keep in float what gains too little; on CPUs it is 20.",
     )
 
 
-def _backend_options(
-    calibration_steps: int, exclude: str = "", cuda_graphs: str = "auto", **options: Any
-) -> dict[str, Any]:
-    """The backend's options of what the widgets hold."""
-    options["exclude"] = tuple(re.findall(r"[^\s,]+", exclude))
-    options["cuda_graphs"] = "auto" if cuda_graphs == "auto" else False
-    options["cache_dir"] = _cache_directory()
+def _understood(
+    preset: str = CUSTOM,
+    quantized_conv_percentage: int = 100,
+    quantized_linear_percentage: int = 100,
+    conv_compute_density_threshold: int = 0,
+    linear_compute_density_threshold: int = 0,
+    calibration_steps: int = 0,
+    exclude: str = "",
+    cuda_graphs: str = "auto",
+    compile_in_background: bool = True,
+    observe_again: int = 0,
+    **options: Any,
+) -> tuple[dict[str, Any], bool, int]:
+    """What the widgets hold: the backend's options, whether a whole run is observed, and ``observe_again``."""
+    values = {
+        "quantized_conv_percentage": quantized_conv_percentage,
+        "quantized_linear_percentage": quantized_linear_percentage,
+        "conv_compute_density_threshold": conv_compute_density_threshold,
+        "linear_compute_density_threshold": linear_compute_density_threshold,
+        "exclude": exclude,
+        "cuda_graphs": cuda_graphs,
+        **options,
+        **PRESETS.get(preset, {}),
+    }
+    for kind in ("conv", "linear"):
+        values[f"{kind}_compute_density_threshold"] = values[f"{kind}_compute_density_threshold"] or None
+    values["exclude"] = tuple(re.findall(r"[^\s,]+", values["exclude"]))
+    values["cuda_graphs"] = "auto" if values["cuda_graphs"] == "auto" else False
+    values["compile_in_background"] = compile_in_background
+    values["cache_dir"] = _cache_directory()
     if calibration_steps:
-        options["calibration_steps"] = calibration_steps
-    return options
+        values["calibration_steps"] = calibration_steps
+    return values, calibration_steps == 0, observe_again
+
+
+def _observe_again(denoiser: Any, record: Record) -> None:
+    """Forget what was observed of a model; it is compiled already, and stays so."""
+    if registry.observe_again(list(denoiser.parameters())):
+        record.start_over()
+
+
+@functools.cache
+def _warm_up() -> threading.Thread:
+    """Have matplotlib ready by the time that a picture is drawn."""
+
+    def work() -> None:
+        from . import summary
+
+        summary.warm_up()
+
+    thread = threading.Thread(target=work, name="onlinequant-report", daemon=True)
+    thread.start()
+    return thread
 
 
 def _difference(picture: Any, reference: Any) -> str:
@@ -281,6 +371,15 @@ def _cache_directory() -> str | None:
     return directory
 
 
-def _text_on(node: str) -> Listener:
-    """A function that shows the text of an update on a node, where it stays."""
-    return lambda update: PromptServer.instance.send_progress_text(update.text, node)
+_statuses = Statuses(lambda text, node: PromptServer.instance.send_progress_text(text, node))
+
+
+def _say(node: str, kind: type[io.ComfyNode], text: str) -> None:
+    """Show a text on a node that has no settings."""
+    _statuses.listener(node, kind.__name__, {})(Update(text))
+
+
+@PromptServer.instance.routes.get("/onlinequant/status")
+async def _status(_request: web.Request) -> web.Response:
+    """The texts on all nodes, for a page that was loaded anew."""
+    return web.json_response(_statuses.shown())

@@ -34,8 +34,10 @@ def compare(picture: Any, reference: Any) -> Comparison:
         raise ValueError("A latent cannot be compared with an image: decode the latent, or connect two of one kind.")
     x, y = _channels_first(picture), _channels_first(reference)
     if x.shape != y.shape:
-        sizes = " and ".join("x".join(map(str, tensor.shape)) for tensor in (x, y))
-        raise ValueError(f"Pictures of {sizes} (number, channels, height, width) differ in size: draw both alike.")
+        sizes = " and ".join(
+            f"{len(each)} of {each.shape[3]} x {each.shape[2]} with {each.shape[1]} channels" for each in (x, y)
+        )
+        raise ValueError(f"Pictures differ in number or size, {sizes}: draw both alike.")
     low, high = (y.min(), y.max()) if isinstance(reference, dict) else (y.new_zeros(()), y.new_ones(()))
     peak = max(float(high - low), 1e-12)
     shown, expected = (_rgb((tensor - low) / peak) for tensor in (x, y))

@@ -1,4 +1,4 @@
-"""Writes the example workflows into this folder.
+"""Writes the example workflows into this folder, ``*.json`` under the titles that ComfyUI lists them by.
 
 ``python example_workflows/make.py`` writes ``api/*.json``, which programs post to a server.
 ``python example_workflows/make.py http://127.0.0.1:8188`` also writes ``*.json``, which people open: in which order the
@@ -17,6 +17,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from PIL import Image, ImageDraw, ImageFont
+
 HERE = Path(__file__).parent
 
 # Each file that a workflow loads: its folder in `models` and its home, for ComfyUI's list of missing models.
@@ -31,10 +33,11 @@ PICTURE = "example.png"  # lies in the input folder of every ComfyUI
 
 # What both OnlineQuant nodes that patch a model have in common: their defaults.
 DEFAULTS: dict[str, Value] = {
+    "preset": "fast",
     "quantized_conv_percentage": 100,
     "quantized_linear_percentage": 100,
-    "conv_compute_density_threshold": 100,
-    "linear_compute_density_threshold": 300,
+    "conv_compute_density_threshold": 0,
+    "linear_compute_density_threshold": 0,
     "precision": "auto",
     "calibration_steps": 0,
     "selection": "auto",
@@ -96,10 +99,16 @@ PLAIN, PROGRESS, PREVIEW = Look(), Look(room=80), Look(room=320)
 
 
 class Workflow:
-    """A workflow, made node by node; ``note`` is Markdown that people see beside it."""
+    """A workflow, made node by node.
 
-    def __init__(self, note: str) -> None:
-        self.note = note
+    Attributes:
+        title: what ComfyUI lists it as: the name of its file.
+        note: Markdown that people see beside it.
+    """
+
+    def __init__(self, title: str, note: str) -> None:
+        self.title = title
+        self.note = f"# {title}\n\n{note}"
         self.nodes: list[Node] = []
 
     def add(self, group: str, kind: str, look: Look = PLAIN, /, **inputs: Input) -> Node:
@@ -124,24 +133,39 @@ graph, which then serves all sizes.
 """
 
 
+# In the order in which they should be tried.
+VARIANTS = {"baseline": "1 in float", "compiled": "2 TorchCompileModel", "quantized": "3 OnlineQuant"}
+
+
 def text_to_image(name: str, variant: str, checkpoint: str, size: int) -> Workflow:
     """From a prompt to a picture, with nothing else; ``variant``: see ``accelerated``."""
-    workflow = Workflow(f"# {name}, {size} x {size}: {variant}\n\n{notes(variant)}")
+    workflow = Workflow(f"{name} {VARIANTS[variant]}", f"{name}, {size} x {size}.\n\n{notes(variant)}")
     loader = workflow.add("Model", "CheckpointLoaderSimple", ckpt_name=checkpoint)
     model = accelerated(workflow, variant, loader[0])
     positive, negative = prompts(workflow, loader[1])
     empty = workflow.add("Prompt", "EmptyLatentImage", width=size, height=size, batch_size=1)
     latent = sampled(workflow, "Picture", model, positive[0], negative[0], empty[0])
-    saved(workflow, "Picture", latent, loader[2], f"{name.lower().replace('.', '')}_{variant}")
-    if variant == "quantized":
-        report(workflow, model, latent)
+    saved(workflow, "Picture", latent, loader[2], f"{name.lower()}_{variant}")
+    return workflow
+
+
+def reported() -> Workflow:
+    """SDXL in 8 bit with what became of each layer."""
+    workflow = Workflow("SDXL 4 report", f"Which layers are in 8 bit, why the rest is not, how fast.\n\n{HOW_IT_GOES}")
+    loader = workflow.add("Model", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
+    model = accelerated(workflow, "quantized", loader[0])
+    positive, negative = prompts(workflow, loader[1])
+    empty = workflow.add("Prompt", "EmptyLatentImage", width=1024, height=1024, batch_size=1)
+    latent = sampled(workflow, "Picture", model, positive[0], negative[0], empty[0])
+    saved(workflow, "Picture", latent, loader[2], "sdxl_report")
+    report(workflow, model, latent)
     return workflow
 
 
 def image_to_video(variant: str) -> Workflow:
     """From a picture to 25 frames, the number that this model was trained with."""
-    note = f"# SVD, 25 frames of 1024 x 576: {variant}\n\n{notes(variant)}\nPut a picture of your own into Load Image."
-    workflow = Workflow(note)
+    note = f"25 frames of 1024 x 576.\n\n{notes(variant)}\nPut a picture of your own into Load Image."
+    workflow = Workflow(f"SVD {VARIANTS[variant]}", note)
     loader = workflow.add("Model", "ImageOnlyCheckpointLoader", ckpt_name="svd_xt_1_1.safetensors")
     guided = workflow.add("Model", "VideoLinearCFGGuidance", model=loader, min_cfg=1.0)
     model = accelerated(workflow, variant, guided[0])
@@ -174,20 +198,17 @@ def image_to_video(variant: str) -> Workflow:
         quality=80,
         method="default",
     )
-    if variant == "quantized":
-        report(workflow, model, latent)
     return workflow
 
 
 def lora_and_controlnet() -> Workflow:
     """SDXL with both, since both are where compiled models usually disappoint."""
-    note = f"""# SDXL with a LoRA and a ControlNet, in 8 bit
-
+    note = f"""\
 {HOW_IT_GOES}
 **Try it:** after the second run, move the strength of the LoRA, or load another one: the next picture follows at once.
 The ControlNet is a model of its own, observed and compiled like the first, so it has a node of its own.
 """
-    workflow = Workflow(note)
+    workflow = Workflow("SDXL 6 LoRA and ControlNet", note)
     loader = workflow.add("Model", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     lora = workflow.add(
         "Model",
@@ -225,14 +246,13 @@ The ControlNet is a model of its own, observed and compiled like the first, so i
 
 def comparison() -> Workflow:
     """SDXL twice from one seed: the one workflow that says what 8 bit costs in quality."""
-    note = f"""# SDXL in float and in 8 bit, side by side
-
+    note = f"""\
 Both pictures come from one seed, and Compare shows them beside their difference, with PSNR and SSIM.
 
 {HOW_IT_GOES}
 **So the first comparison shows no difference**: both pictures are drawn in float. Press Run again.
 """
-    workflow = Workflow(note)
+    workflow = Workflow("SDXL 5 float and 8 bit compared", note)
     loader = workflow.add("Model", "CheckpointLoaderSimple", ckpt_name="sd_xl_base_1.0.safetensors")
     model = accelerated(workflow, "quantized", loader[0])
     positive, negative = prompts(workflow, loader[1])
@@ -271,7 +291,7 @@ def accelerated(workflow: Workflow, variant: str, model: Link) -> Link:
     if variant == "compiled":
         return workflow.add("Model", "TorchCompileModel", model=model, backend="inductor")[0]
     if variant == "quantized":
-        return workflow.add("Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS)[0]
+        return workflow.add("Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS, observe_again=0)[0]
     return model
 
 
@@ -328,13 +348,14 @@ def report(workflow: Workflow, model: Link, picture: Link, **reference: Link) ->
 
 
 def workflows() -> dict[str, Workflow]:
-    """All of them, by the names of their files."""
+    """All of them, by the names of their files in the API's format."""
     made = {}
     for variant in ("baseline", "compiled", "quantized"):
         made[f"sdxl_{variant}"] = text_to_image("SDXL", variant, "sd_xl_base_1.0.safetensors", 1024)
-        made[f"sd15_{variant}"] = text_to_image("SD1.5", variant, "v1-5-pruned-emaonly.safetensors", 512)
+        made[f"sd15_{variant}"] = text_to_image("SD15", variant, "v1-5-pruned-emaonly.safetensors", 512)
         made[f"svd_{variant}"] = image_to_video(variant)
-    return {**made, "sdxl_lora_controlnet": lora_and_controlnet(), "sdxl_compare": comparison()}
+    more = {"sdxl_report": reported(), "sdxl_compare": comparison(), "sdxl_lora_controlnet": lora_and_controlnet()}
+    return {**made, **more}
 
 
 # --- The formats ---
@@ -512,6 +533,36 @@ def _models(node: Node) -> dict[str, Any]:
     return {"models": files} if files else {}
 
 
+# --- The pictures that ComfyUI lists them with ---
+
+THUMBNAIL, CAPTION = (640, 400), 110
+NODE_COLOURS = {"OnlineQuant": "#1f6fb4", "TorchCompile": "#8a6fb4", "KSampler": "#e07b28", "MarkdownNote": "#2a2a2a"}
+
+
+def thumbnail(title: str, graph: Mapping[str, Any]) -> Image.Image:
+    """The graph in small, with what makes the difference in colour, below its title."""
+    picture = Image.new("RGB", THUMBNAIL, "#1e1e1e")
+    draw = ImageDraw.Draw(picture)
+    model, number, what = title.split(" ", 2)
+    draw.text((28, 20), f"{model}  {number}", "#9a9a9a", ImageFont.load_default(26))
+    draw.text((28, 52), what, "white", ImageFont.load_default(36))
+    boxes = {node["id"]: (*node["pos"], *node["size"]) for node in graph["nodes"]}
+    right, bottom = (max(box[i] + box[i + 2] for box in boxes.values()) for i in (0, 1))
+    scale = min((THUMBNAIL[0] - 56) / right, (THUMBNAIL[1] - CAPTION - 28) / bottom)
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 28 + x * scale, CAPTION + y * scale
+
+    for _, origin, _, target, *_ in graph["links"]:
+        (x, y, width, _), (to_x, to_y, *_) = boxes[origin], boxes[target]
+        draw.line((at(x + width, y + 20), at(to_x, to_y + 20)), "#6a6a6a", 2)
+    for node in graph["nodes"]:
+        x, y, width, height = boxes[node["id"]]
+        colour = next((each for kind, each in NODE_COLOURS.items() if node["type"].startswith(kind)), "#4a4a4a")
+        draw.rounded_rectangle((at(x, y), at(x + width, y + height)), 5, colour)
+    return picture
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Writes the example workflows.")
     parser.add_argument("url", nargs="?", help="a running ComfyUI, for the UI format; without it, API format only")
@@ -523,7 +574,9 @@ def main() -> None:
     for name, workflow in workflows().items():
         _write(HERE / "api" / f"{name}.json", api_format(workflow))
         if schemas is not None:
-            _write(HERE / f"{name}.json", ui_format(workflow, schemas))
+            graph = ui_format(workflow, schemas)
+            _write(HERE / f"{workflow.title}.json", graph)
+            thumbnail(workflow.title, graph).save(HERE / f"{workflow.title}.jpg", quality=85)
 
 
 def _write(file: Path, content: dict[str, Any]) -> None:

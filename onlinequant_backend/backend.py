@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,9 +76,23 @@ def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs
         return resolved.reason
     if not infos:
         return "the graph has no convolution and no linear layer"
-    if not any(info.quantized for info in infos):
-        return "no layer qualifies; the decisions say why"
-    return None
+    if any(info.quantized for info in infos):
+        return None
+    possible = [info for info in infos if info.index is not None]
+    below = {info.kind: threshold for info in possible if (threshold := info.reason.partition(" is below ")[2])}
+    causes = {
+        "both percentages are 0: raise quantized_conv_percentage or quantized_linear_percentage": "_percentage is 0",
+        f"all layers are below the thresholds ({'; '.join(below.values())}): lower these": " is below ",
+        "exclude matches all layers": "excluded by ",
+    }
+    fitting = [text for text, part in causes.items() if possible and all(part in info.reason for info in possible)]
+    return fitting[0] if fitting else "no layer qualifies: " + ", ".join(_most_common(infos))
+
+
+def _most_common(infos: Sequence[LayerInfo]) -> list[str]:
+    """Why layers stay in float, the three most frequent reasons."""
+    reasons = Counter(f"{info.kind} layers: {re.sub(r'density [^ ]+', 'density', info.reason)}" for info in infos)
+    return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:

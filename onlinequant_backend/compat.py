@@ -189,8 +189,8 @@ def compile_lock() -> Any:
 def others_call_uncompiled() -> Iterator[None]:
     """Within the block, FX may trace in this thread, and calls of compiled models in other threads go on, uncompiled.
 
-    While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in every
-    thread. Dynamo asks whether FX is tracing and by default raises, where it might as well run the model as it is.
+    While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in
+    every thread. Dynamo asks whether FX is tracing and by default raises, where it might as well run the model as it is.
     """
     name = "error_on_nested_fx_trace"
     entry = getattr(torch._dynamo.config, "_config", {}).get(name)

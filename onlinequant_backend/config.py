@@ -31,8 +31,10 @@ class QuantConfig:
     Attributes:
         quantized_conv_percentage: share of convolutions to quantize in [0, 100], least sensitive first; 0 means none.
         quantized_linear_percentage: the same for linear layers.
-        conv_compute_density_threshold: a convolution below this many FLOPs per byte stays in float; [0, inf).
-        linear_compute_density_threshold: the same for linear layers.
+        conv_compute_density_threshold: a convolution below this many FLOPs per byte stays in float, whatever
+            ``selection``; [0, inf). None leaves it to timing where layers are timed, and is 100 on other GPUs and 20
+            on CPUs.
+        linear_compute_density_threshold: the same for linear layers; None is 300 on GPUs that time none, 20 on CPUs.
         precision: "auto", "int8", "fp8" or "float"; "auto" takes what the device is fast at.
         calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
@@ -41,8 +43,9 @@ class QuantConfig:
         sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
             model's output, by one backward pass, only made where it decides something), "local" (its own output's
             error) or "end_to_end" (the model's, measured; one forward per layer).
-        selection: "density" keeps layers below the thresholds in float; "measured" those that gain too little in 8 bit
-            when timed at their real shapes, whatever the thresholds (CUDA only); "auto" takes what the device has.
+        selection: what keeps layers in float besides the thresholds that were set. "measured": to gain too little in
+            8 bit when timed at their real shapes (CUDA only); "density": nothing, the other thresholds have their
+            defaults; "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
         max_error: largest relative error of a step that 8 bit may cost, measured when observing is over; layers stay in
@@ -64,8 +67,8 @@ class QuantConfig:
 
     quantized_conv_percentage: float = 100
     quantized_linear_percentage: float = 100
-    conv_compute_density_threshold: float = 100
-    linear_compute_density_threshold: float = 300
+    conv_compute_density_threshold: float | None = None
+    linear_compute_density_threshold: float | None = None
     precision: str = "auto"
     calibration_steps: int = 20
     calibration_method: str = "mse"
@@ -91,8 +94,9 @@ class QuantConfig:
                 (f"quantized_{kind}_percentage", _check_percentage),
                 (f"{kind}_compute_density_threshold", _check_threshold),
             ):
-                check(name, getattr(self, name))
-                object.__setattr__(self, name, float(getattr(self, name)))
+                if getattr(self, name) is not None or check is _check_percentage:
+                    check(name, getattr(self, name))
+                    object.__setattr__(self, name, float(getattr(self, name)))
         if not _is_choice(self.precision, PRECISIONS):
             raise errors.UnknownPrecisionError(_choose_from("precision", self.precision, PRECISIONS))
         steps = self.calibration_steps
@@ -183,7 +187,7 @@ def _check_percentage(name: str, value: Any) -> None:
 def _check_threshold(name: str, value: Any) -> None:
     if not (_is_number(value) and 0 <= value < math.inf):
         raise errors.InvalidThresholdError(
-            f"{name} is {value!r}, but a density threshold is a number of FLOPs per byte in [0, inf)."
+            f"{name} is {value!r}, but a density threshold is a number of FLOPs per byte in [0, inf), or None."
         )
 
 

@@ -25,10 +25,6 @@ from .scenes.scene import captions
 from .scenes.sheet import save_sheet
 from .similarity import psnr, ssim
 
-# A CPU's memory keeps up with far fewer FLOPs per byte than a GPU's: the defaults, 100 and 300, are where a GPU stops
-# waiting for memory, and would leave layers in float here that gain from 8 bit.
-CPU_DENSITY_THRESHOLD = 20
-
 # Others than those that are observed.
 _DRAWN_SEED, _OBSERVED_SEED = 0, 1
 _AMPLIFIED = 8  # differences of a good 8-bit picture are too faint to see
@@ -94,12 +90,7 @@ def run(
 
 def _drawn(model: ScenesModel, texts: Sequence[str], steps: int, cache: str) -> list[Contestant]:
     """Everyone's pictures of ``texts``, from the same noise."""
-    options: dict[str, Any] = {
-        "precision": "int8",
-        "conv_compute_density_threshold": CPU_DENSITY_THRESHOLD,
-        "linear_compute_density_threshold": CPU_DENSITY_THRESHOLD,
-        "cache_dir": cache,
-    }
+    options: dict[str, Any] = {"precision": "int8", "cache_dir": cache}
     onlinequant = torch.compile(model.unet, backend="onlinequant", options=options)
     return [
         _draw("eager", model.unet, model, texts, steps),

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from .report import NodeDecision, Report
 
 # Blue and orange differ in lightness too, so the picture survives a grey print and colour blindness.
-_COLOURS = {True: "#1f6fb4", False: "#e07b28"}
-_OUTCOMES = {True: "8 bit", False: "float"}
+COLOURS = {"8 bit": "#1f6fb4", "candidate": "#7fb8e6", "chosen": "#7fb8e6", "float": "#e07b28"}
+_ORDER = ("float", "candidate", "chosen", "8 bit")
 _MARKERS = {"conv": "o", "linear": "^"}
 _THRESHOLD_STYLES = {"conv": (0, (6, 3)), "linear": (0, (2, 2))}
 
@@ -44,8 +44,8 @@ def draw_layers(figure: FigureBase, report: Report) -> None:
     scatter.set(xscale="log", yscale="log")  # before any mark: axes without one could not change their scale
     measured = [decision for decision in report.decisions if decision.sensitivity and decision.density > 0]
     others = [decision for decision in report.decisions if not decision.sensitivity and decision.density > 0]
-    _draw_marks(scatter, measured, [decision.sensitivity or 0.0 for decision in measured])
-    _draw_marks(rug, others, [{"conv": 1.0, "linear": 0.0}[decision.kind] for decision in others])
+    _draw_marks(scatter, report, measured, [decision.sensitivity or 0.0 for decision in measured])
+    _draw_marks(rug, report, others, [{"conv": 1.0, "linear": 0.0}[decision.kind] for decision in others])
     if not measured:
         scatter.set_ylim(0.001, 0.1)
     if not measured and not others:
@@ -54,16 +54,17 @@ def draw_layers(figure: FigureBase, report: Report) -> None:
     _label(figure, scatter, rug, report)
 
 
-def _draw_marks(axes: Axes, decisions: Sequence[NodeDecision], heights: Sequence[float]) -> None:
-    for quantized in (False, True):
+def _draw_marks(axes: Axes, report: Report, decisions: Sequence[NodeDecision], heights: Sequence[float]) -> None:
+    standings = list(map(report.standing, decisions))
+    for standing in _ORDER:
         for kind, marker in _MARKERS.items():
-            chosen = [i for i, d in enumerate(decisions) if d.quantized is quantized and d.kind == kind]
+            chosen = [i for i, d in enumerate(decisions) if standings[i] == standing and d.kind == kind]
             axes.scatter(
                 [decisions[i].density for i in chosen],
                 [heights[i] for i in chosen],
                 s=42,
                 marker=marker,
-                color=_COLOURS[quantized],
+                color=COLOURS[standing],
                 alpha=0.75,
                 edgecolors="white",
                 linewidths=0.6,
@@ -84,13 +85,12 @@ def _draw_thresholds(all_axes: Sequence[Axes], report: Report) -> None:
 
 
 def _label(figure: FigureBase, scatter: Axes, rug: Axes, report: Report) -> None:
-    counts = report.counts()
-    layers = ", ".join(f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']} {kind}" for kind in _MARKERS)
-    figure.suptitle(f"{report.model}: {layers} layers in 8 bit", fontsize=13, fontweight="bold")
+    figure.suptitle(f"{report.model}: {report.headline()}", fontsize=13, fontweight="bold")
     scatter.set_ylabel("sensitivity: relative error of the output in 8 bit")
     rug.set(xlabel="compute density (FLOPs per byte)", ylim=(-0.7, 1.7))
     rug.set_yticks([1, 0], ["conv", "linear"])
     rug.set_ylabel("not\nmeasured", rotation=0, ha="right", va="center", labelpad=12)
+    rug.xaxis.set_minor_formatter(NullFormatter())
     rug.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     # Sensitivities span about a decade: powers of ten alone would leave the axis without numbers.
     scatter.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -104,9 +104,13 @@ def _label(figure: FigureBase, scatter: Axes, rug: Axes, report: Report) -> None
 
 
 def _legend(report: Report) -> list[Line2D]:
+    shown = {"float", *map(report.standing, report.decisions)}
+    if len(shown) == 1:
+        shown.add("8 bit")
     marks = [
-        Line2D([], [], linestyle="", marker=marker, markersize=7, color=_COLOURS[quantized], label=f"{kind}, {outcome}")
-        for quantized, outcome in _OUTCOMES.items()
+        Line2D([], [], linestyle="", marker=marker, markersize=7, color=COLOURS[standing], label=f"{kind}, {standing}")
+        for standing in reversed(_ORDER)
+        if standing in shown
         for kind, marker in _MARKERS.items()
     ]
     lines = [

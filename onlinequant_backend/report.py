@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import fnmatch
 import json
 import math
 import os
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from .table import render_table
 
 SCHEMA_VERSION = 3
 KINDS = ("conv", "linear")
+# What is said of a layer that observing has not decided about yet.
+CANDIDATE = "candidate: decided when observing is over"
 PHASES = ("calibrating", "compiling", "quantized", "float")
 
 
@@ -132,8 +135,38 @@ class Report:
             counts[f"candidates_{kind}"] = len(decisions)
         return counts
 
+    def standing(self, decision: NodeDecision) -> str:
+        """What a layer is now: "float", "8 bit", or, while the model is in float yet, "candidate" or "chosen"."""
+        if not decision.quantized or self.phase == "float":
+            return "float"
+        if self.phase == "quantized":
+            return "8 bit"
+        return "candidate" if decision.reason == CANDIDATE else "chosen"
+
+    def headline(self) -> str:
+        """How many layers of each kind are in 8 bit, or what is still to come."""
+        standings = [(decision.kind, self.standing(decision)) for decision in self.decisions]
+        kept = {standing for _, standing in standings} - {"float"}
+        verb = {"candidate": "may go into 8 bit", "chosen": "go into 8 bit"}.get(min(kept, default=""), "in 8 bit")
+        counts = [
+            f"{sum(standing != 'float' for each, standing in standings if each == kind)} of "
+            f"{sum(each == kind for each, _ in standings)} {kind}"
+            for kind in KINDS
+        ]
+        return f"{', '.join(counts)} layers {verb}"
+
+    def unmatched(self) -> list[str]:
+        """The patterns of the option ``exclude`` that no layer's name matches."""
+        return unmatched(self.config.get("exclude", ()), [decision.name for decision in self.decisions])
+
+    def copy(self) -> Report:
+        """The report as it is now, which stays so."""
+        return dataclasses.replace(self, decisions=list(self.decisions), widened=dict(self.widened))
+
     def summary(self) -> str:
         """One line: how many layers run in 8 bit, or why none does."""
+        if self.phase == "calibrating" and self.calls_observed:
+            return f"{self.model}: observed {self.calls_observed} of {self.calibration_steps} steps"
         if self.phase != "quantized":
             return f"{self.model}: {self.phase}: {self.phase_reason}"
         quantized = sum(decision.quantized for decision in self.decisions)
@@ -185,6 +218,11 @@ class Report:
         from .plot import plot_layers
 
         plot_layers(self, path)
+
+
+def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
+    """The glob patterns that match none of the names."""
+    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 
 _reports: list[Report] = []

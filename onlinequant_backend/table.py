@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import re
 from collections.abc import Iterable
@@ -23,23 +24,24 @@ def render_table(report: Report) -> str:
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
     console.print(_summary(report))
-    if report.decisions:
-        console.print()
-        console.print(_layers(report.decisions))
-        console.print()
-    console.print(_float_reasons(report.decisions))
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()).strip("\n")
+    standings = tuple(map(report.standing, report.decisions))
+    return "\n".join([_trimmed(text.getvalue()), *_layers(tuple(report.decisions), standings)])
+
+
+def _trimmed(text: str) -> str:
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip("\n")
 
 
 def _summary(report: Report) -> Table:
-    counts = report.counts()
-    layers = [f"{counts[f'quantized_{kind}']} of {counts[f'candidates_{kind}']} {kind}" for kind in ("conv", "linear")]
     observed = f"{report.calls_observed} of {report.calibration_steps} calls"
+    if not report.calls_observed and report.phase != "calibrating":
+        observed = "before, with other options or at another size"
     grid = Table.grid(padding=(0, 2))
     grid.add_row("model", report.model)
-    grid.add_row("phase", _because(report.phase, report.phase_reason))
+    is_under_way = report.phase == "calibrating" and report.calls_observed
+    grid.add_row("phase", _because(report.phase, "" if is_under_way else report.phase_reason))
     grid.add_row("precision", _because(report.precision, report.precision_reason))
-    grid.add_row("in 8 bit", ", ".join(layers))
+    grid.add_row("layers", report.headline())
     grid.add_row("observed", observed + (", decisions from the cache" if report.cache_hit else ""))
     grid.add_row("compiled in", f"{report.compile_seconds:.1f} s")
     if report.error is not None:
@@ -47,6 +49,8 @@ def _summary(report: Report) -> Table:
     if report.widened:
         most = max(report.widened.values())
         grid.add_row("widened", f"the ranges of {len(report.widened)} layers, by up to {most:.2g}x, for larger values")
+    if report.unmatched():
+        grid.add_row("exclude", f"{', '.join(map(repr, report.unmatched()))}: no layer has such a name")
     if report.stats_path is not None:
         grid.add_row("statistics", report.stats_path)
     return grid
@@ -56,7 +60,24 @@ def _because(what: str, reason: str) -> str:
     return f"{what}: {reason}" if reason else what
 
 
-def _layers(decisions: Iterable[NodeDecision]) -> Table:
+@functools.lru_cache(maxsize=8)
+def _layers(decisions: tuple[NodeDecision, ...], standings: tuple[str, ...]) -> tuple[str, ...]:
+    """The rows, and why layers stay in float: kept, since a model has hundreds of layers and few changes of mind."""
+    if not decisions:
+        return ()
+    outcomes = [(each, standing, _reason(each, standing)) for each, standing in zip(decisions, standings, strict=True)]
+    text = io.StringIO()
+    console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
+    console.print(_rows(outcomes))
+    return "", _trimmed(text.getvalue()), "", *_float_reasons(outcomes)
+
+
+def _reason(decision: NodeDecision, standing: str) -> str:
+    # What was chosen could not be compiled.
+    return "the model is in float" if standing == "float" and decision.quantized else decision.reason
+
+
+def _rows(outcomes: Iterable[tuple[NodeDecision, str, str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("kind", no_wrap=True)
@@ -65,15 +86,15 @@ def _layers(decisions: Iterable[NodeDecision]) -> Table:
     table.add_column("sens.", justify="right", no_wrap=True)
     table.add_column("in", no_wrap=True)
     table.add_column("reason", overflow="fold")
-    for decision in decisions:
+    for decision, standing, reason in outcomes:
         table.add_row(
             _folded(decision.name),
             decision.kind,
             "x".join(map(str, decision.shape)),
             f"{decision.density:.4g}",
             "-" if decision.sensitivity is None else f"{decision.sensitivity:.3g}",
-            "8 bit" if decision.quantized else "float",
-            decision.reason,
+            standing,
+            reason,
         )
     return table
 
@@ -92,15 +113,15 @@ def _common(values: tuple[str, ...]) -> str:
     return values[0] if len(set(values)) == 1 else "..."
 
 
-def _float_reasons(decisions: Iterable[NodeDecision]) -> str:
+def _float_reasons(outcomes: Iterable[tuple[NodeDecision, str, str]]) -> list[str]:
     """How many layers stay in float for each reason; reasons that differ only in their numbers count as one."""
     groups: dict[tuple[str, ...], list[list[str]]] = {}
-    for decision in decisions:
-        if not decision.quantized:
-            parts = re.split(r"(\d+(?:\.\d+)?)", decision.reason)
+    for _, standing, reason in outcomes:
+        if standing == "float":
+            parts = re.split(r"(\d+(?:\.\d+)?)", reason)
             groups.setdefault(tuple(parts[::2]), []).append(parts)
     lines = [
         f"{len(members):5}  " + "".join(_common(values) for values in zip(*members, strict=True))
         for members in sorted(groups.values(), key=len, reverse=True)
     ]
-    return "\n".join(["why layers stay in float:", *lines]) if lines else ""
+    return ["why layers stay in float:", *lines] if lines else []

@@ -105,7 +105,7 @@ class WeightSet:
         return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
 
     def start_over(self) -> None:
-        """Calibrate anew: another checkpoint was loaded into these parameters."""
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
         for layer in self.layers:
             layer.start_over()
         self.selection = None
@@ -325,6 +325,16 @@ class Registry:
         ids = set(map(id, weights))
         running = [known for known in self._sets if known.selection is not None and known.has_any_of(ids)]
         return {layer for known in running for layer in known.layers}
+
+    def observe_again(self, weights: Sequence[torch.Tensor]) -> int:
+        """Have the sets with any of ``weights`` observed anew at their next calls; returns how many there were. Not to
+        be called while one of them is."""
+        wanted = set(map(id, weights))
+        with self._lock:
+            found = [known for known in self._sets if not known.has_freed() and known.has_any_of(wanted)]
+        for known in found:
+            known.start_over()
+        return len(found)
 
     def clear(self) -> None:
         """Forget every layer."""

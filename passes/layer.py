@@ -34,6 +34,10 @@ TRANSPOSED_TARGETS = (
     torch.nn.functional.conv_transpose3d,
 )
 
+# FLOPs per byte from which layers gain by 8 bit. A GPU waits for its memory until far more than a CPU.
+_GPU_THRESHOLDS = {"conv": 100.0, "linear": 300.0}
+_CPU_THRESHOLD = 20.0
+
 # Tensor methods that a weight may pass through on its way into a layer.
 CASTS = ("to", "float", "half", "bfloat16")
 
@@ -142,9 +146,20 @@ class PassContext:
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
+    def threshold(self, kind: str) -> tuple[float, str]:
+        """The density in FLOPs per byte below which a layer of this kind stays in float, and what that is called."""
+        name = f"{kind}_compute_density_threshold"
+        given = getattr(self.config, name)
+        if given is not None:
+            return given, f"{name}={given:g}"
+        if self.measures_speed:
+            return 0.0, "none"
+        where, density = ("GPUs", _GPU_THRESHOLDS[kind]) if self.device.type == "cuda" else ("CPUs", _CPU_THRESHOLD)
+        return density, f"{density:g}, the {name} for {where}"
+
     @property
     def measures_speed(self) -> bool:
-        """Whether layers are selected by measured times instead of by their compute density."""
+        """Whether layers are selected by measured times, and by their compute density only where a threshold is set."""
         return self.device.type == "cuda" and self.config.selection != "density"
 
     @property

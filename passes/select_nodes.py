@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
+import logging
 import operator
 
 import torch
@@ -8,6 +10,7 @@ import torch.fx as fx
 
 from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.report import CANDIDATE, unmatched
 
 from .layer import (
     CASTS,
@@ -19,6 +22,8 @@ from .layer import (
     layer_nodes,
     weight_parameter,
 )
+
+_log = logging.getLogger("onlinequant")
 
 # Nodes from the input of a residual block to its end, at most.
 _BLOCK_LENGTH = 32
@@ -32,7 +37,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     """Decide for every layer whether it runs in 8 bit, and write down why.
 
     Before: ``LayerInfo(quantized=False, reason="not decided yet")``. After: ``quantized`` and ``reason`` are set, in
-    this order: what cannot be quantized, density thresholds (or, on GPUs, measured times), percentages (least sensitive
+    this order: what cannot be quantized, density thresholds, on GPUs measured times, percentages (least sensitive
     first), ``exclude``.
 
     Runs twice: before observing, when percentages rule nothing out but 0, and again once the sensitivities are
@@ -41,6 +46,8 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
+    for unknown in unmatched(context.config.exclude, before):
+        _say_unmatched(unknown)
     possible = 0
     work = sum(info.flops for _, info in layer_nodes(graph_module))
     for node, info in layer_nodes(graph_module):
@@ -51,7 +58,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
         refusal = impossible or _refused_by_options(info, context) or _refused_for_quality(node, info, work, context)
         info.quantized, info.reason = (
             refusal is None,
-            refusal or ("selected" if context.measured else "candidate, being observed"),
+            refusal or ("selected" if context.measured else CANDIDATE),
         )
     if context.measured:
         for kind in ("conv", "linear"):
@@ -70,9 +77,9 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
     config = context.config
     if context.precision.name == "float":
         return f"float: {context.precision.reason}"
-    threshold = getattr(config, f"{info.kind}_compute_density_threshold")
-    if info.density < threshold and not context.measures_speed:
-        return f"density {info.density:.4g} is below the threshold of {threshold:g} FLOPs per byte"
+    threshold, name = context.threshold(info.kind)
+    if info.density < threshold:
+        return f"density {info.density:.4g} is below {name}"
     if getattr(config, f"quantized_{info.kind}_percentage") == 0:
         return f"quantized_{info.kind}_percentage is 0"
     return context.unusable.get(info.name)
@@ -135,6 +142,12 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
             f"sensitivity {info.error:.3g} ranks {rank} of {len(selected)}; "
             f"quantized_{kind}_percentage={percentage:g} keeps {keep}"
         )
+
+
+@functools.cache
+def _say_unmatched(pattern: str) -> None:
+    """Once: a model may be several graphs."""
+    _log.warning("exclude: %r matches no layer of a graph; report.table() has the names", pattern)
 
 
 def _excluding_pattern(name: str, config: QuantConfig) -> str | None:

@@ -15,8 +15,8 @@ from onlinequant_backend.config import QuantConfig
 DEFAULTS = {
     "quantized_conv_percentage": 100,
     "quantized_linear_percentage": 100,
-    "conv_compute_density_threshold": 100,
-    "linear_compute_density_threshold": 300,
+    "conv_compute_density_threshold": None,
+    "linear_compute_density_threshold": None,
     "precision": "auto",
     "calibration_steps": 20,
     "calibration_method": "mse",
@@ -77,10 +77,7 @@ def test_defaults() -> None:
             (name, [-1, 100.5, NAN, "50", True, None], errors.InvalidPercentageError, "[0, 100]")
             for name in PERCENTAGES
         ),
-        *(
-            (name, [-0.1, INF, NAN, "high", True, None], errors.InvalidThresholdError, "[0, inf)")
-            for name in THRESHOLDS
-        ),
+        *((name, [-0.1, INF, NAN, "high", True], errors.InvalidThresholdError, "[0, inf)") for name in THRESHOLDS),
         ("precision", ["int4", "INT8", 8, None], errors.UnknownPrecisionError, "'auto', 'int8', 'fp8', 'float'"),
         ("calibration_steps", [0, -3, 2.0, True, "20"], errors.InvalidCalibrationStepsError, "at least 1"),
         ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'percentile', 'minmax'"),
@@ -116,7 +113,7 @@ def test_wrong_value_names_the_option_and_what_is_allowed(
     ("option", "value"),
     [
         *((name, value) for name in PERCENTAGES for value in (0, 33.3, 100)),
-        *((name, value) for name in THRESHOLDS for value in (0, 0.5, 1e9)),
+        *((name, value) for name in THRESHOLDS for value in (None, 0, 0.5, 1e9)),
         *(("precision", value) for value in ("auto", "int8", "fp8", "float")),
         *(("cuda_graphs", value) for value in ("auto", True, False)),
         *(("mode", value) for value in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")),

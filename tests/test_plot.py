@@ -42,7 +42,7 @@ THRESHOLDS = {"conv_compute_density_threshold": 100, "linear_compute_density_thr
 
 
 def drawn(decisions: list[NodeDecision], path: Path, config: dict[str, Any] = THRESHOLDS) -> Any:
-    plot.plot_layers(Report("UNet", decisions=decisions, config=config), path)
+    plot.plot_layers(Report("UNet", phase="quantized", decisions=decisions, config=config), path)
     return image.imread(path)
 
 
@@ -57,8 +57,8 @@ def test_each_outcome_is_drawn_in_its_colour(tmp_path: Path) -> None:
     picture = drawn(MIXED, tmp_path / "new folder" / "layers.png")
     assert picture.shape[1] > picture.shape[0] > 500
     only_8_bit = drawn([one for one in MIXED if one.quantized], tmp_path / "quantized.png")
-    assert count(picture, plot._COLOURS[True]) > 100 and count(picture, plot._COLOURS[False]) > 100
-    assert count(only_8_bit, plot._COLOURS[True]) > 100 and count(only_8_bit, plot._COLOURS[False]) < 20
+    assert count(picture, plot.COLOURS["8 bit"]) > 100 and count(picture, plot.COLOURS["float"]) > 100
+    assert count(only_8_bit, plot.COLOURS["8 bit"]) > 100 and count(only_8_bit, plot.COLOURS["float"]) < 20
 
 
 @pytest.mark.parametrize("decisions", [[], MIXED[:1], MIXED[-2:], MIXED[:2]], ids=["none", "one", "rug", "no rug"])

@@ -10,7 +10,7 @@ import pytest
 
 from onlinequant_backend import report
 from onlinequant_backend.errors import StatsFileError
-from onlinequant_backend.report import SCHEMA_VERSION, NodeDecision, Report
+from onlinequant_backend.report import CANDIDATE, SCHEMA_VERSION, NodeDecision, Report
 
 
 def decision(**changes: Any) -> NodeDecision:
@@ -77,6 +77,26 @@ def test_counts_are_by_kind() -> None:
 def test_the_summary_says_how_many_layers_or_why_none() -> None:
     assert made().summary() == "UNet2DConditionModel: quantized: 1 of 5 layers in int8"
     assert made(phase="float", phase_reason="why").summary() == "UNet2DConditionModel: float: why"
+
+
+def test_a_layer_is_in_8_bit_only_while_the_model_is() -> None:
+    decisions = [decision(reason=CANDIDATE), decision(quantized=False), decision(kind="linear", reason=CANDIDATE)]
+    chosen = [dataclasses.replace(each, reason="selected") for each in decisions]
+    for phase, known, standing, headline in (
+        ("calibrating", decisions, "candidate", "1 of 2 conv, 1 of 1 linear layers may go into 8 bit"),
+        ("compiling", decisions, "candidate", "1 of 2 conv, 1 of 1 linear layers may go into 8 bit"),
+        ("compiling", chosen, "chosen", "1 of 2 conv, 1 of 1 linear layers go into 8 bit"),
+        ("quantized", chosen, "8 bit", "1 of 2 conv, 1 of 1 linear layers in 8 bit"),
+        ("float", chosen, "float", "0 of 2 conv, 0 of 1 linear layers in 8 bit"),
+    ):
+        report = made(phase=phase, decisions=known)
+        assert list(map(report.standing, known)) == [standing, "float", standing]
+        assert report.headline() == headline and headline in report.table()
+        assert ("8 bit " in report.table().partition("reason")[2]) == (phase == "quantized")
+
+
+def test_while_it_observes_it_says_how_far_it_is() -> None:
+    assert made(phase="calibrating", calls_observed=4).summary() == "UNet2DConditionModel: observed 4 of 20 steps"
 
 
 def test_a_saved_report_comes_back_as_it_was(tmp_path: Path) -> None:

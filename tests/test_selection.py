@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any
@@ -252,12 +253,28 @@ def test_what_cannot_be_is_ignored(text: str | None) -> None:
     assert selection._known == {}
 
 
-def test_thresholds_do_not_count_where_speed_is_measured() -> None:
-    for device, chosen, expected in (("cuda", "auto", 4), ("cuda", "density", 0), ("cpu", "auto", 0)):
-        probe = analyzed()
-        thresholds = {"conv_compute_density_threshold": 1e6, "linear_compute_density_threshold": 1e6}
-        config = {**probe.context.config.to_dict(), **thresholds, "selection": chosen}
-        probe.context.config = type(probe.context.config)(**{**config, "exclude": ()})
-        probe.context.device = torch.device(device)
-        probe.run(select_nodes)
-        assert len(probe.quantized()) == expected, (device, chosen)
+@pytest.mark.parametrize(
+    ("device", "chosen", "threshold", "expected"),
+    [
+        ("cuda", "auto", None, 4),  # by timing alone
+        ("cuda", "auto", 1e6, 0),
+        ("cuda", "measured", 1e6, 0),
+        ("cuda", "density", 1e6, 0),
+        ("cuda", "density", None, 0),
+        ("cpu", "auto", None, 0),
+        ("cpu", "auto", 0, 4),
+    ],
+)
+def test_a_threshold_that_is_set_holds_and_others_only_where_nothing_is_timed(
+    device: str, chosen: str, threshold: float | None, expected: int
+) -> None:
+    probe = analyzed()
+    names = ("conv_compute_density_threshold", "linear_compute_density_threshold")
+    config = probe.context.config
+    probe.context.config = dataclasses.replace(config, **dict.fromkeys(names, threshold), selection=chosen)  # type: ignore[arg-type]
+    probe.context.device = torch.device(device)
+    probe.run(select_nodes)
+    assert len(probe.quantized()) == expected
+    for info in probe.infos:
+        if threshold and not info.quantized:
+            assert info.reason.endswith(f"is below {info.kind}_compute_density_threshold=1e+06")

@@ -26,6 +26,7 @@ from onlinequant_backend.comfy_integration.model_patch import (
     quantize_model,
     record_of_model,
 )
+from onlinequant_backend.weights import registry
 from tests.small import Small, X, small, texts_into
 from tests.tiny import OPTIONS, relative_error
 
@@ -146,15 +147,33 @@ def test_what_was_seen_is_recorded(denoiser: Denoiser, told: list[str]) -> None:
     model = patched(Patcher(denoiser), told)
     assert record_of_model(Patcher(denoiser)) is None
     record = record_of_model(model)
-    assert record is not None and not record.reports and not record.milliseconds()
+    assert record is not None and not record.reports and not record.snapshot().paces
     model.run()
     model.run()
     assert record.reports == oq.reports() and len(record.reports) == 1
-    times = record.milliseconds()
-    assert times.keys() == {"calibrating", "quantized"} and all(0 < ms < 60_000 for ms in times.values())
+    paces = record.snapshot().paces
+    assert {kind: pace.steps for kind, pace in paces.items()} == {"calibrating": 1, "quantized": 2}  # the first traced
+    assert all(0 < pace.milliseconds < 60_000 for pace in paces.values())
     # Another node with the same options goes on with it; one with others does not.
     assert record_of_model(patched(Patcher(denoiser), told)) is record
     assert record_of_model(patched(Patcher(denoiser), told, precision="float")) is not record
+
+
+def test_a_model_is_observed_again_when_asked_for_and_not_compiled_again(denoiser: Denoiser, told: list[str]) -> None:
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    model.run()
+    record = record_of_model(model)
+    assert record is not None
+    assert [record.is_to_observe_again(number) for number in (3, 3, 4, 4)] == [False, False, True, False]
+    assert registry.observe_again(list(Denoiser().parameters())) == 0
+    assert registry.observe_again(list(denoiser.parameters())) == 1
+    record.start_over()
+    told.clear()
+    assert all(torch.equal(result, expected) for result in model.run(X))
+    assert [text.split(" (")[0] for text in told[:3]] == [f"observing {step} of 3" for step in (1, 2, 3)]
+    assert told[-1].startswith("Denoiser: quantized: 3 of 3 layers in int8")
+    assert all(is_8_bit(result, expected) for result in model.run(X))
+    assert len(oq.reports()) == 1 and record.reports[0].calls_observed >= 3
 
 
 def test_a_number_of_calls_goes_on_in_the_same_run(denoiser: Denoiser, told: list[str]) -> None:

@@ -7,12 +7,13 @@ import itertools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-# As by default, but for what a test's sizes and any CPU need: no threshold, and 8 bit whatever the device.
+# As by default, but for what a test's sizes and any CPU need: hardly a threshold, and 8 bit whatever the device.
 OPTIONS: Mapping[str, Any] = {
+    "preset": "custom",
     "quantized_conv_percentage": 100,
     "quantized_linear_percentage": 100,
-    "conv_compute_density_threshold": 0,
-    "linear_compute_density_threshold": 0,
+    "conv_compute_density_threshold": 1,
+    "linear_compute_density_threshold": 1,
     "precision": "int8",
     "calibration_steps": 0,
     "compile_in_background": False,

@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
+from onlinequant_backend.report import CANDIDATE
 from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight
 from tests.tiny import net, noise
 
@@ -118,7 +120,7 @@ def test_layers_are_numbered_in_graph_order_whether_wanted_or_not() -> None:
     assert [info.index for info in probe.infos] == list(range(7))
     candidates = [info for info in probe.infos if info.quantized]
     assert len(candidates) == 6
-    assert all(info.reason == "candidate, being observed" for info in candidates)
+    assert all(info.reason == CANDIDATE for info in candidates)
     assert probe.after == probe.before
     probe.assert_settled(select_nodes)
 
@@ -132,7 +134,8 @@ def test_layer_below_the_density_threshold_stays_float(kind: str, above: bool) -
     names = [info.name for info in probe.infos if info.kind == kind and not info.quantized]
     assert names == ([] if not above else CONVS if kind == "conv" else LINEARS)
     for info in probe.infos:
-        assert info.quantized or info.reason.startswith(f"density {density:.4g} is below the threshold of ")
+        name = f"{info.kind}_compute_density_threshold"
+        assert info.quantized or info.reason == f"density {density:.4g} is below {name}={density * 1.01:g}"
 
 
 def test_default_thresholds_drop_what_they_are_made_for() -> None:
@@ -147,6 +150,23 @@ def test_default_thresholds_drop_what_they_are_made_for() -> None:
     assert linear(640, 640, 2, 4096)
     assert not linear(2048, 1280, 2, 77)
     assert not linear(320, 1280, 2)
+
+
+def test_on_a_cpu_20_is_the_threshold() -> None:
+    probe = GraphProbe(nn.Sequential(nn.Linear(256, 256), nn.Linear(256, 8)), torch.empty(512, 256)).analyze()
+    probe.context.config = QuantConfig()
+    probe.run(select_nodes)
+    dense, thin = probe.infos
+    assert dense.density > 20 > thin.density
+    assert dense.quantized and not thin.quantized
+    assert thin.reason.endswith("is below 20, the linear_compute_density_threshold for CPUs")
+
+
+def test_a_pattern_that_excludes_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        GraphProbe(Mixed(), IMAGE, exclude=("no.such.layer", CONVS[0])).analyze()
+    (message,) = caplog.messages
+    assert message.startswith("exclude: 'no.such.layer' matches no layer")
 
 
 @pytest.mark.parametrize("measured", [False, True])
