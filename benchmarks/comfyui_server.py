@@ -306,7 +306,7 @@ def measured(
 
     "seconds" are ComfyUI's own, from the begin of its execution to its end; "nodes" those of each kind of node, of
     which "sampler" is KSampler's; "step_ms" the milliseconds from each step's end to the next one's, with the phases
-    that all graphs were in at both; "phases" those at the last step.
+    that graphs were in at both; "phases" those at the last step.
     """
     times = {kind: data["timestamp"] / 1000 for kind, data in status["messages"]}
     end = max(times.values())
@@ -328,7 +328,7 @@ def measured(
         "seconds": end - times["execution_start"],
         "sampler": nodes.get("KSampler"),
         "nodes": nodes,
-        "step_ms": [(1000 * (now - last), sorted({*old, *new})) for (last, old), (now, new) in pairs],
+        "step_ms": [(1000 * (now - last), sorted({*old} & {*new})) for (last, old), (now, new) in pairs],
         "phases": steps[-1][1] if steps else [],
     }
 

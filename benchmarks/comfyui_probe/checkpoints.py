@@ -190,7 +190,14 @@ class _Maker:
             scales = {"vae_scale": torch.tensor(1.0), "vae_shift": torch.tensor(0.0)}
             shapes = ((name, shape) for name, shape in _shapes(TAESD()) if name not in scales)
             return self._random(_AUTOENCODER, shapes) | {_AUTOENCODER + name: value for name, value in scales.items()}
-        sizes = {"double_z": True, "z_channels": 4, "resolution": 256, "in_channels": 3, "out_ch": 3, "ch": 128}
+        sizes: dict[str, Any] = {
+            "double_z": True,
+            "z_channels": 4,
+            "resolution": 256,
+            "in_channels": 3,
+            "out_ch": 3,
+            "ch": 128,
+        }
         sizes |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
         with torch.device("meta"):
             if self._model != "svd":
