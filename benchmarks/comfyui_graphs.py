@@ -55,7 +55,7 @@ class Workflow:
 
     def made_tiny(self) -> Workflow:
         """The same for a CPU."""
-        batch = 4 if self.is_video else min(self.batch, 2)
+        batch = 4 if self.is_video else 1
         title = self.title.partition(",")[0] + ", tiny"
         return dataclasses.replace(
             self, title=title, size=(128, 128), batch=batch, other_size=(192, 128), steps=3, tiny=True
@@ -114,8 +114,7 @@ def changes(workflow: Workflow) -> dict[str, list[Step]]:
     width, height = workflow.other_size
     steps["size"] = _and_again(f"{width}x{height}", Change(size=workflow.other_size))
     if not workflow.is_video:
-        other = 1 if workflow.batch == 2 else 2
-        steps["batch"] = _and_again(f"batch {other}", Change(batch=other))
+        steps["batch"] = _and_again("batch 2", Change(batch=2))
     steps["cfg"] = _and_again("cfg 1", Change(cfg=1.0))
     if not workflow.is_video:
         steps["controlnet"] = _and_again("ControlNet", Change(control=True))

@@ -173,7 +173,7 @@ class Server:
         return self._log.read_text(errors="replace")
 
     def prompt(self, graph: Mapping[str, Any]) -> dict[str, Any]:
-        """Run a workflow in API format; what has happened, see ``_measured``.
+        """Run a workflow in API format; what has happened, see ``measured``.
 
         Raises:
             OutOfTimeError: the clock has run out before it was done.

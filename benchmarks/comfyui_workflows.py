@@ -57,8 +57,7 @@ from benchmarks.comfyui_server import (  # noqa: E402
     step_ms,
 )
 
-COLD_SECONDS = 420  # the most that is waited for a compile of a cold start
-CHANGE_SECONDS = 240  # and after a change
+COLD_SECONDS = 420  # the most that is waited for the compile of a cold start
 PASSED_ON = ("--disable-cuda-malloc", "--gpu-only", "--lowvram")
 FOR_CPUS = ("--cpu", "--use-pytorch-cross-attention")  # the other attention asks psutil, which breaks graphs
 
@@ -149,7 +148,7 @@ class Benchmark:
         if variant != "baseline" and not is_warm:
             with self._server(f"{name}-{variant}-again", caches, **place) as server:
                 self._prompt(server, place, "restart", 1)
-                self._record(what="settled", part="restart settled", **place, **server.settle(CHANGE_SECONDS))
+                self._record(what="settled", part="restart settled", **place, **server.settle(self._options.wait))
 
     def _cold_start(self, server: Server, place: dict[str, str]) -> None:
         """The first prompt, some while it is compiled in the background, and the time until it is in 8 bit."""
@@ -211,9 +210,16 @@ class Benchmark:
                     elif step.before == "restart":
                         stack.close()
                         server = stack.enter_context(self._server(f"{name}-{variant}-changes-again", caches, **place))
-                    seed, label = seeds[change, index], f"{change} {index}: {step.label}"
-                    more = {"change": step.change, "settle": CHANGE_SECONDS, "label": label}
-                    self._prompt(server, place, "change", seed, **more)
+                    label = f"{change} {index}: {step.label}"
+                    self._prompt(
+                        server,
+                        place,
+                        "change",
+                        seeds[change, index],
+                        change=step.change,
+                        settle=self._options.wait,
+                        label=label,
+                    )
 
     # --- One prompt ---
 
@@ -391,6 +397,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--later", type=int, default=4, metavar="N", help="prompts in the steady state")
     result.add_argument("--during", type=int, default=2, metavar="N", help="prompts while OnlineQuant compiles")
     result.add_argument("--seconds", type=float, default=math.inf, help="begin and wait for nothing after these")
+    result.add_argument("--wait", type=float, default=240, metavar="SECONDS", help="the most for a change to compile")
     result.add_argument("--least", type=float, default=30, help="start no server in the last seconds; default: 30")
     result.add_argument("--tiny", action="store_true", help="tiny models, three steps, 128x128: for CPUs")
     result.add_argument("--flags", default="", help="more arguments of ComfyUI's: --flags='--fast --reserve-vram 2'")

@@ -157,7 +157,7 @@ def test_tables_of_incomplete_records() -> None:
 
 
 def test_a_change_is_compared_with_the_baseline_s() -> None:
-    costs = {"label": "cfg 0: cfg 1", "waited": 0, "traces": 1, "compiles": 0, "phases": ["quantized"]}
+    costs: dict[str, Any] = {"label": "cfg 0: cfg 1", "waited": 0, "traces": 1, "compiles": 0, "phases": ["quantized"]}
     records = [prompt("baseline", "change", 3.0, **costs), prompt("quantized", "change", 2.0, **costs)]
     text = tables.changes_table(json.loads(json.dumps(records)), "sdxl-1024")
     assert "-1.0 s" in text and "8 bit" in text and "| cfg 1 " in text
