@@ -202,16 +202,18 @@ class Server:
 
     def settle(self, most: float) -> dict[str, Any]:
         """Wait until no graph is observed or compiled any more; "waited" seconds, None where it takes longer."""
-        before = self.probe()
+        state = before = self.probe()
         start = time.monotonic()
-        state = before
+        waited: float | None = 0.0
         while any(graph["phase"] not in DONE for graph in state["graphs"]):
             self._check()
-            if time.monotonic() - start > most:
-                return {"waited": None, **_differences(before, state)}
+            waited = time.monotonic() - start
+            if waited > most:
+                waited = None
+                break
             time.sleep(0.25)
             state = self.probe()
-        return {"waited": time.monotonic() - start, **_differences(before, state)}
+        return {"waited": waited, **_differences(before, state)}
 
     def free(self) -> None:
         """Have ComfyUI unload its models and forget what it has computed, as the button does."""

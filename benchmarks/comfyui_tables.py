@@ -181,12 +181,23 @@ def targets_table(goals: Iterable[Target]) -> str:
     return markdown([["target", "reached", "met"], *rows])
 
 
+def lora_targets(records: Iterable[Record], workflow: str, title: str) -> list[Target]:
+    """What changes of a LoRA may cost OnlineQuant; none where they were not run."""
+    groups = [group for label, group in _changes(records, workflow).items() if label.startswith("lora")]
+    pairs = [(group["quantized"], group["baseline"]) for group in groups if {"quantized", "baseline"} <= {*group}]
+    if not pairs:
+        return []
+    more = max(ours["seconds"] - base["seconds"] for ours, base in pairs)
+    traces = sum(ours["traces"] for ours, _ in pairs)
+    return [
+        _at_most(f"{title}: a change of a LoRA at most 1 s more than in the baseline", more, 1.0, "{:+.2f} s"),
+        _at_most(f"{title}: traces for changes of a LoRA", traces, 0, "{:.0f}"),
+    ]
+
+
 def changes_table(records: Iterable[Record], workflow: str) -> str:
     """One row for each change, in the order in which they were run; empty where there are none."""
-    prompts: dict[str, dict[str, Record]] = {}
-    for record in records:
-        if record["what"] == "prompt" and record["part"] == "change" and record["workflow"] == workflow:
-            prompts.setdefault(record["label"], {})[record["variant"]] = record
+    prompts = _changes(records, workflow)
     variants = [variant for variant in VARIANTS if any(variant in group for group in prompts.values())]
     headings = ["change", *(TITLES[variant] for variant in variants)]
     ours = "more than the baseline, sampler, traces, compiles, then compiled for, drawn in, latent error, PSNR"
@@ -197,6 +208,15 @@ def changes_table(records: Iterable[Record], workflow: str) -> str:
             row += _costs(group.get("quantized"), group.get("baseline"))
         rows.append(row)
     return markdown(rows) if prompts else ""
+
+
+def _changes(records: Iterable[Record], workflow: str) -> dict[str, dict[str, Record]]:
+    """The prompts of a workflow's changes, by label and variant; of each, the last one."""
+    prompts: dict[str, dict[str, Record]] = {}
+    for record in records:
+        if record["what"] == "prompt" and record["part"] == "change" and record["workflow"] == workflow:
+            prompts.setdefault(record["label"], {})[record["variant"]] = record
+    return prompts
 
 
 def _costs(ours: Record | None, base: Record | None) -> list[str]:
@@ -235,9 +255,10 @@ def trouble_lines(records: Iterable[Record]) -> Iterator[str]:
         yield f"- {server}: {text}"
     for server in died:
         yield f"- {server}: ended by itself"
-    for record in found:
+    parts = {record["text"]: record for record in found if record["what"] in ("done", "not run")}  # of each the last
+    for text, record in parts.items():
         if record["what"] == "not run":
-            yield f"- not run: {record['text']}: {record['reason'].splitlines()[0][:200]}"
+            yield f"- not run: {text}: {record['reason'].splitlines()[0][:200]}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

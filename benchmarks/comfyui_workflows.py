@@ -288,6 +288,7 @@ class Benchmark:
         except Exception as error:
             self._record(what="not run", text=text, reason=str(error) or repr(error), trace=traceback.format_exc())
         else:
+            self._record(what="done", text=text)
             return True
         self._say(f"not run (to its end): {text}: {self.records[-1]['reason'][-1500:]}")
         return False
@@ -373,10 +374,13 @@ def show(records: list[dict[str, Any]]) -> None:
     if found:
         print("\n" + tables.main_table(found, titles))
         print("\nA cold start of OnlineQuant:\n\n" + tables.cold_table(found, titles))
-        print("\n" + tables.targets_table(tables.targets(found, titles)))
     for name, title in titles.items():
         if changes := tables.changes_table(records, name):
             print(f"\n{title}, changes:\n\n{changes}")
+    goals = tables.targets(found, titles)
+    goals += [goal for name, title in titles.items() for goal in tables.lora_targets(records, name, title)]
+    if goals:
+        print("\n" + tables.targets_table(goals))
     print("\n" + "\n".join(tables.trouble_lines(records)), flush=True)
 
 

@@ -161,3 +161,18 @@ def test_a_change_is_compared_with_the_baseline_s() -> None:
     records = [prompt("baseline", "change", 3.0, **costs), prompt("quantized", "change", 2.0, **costs)]
     text = tables.changes_table(json.loads(json.dumps(records)), "sdxl-1024")
     assert "-1.0 s" in text and "8 bit" in text and "| cfg 1 " in text
+    assert not tables.lora_targets(records, "sdxl-1024", "SDXL")
+    records += [
+        prompt("baseline", "change", 3.0, label="lora 0: 1.0"),
+        prompt("quantized", "change", 5.0, label="lora 0: 1.0", traces=0),
+    ]
+    assert [goal.met for goal in tables.lora_targets(records, "sdxl-1024", "SDXL")] == [False, True]
+
+
+def test_what_was_not_run_is_said_until_it_is() -> None:
+    server = {"what": "server", "server": "1", "tracebacks": ["ValueError: no"], "warnings": [], "died": True}
+    left_out = {"what": "not run", "text": "svd", "reason": "no time left"}
+    lines = list(tables.trouble_lines([server, left_out]))
+    assert lines[0] == "1 servers: 1 tracebacks, 0 warnings of onlinequant, 1 ended by themselves."
+    assert lines[-1] == "- not run: svd: no time left"
+    assert not any("svd" in line for line in tables.trouble_lines([left_out, {"what": "done", "text": "svd"}]))
