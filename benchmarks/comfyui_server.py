@@ -308,7 +308,8 @@ def measured(
 
     "seconds" are ComfyUI's own, from the begin of its execution to its end; "nodes" those of each kind of node, of
     which "sampler" is KSampler's; "step_ms" the milliseconds from each step's end to the next one's, with the phases
-    that graphs were in at both; "phases" those at the last step.
+    that graphs were in at both; "steps" how many there were, "steps_in_8_bit" in how many of them no graph was in float
+    that was still to be observed or compiled.
     """
     times = {kind: data["timestamp"] / 1000 for kind, data in status["messages"]}
     end = max(times.values())
@@ -331,7 +332,8 @@ def measured(
         "sampler": nodes.get("KSampler"),
         "nodes": nodes,
         "step_ms": [(1000 * (now - last), sorted({*old} & {*new})) for (last, old), (now, new) in pairs],
-        "phases": steps[-1][1] if steps else [],
+        "steps": len(steps),
+        "steps_in_8_bit": sum("quantized" in phases and set(phases) <= set(DONE) for _, phases in steps),
     }
 
 

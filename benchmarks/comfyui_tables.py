@@ -22,6 +22,7 @@ class Cell:
         first: first prompt of a cold start, of which ``first_sampler`` in the sampler and ``trace`` in Dynamo.
         later: median of the prompts in the steady state, of which ``sampler`` in the sampler.
         restart: first prompt of another server that finds what this one has saved.
+        restart_in: whether that was drawn in 8 bit.
         until_8_bit: from the first prompt's start until nothing is observed or compiled any more.
         while_compiling: prompts meanwhile, in the median.
         step_before, step_during: milliseconds of a float step before and while it compiles, in the median.
@@ -35,6 +36,7 @@ class Cell:
     later: float | None = None
     sampler: float | None = None
     restart: float | None = None
+    restart_in: str = ""
     until_8_bit: float | None = None
     while_compiling: float | None = None
     step_before: float | None = None
@@ -81,6 +83,7 @@ def _cell(parts: Mapping[str, Sequence[Record]]) -> Cell:
         later=of("later", "seconds"),
         sampler=of("later", "sampler"),
         restart=of("restart", "seconds"),
+        restart_in=drawn_in(parts["restart"][-1]) if "restart" in parts else "",
         until_8_bit=of("settled", "until_8_bit"),
         while_compiling=of("during", "seconds"),
         step_before=step_ms(cold, "calibrating"),
@@ -113,13 +116,13 @@ def main_table(found: Mapping[tuple[str, str], Cell], titles: Mapping[str, str])
 
 def cold_table(found: Mapping[tuple[str, str], Cell], titles: Mapping[str, str]) -> str:
     """What a cold start of OnlineQuant consists of."""
-    headings = "workflow, Dynamo's trace, prompts while it compiles, in 8 bit after"
-    rows = [[*headings.split(", "), "float step before", "float step meanwhile"]]
+    headings = "workflow, Dynamo's trace, prompts while it compiles, in 8 bit after, float step before, meanwhile"
+    rows = [[*headings.split(", "), "first after a restart in"]]
     for (workflow, variant), cell in found.items():
         if variant == "quantized":
             steps = (_number(value, "{:.0f} ms") for value in (cell.step_before, cell.step_during))
             waits = (seconds(value) for value in (cell.trace, cell.while_compiling, cell.until_8_bit))
-            rows.append([titles[workflow], *waits, *steps])
+            rows.append([titles[workflow], *waits, *steps, cell.restart_in])
     return markdown(rows) if len(rows) > 1 else ""
 
 
@@ -231,13 +234,18 @@ def _costs(ours: Record | None, base: Record | None) -> list[str]:
         str(ours["traces"]),
         str(ours["compiles"]),
         waited if ours["waited"] != 0 else "",
-        " and ".join(_PHASES.get(phase, phase) for phase in ours["phases"]),
+        drawn_in(ours),
         _number(ours.get("error"), "{:.3f}"),
         _number(ours.get("psnr"), "{:.1f} dB"),
     ]
 
 
-_PHASES = {"quantized": "8 bit", "calibrating": "float (observed)", "compiling": "float (compiling)"}
+def drawn_in(prompt: Record) -> str:
+    """In how many of its steps a prompt was in 8 bit."""
+    steps, quantized = prompt["steps"], prompt["steps_in_8_bit"]
+    if quantized in (0, steps):
+        return "8 bit" if quantized else "float"
+    return f"8 bit in {quantized} of {steps} steps"
 
 
 def trouble_lines(records: Iterable[Record]) -> Iterator[str]:

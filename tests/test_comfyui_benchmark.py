@@ -103,9 +103,19 @@ def test_times_of_nodes_and_steps() -> None:
     found = measured(graph, events, {"status_str": "success", "messages": messages})
     assert found["seconds"] == pytest.approx(4.1)
     assert found["nodes"] == {"KSampler": 3.0, "VAEDecode": 0.5} and found["sampler"] == 3.0
-    assert found["phases"] == ["compiling"]
+    assert (found["steps"], found["steps_in_8_bit"]) == (3, 0)
     # The step in which observing ended is of neither kind: part of it may have been timing layers.
     assert step_ms([found], "compiling") == 1000.0 and step_ms([found], "calibrating") is None
+
+
+def test_a_prompt_may_go_over_to_8_bit_while_it_is_drawn() -> None:
+    phases = ("compiling", "quantized"), ("quantized",), ("quantized", "float")
+    events = [event(float(time), "progress", "1", phase) for time, phase in enumerate(phases)]
+    status = {"status_str": "success", "messages": [["execution_start", {"timestamp": 0}]]}
+    found = measured({"1": {"class_type": "KSampler"}}, events, status)
+    assert tables.drawn_in(found) == "8 bit in 2 of 3 steps"
+    assert tables.drawn_in({**found, "steps_in_8_bit": 3}) == "8 bit"
+    assert tables.drawn_in({**found, "steps_in_8_bit": 0}) == "float"
 
 
 def test_trouble_in_a_log() -> None:
@@ -124,7 +134,16 @@ ValueError: no
 
 def prompt(variant: str, part: str, seconds: float, run: int = 1, **more: Any) -> dict[str, Any]:
     record = {"what": "prompt", "workflow": "sdxl-1024", "variant": variant, "part": part, "run": run, "tiny": False}
-    return {**record, "seconds": seconds, "sampler": seconds - 0.5, "trace_seconds": 0.0, "step_ms": [], **more}
+    return {
+        **record,
+        "seconds": seconds,
+        "sampler": seconds - 0.5,
+        "trace_seconds": 0.0,
+        "step_ms": [],
+        "steps": 20,
+        "steps_in_8_bit": 20,
+        **more,
+    }
 
 
 def test_medians_are_of_the_last_run() -> None:
@@ -157,7 +176,7 @@ def test_tables_of_incomplete_records() -> None:
 
 
 def test_a_change_is_compared_with_the_baseline_s() -> None:
-    costs: dict[str, Any] = {"label": "cfg 0: cfg 1", "waited": 0, "traces": 1, "compiles": 0, "phases": ["quantized"]}
+    costs: dict[str, Any] = {"label": "cfg 0: cfg 1", "waited": 0, "traces": 1, "compiles": 0}
     records = [prompt("baseline", "change", 3.0, **costs), prompt("quantized", "change", 2.0, **costs)]
     text = tables.changes_table(json.loads(json.dumps(records)), "sdxl-1024")
     assert "-1.0 s" in text and "8 bit" in text and "| cfg 1 " in text
