@@ -22,7 +22,7 @@ from typing import Any
 
 PROBE = "/onlinequant_benchmark"
 START_SECONDS = 120
-DONE = ("quantized", "float")  # phases in which nothing is going on
+GOING_ON, DONE = ("compiling", "calibrating"), ("quantized", "float")  # the phases of a graph
 
 
 class Clock:
@@ -338,11 +338,13 @@ def measured(
 
 
 def step_ms(prompts: Sequence[Mapping[str, Any]], phase: str) -> float | None:
-    """The median of all steps of these prompts during which a graph was in this phase and none was further."""
-    later = {"calibrating": {"compiling", "quantized"}, "compiling": {"quantized"}}.get(phase, set())
-    steps = [
-        step for prompt in prompts for step, phases in prompt["step_ms"] if phase in phases and not later & {*phases}
-    ]
+    """The median of all steps of these prompts that were taken in this phase.
+
+    Graphs that are in 8 bit already say nothing of a step while another one is observed or compiled.
+    """
+    before = GOING_ON[: GOING_ON.index(phase)] if phase in GOING_ON else GOING_ON
+    all_steps = [step for prompt in prompts for step in prompt["step_ms"]]
+    steps = [step for step, phases in all_steps if phase in phases and not {*before} & {*phases}]
     return statistics.median(steps) if steps else None
 
 

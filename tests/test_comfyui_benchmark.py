@@ -106,6 +106,9 @@ def test_times_of_nodes_and_steps() -> None:
     assert (found["steps"], found["steps_in_8_bit"]) == (3, 0)
     # The step in which observing ended is of neither kind: part of it may have been timing layers.
     assert step_ms([found], "compiling") == 1000.0 and step_ms([found], "calibrating") is None
+    # A graph that is in 8 bit says nothing of a step while another one is compiled.
+    prompts = [{"step_ms": [(5.0, ["compiling", "quantized"]), (1.0, ["float", "quantized"])]}]
+    assert step_ms(prompts, "compiling") == 5.0 and step_ms(prompts, "quantized") == 1.0
 
 
 def test_a_prompt_may_go_over_to_8_bit_while_it_is_drawn() -> None:
