@@ -32,6 +32,7 @@ import json
 import math
 import shlex
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -425,6 +426,7 @@ def main() -> None:
     if not (options.comfyui / "main.py").exists():
         arguments.error(f"{options.comfyui} is no checkout of ComfyUI: it has no main.py")
     benchmark = Benchmark(options)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # with the servers stopped and tables shown
     try:
         benchmark.run()
     finally:
