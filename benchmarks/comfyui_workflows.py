@@ -374,7 +374,8 @@ def show(records: list[dict[str, Any]]) -> None:
     found = tables.cells(records)
     if found:
         print("\n" + tables.main_table(found, titles))
-        print("\nA cold start of OnlineQuant:\n\n" + tables.cold_table(found, titles))
+        if cold := tables.cold_table(found, titles):
+            print(f"\nA cold start of OnlineQuant:\n\n{cold}")
     for name, title in titles.items():
         if changes := tables.changes_table(records, name):
             print(f"\n{title}, changes:\n\n{changes}")
