@@ -190,19 +190,17 @@ def others_call_uncompiled() -> Iterator[None]:
     """Within the block, FX may trace in this thread, and calls of compiled models in other threads go on, uncompiled.
 
     While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in
-    every thread. Dynamo asks whether FX is tracing and by default raises, where it might as well run the model as it is.
+    every thread. Dynamo asks whether FX is tracing and by default raises, where it may as well run the model as it is.
     """
     name = "error_on_nested_fx_trace"
-    entry = getattr(torch._dynamo.config, "_config", {}).get(name)
-    before = getattr(entry, "default", None)
-    with torch._dynamo.config.patch({name: False}):
-        if before is not None:  # overrides are this thread's own, the default is everybody's
-            entry.default = False
-        try:
+    # From torch 2.13 on a setting is this thread's own; the default is everybody's.
+    entry: Any = torch._dynamo.config._config[name]
+    before, entry.default = entry.default, False
+    try:
+        with torch._dynamo.config.patch({name: False}):
             yield
-        finally:
-            if before is not None:
-                entry.default = before
+    finally:
+        entry.default = before
 
 
 def found_graphs() -> tuple[int, int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+import traceback
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,13 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from .graph_memory import Waits, allocates_in_graph, others_wait_to_synchronize, trim_graph_memory
+from .graph_memory import (
+    Waits,
+    addresses_not_asked_about,
+    allocates_in_graph,
+    others_wait_to_synchronize,
+    trim_graph_memory,
+)
 from .weights import getter
 
 _log = logging.getLogger("onlinequant")
@@ -224,14 +231,17 @@ class _Lane:
         torch.cuda.empty_cache()  # during a capture the allocator cannot give back what it keeps
         # cuBLAS keeps a workspace for each stream. Made in the capture, it must not outlive it, nor come from outside.
         torch._C._cuda_clearCublasWorkspaces()
-        with others_wait_to_synchronize(), self.side_stream():
+        unasked = addresses_not_asked_about() if allocates_in_graph() else contextlib.nullcontext()
+        with others_wait_to_synchronize(), unasked, self.side_stream():
             try:
                 # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
                 outputs = run()
                 torch._C._cuda_clearCublasWorkspaces()
                 graph.capture_end()
-            except BaseException:
+            except BaseException as error:
+                # What was made in the capture is freed in it, before anything else: see ``graph_memory``.
+                traceback.clear_frames(error.__traceback__)
                 self._recover(graph)
                 raise
         self._graphs.add(graph)

@@ -4,6 +4,9 @@ Where torch's allocator keeps a pool for a graph, this one makes each allocation
 part of the graph. Two things follow. Memory that was allocated in a capture exists only while the graph runs, so the
 outputs must lie elsewhere. And freeing such memory fails after a capture that went wrong, or before the first replay;
 torch frees in destructors, in which an error ends the process. So nothing that may go wrong must be captured.
+
+Also, Triton asks the driver about each address that it launches a kernel with, and the driver does not know addresses
+that exist only while the graph runs.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 _log = logging.getLogger("onlinequant")
-_patching = threading.Lock()
+_patching = threading.RLock()
 
 # Operators of others may do anything, such as wait for the GPU.
 _KNOWN_OPERATORS = ("aten", "onlinequant", "prims", "inductor")
@@ -63,6 +66,28 @@ class Waits(TorchDispatchMode):
         if len({tensor.device.type for tensor in (*copied, *made)}) > 1:
             return f"{func} copies between devices"
         return None
+
+
+# Inductor's own way to launch a kernel asks about addresses in C++, where nobody can keep it from doing so.
+INDUCTOR_OPTIONS = {"use_static_cuda_launcher": False}
+
+
+@contextlib.contextmanager
+def addresses_not_asked_about() -> Iterator[None]:
+    """Within the block, Triton launches kernels without asking about addresses: it takes plain numbers as they are."""
+    from triton.backends.nvidia.driver import CudaLauncher
+
+    original = CudaLauncher.__call__
+
+    def launch(self: Any, *args: Any) -> Any:
+        return original(self, *(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
+
+    with _patching:
+        CudaLauncher.__call__ = launch
+        try:
+            yield
+        finally:
+            CudaLauncher.__call__ = original
 
 
 @contextlib.contextmanager
