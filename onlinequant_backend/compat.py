@@ -194,7 +194,7 @@ def others_call_uncompiled() -> Iterator[None]:
     """
     name = "error_on_nested_fx_trace"
     # From torch 2.13 on a setting is this thread's own; the default is everybody's.
-    entry: Any = torch._dynamo.config._config[name]
+    entry: Any = torch._dynamo.config._config[name]  # type: ignore[attr-defined]
     before, entry.default = entry.default, False
     try:
         with torch._dynamo.config.patch({name: False}):
