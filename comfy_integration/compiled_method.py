@@ -13,6 +13,7 @@ import torch
 
 from onlinequant_backend import OnlineQuantError, onlinequant
 from onlinequant_backend.progress import Listener, Update
+from onlinequant_backend.sampling import SamplingRun, current_run
 
 _log = logging.getLogger("onlinequant")
 
@@ -25,23 +26,33 @@ _copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Cal
 _copies = weakref.WeakKeyDictionary()
 
 
+# Runs in a row that may fail before the next ones are left alone: each attempt may cost a trace.
+_MOST_FAILURES = 3
+
+
 class CompiledMethod:
     """What one node has compiled.
 
     Models are shared with other nodes, which must not notice: the method is put in place for each call alone.
+
+    Attributes:
+        trouble: why the last call, or what came after the last run, went on in float; None if nothing went wrong.
     """
 
     def __init__(self, options: Mapping[str, Any], listener: Listener) -> None:
+        self.trouble: str | None = None
         self._options = dict(options)
         self._listener = listener
         self._original: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
-        self._failed = False
+        self._failures = 0
+        self._run: Callable[[], SamplingRun | None] = lambda: None
 
     @contextlib.contextmanager
     def in_place(self, module: torch.nn.Module, name: str) -> Iterator[None]:
         """Within the block, ``module.name`` is compiled; afterwards it is what it was before."""
-        if self._failed:
+        self._notice_run()
+        if self.trouble is not None:
             yield
             return
         missing = object()
@@ -55,15 +66,28 @@ class CompiledMethod:
             else:
                 setattr(module, name, before)
 
-    def give_up(self, error: Exception) -> None:
-        """Go on in float, and say why."""
-        self._failed = True
+    def _notice_run(self) -> None:
+        """Where a sampling run begins, what failed in the last one is tried again: it may have been passing."""
+        run = current_run()
+        if run is None or self._run() is run:
+            return
+        self._run = weakref.ref(run)
+        if self.trouble is None:
+            self._failures = 0
+        elif self._failures < _MOST_FAILURES:
+            self.trouble = None
+
+    def fail(self, error: Exception) -> None:
+        """Go on in float for the rest of the run, and say why."""
+        self._failures += 1
+        again = "tried again at the next run" if self._failures < _MOST_FAILURES else "not tried again"
+        self.trouble = f"in float, since it failed ({again}): {error}"
         trace = None if isinstance(error, OnlineQuantError) else error  # a mistake of the user's says all by itself
         _log.warning("onlinequant failed, so the model goes on in float: %s", error, exc_info=trace)
-        self._listener(Update(f"in float, since it failed: {error}"))
+        self._listener(Update(self.trouble))
 
     def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """``original`` through the backend; as it is, from then on, where that fails."""
+        """``original`` through the backend; as it is, until the run ends, where that fails."""
         if original != self._original:
             # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
             self._compiled = torch.compile(_with_own_code(original), backend=onlinequant, options=dict(self._options))
@@ -72,7 +96,7 @@ class CompiledMethod:
         assert compiled is not None
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self._failed:
+            if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
                 with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
@@ -80,7 +104,7 @@ class CompiledMethod:
             except Exception as error:
                 # If this fails as well, it is no fault of ours, and ComfyUI's to deal with.
                 result = original(*args, **kwargs)
-                self.give_up(error)
+                self.fail(error)
                 return result
 
         return call

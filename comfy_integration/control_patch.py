@@ -88,4 +88,4 @@ class ControlHook:
             with told_to(self._listener):
                 own[0].end()
         except Exception as error:
-            self._method.give_up(error)
+            self._method.fail(error)

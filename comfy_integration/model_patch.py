@@ -71,9 +71,8 @@ class ModelHook:
             try:
                 run.end()
             except Exception as error:
-                self._method.give_up(error)
-            else:
-                self._say_how_it_stands()
+                self._method.fail(error)
+            self._say_how_it_stands()
             return result
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -90,7 +89,9 @@ class ModelHook:
             return executor(*args, **kwargs)
 
     def _say_how_it_stands(self) -> None:
-        """After each run: a page that was loaded anew does not know any more."""
+        """After each run. What went wrong was told when it did."""
+        if self._method.trouble is not None:
+            return
         if self._last_record is not None and self._last_record.reports:
             self._listener(Update(" · ".join(self._last_record.summaries())))
 

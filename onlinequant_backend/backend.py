@@ -15,6 +15,7 @@ from . import cache, compat, graph, keys, precision, progress, report, shapes
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import QuantizedGraph, graphs
+from .sampling import current_run
 from .traced import TracedGraph
 
 _log = logging.getLogger("onlinequant")
@@ -60,6 +61,8 @@ def onlinequant(
         entry.phase, entry.phase_reason = "float", reason
         _log.info("%s stays in float: %s", entry.model, reason)
         progress.tell(entry.summary())
+        if config.compile_in_background:  # whoever does not want to wait for 8 bit does not for float either
+            return _as_it_is(graph_module, entry)
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"
@@ -67,6 +70,18 @@ def onlinequant(
     if identity is not None:
         graphs[model, identity] = quantized
     return quantized
+
+
+def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..., Any]:
+    """The graph, uncompiled, which says where it takes part."""
+
+    def run(*args: Any) -> Any:
+        current = current_run()
+        if current is not None:
+            current.called.append((entry, entry.phase))
+        return graph_module(*args)
+
+    return run
 
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:

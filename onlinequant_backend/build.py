@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from . import agreement, graph, graph_memory, wire
+from . import agreement, graph, wire
 from .compiler import Job, NotNowError, compile_job
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
@@ -168,8 +168,6 @@ def _build(
         # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
         options.setdefault("realize_reads_threshold", 1)
         options["triton.cudagraphs"] = False  # ours take their place
-        if config.cuda_graphs and graph_memory.allocates_in_graph():
-            options.update(graph_memory.INDUCTOR_OPTIONS)
         if config.cuda_graphs and not any(map(graph.writes_in_place, rewritten.graph.nodes)):
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]

@@ -16,6 +16,7 @@ import ctypes
 import functools
 import logging
 import threading
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -68,26 +69,40 @@ class Waits(TorchDispatchMode):
         return None
 
 
-# Inductor's own way to launch a kernel asks about addresses in C++, where nobody can keep it from doing so.
-INDUCTOR_OPTIONS = {"use_static_cuda_launcher": False}
-
-
 @contextlib.contextmanager
 def addresses_not_asked_about() -> Iterator[None]:
-    """Within the block, Triton launches kernels without asking about addresses: it takes plain numbers as they are."""
+    """Within the block, Triton's launchers and Inductor's are given addresses as plain numbers, which they take as they
+    are."""
+    from torch._inductor.runtime import static_triton_launcher
     from triton.backends.nvidia.driver import CudaLauncher
 
-    original = CudaLauncher.__call__
+    inductors: Any = static_triton_launcher.StaticallyLaunchedTritonKernel.run
+    namespace, original_code, original_call = inductors.__globals__, inductors.__code__, CudaLauncher.__call__
 
-    def launch(self: Any, *args: Any) -> Any:
-        return original(self, *(arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args))
+    def call_with_numbers(self: Any, *args: Any) -> Any:
+        return original_call(self, *_numbers(*args))
 
     with _patching:
-        CudaLauncher.__call__ = launch
+        # Compiled graphs hold on to this function, so that it is changed itself and not replaced.
+        namespace["_onlinequant_run"] = types.FunctionType(original_code, namespace)
+        namespace["_onlinequant_numbers"] = _numbers
+        inductors.__code__ = _run_with_numbers.__code__
+        CudaLauncher.__call__ = call_with_numbers
         try:
             yield
         finally:
-            CudaLauncher.__call__ = original
+            inductors.__code__ = original_code
+            CudaLauncher.__call__ = original_call
+
+
+def _numbers(*args: Any) -> list[Any]:
+    return [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+
+
+def _run_with_numbers(self: Any, grid_x: int, grid_y: int, grid_z: int, stream: int, *args: Any) -> None:
+    """The code of Inductor's ``StaticallyLaunchedTritonKernel.run`` meanwhile, among the names of its module."""
+    numbers = _onlinequant_numbers(*args)  # type: ignore[name-defined]  # noqa: F821
+    _onlinequant_run(self, grid_x, grid_y, grid_z, stream, *numbers)  # type: ignore[name-defined]  # noqa: F821
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import logging
 import threading
 import time
 import weakref
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -412,6 +413,15 @@ class QuantizedGraph:
 
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
+        if not weights.selection and self._config.compile_in_background:
+            self._report.phase, self._report.phase_reason = (
+                "float",
+                f"no layer was selected: {self._most_common_reason()}",
+            )
+            _log.info("%s", self._report.summary())
+            tell(self._report.summary())
+            self._publish(parameters, weights)
+            return None
         before = self._report.phase, self._report.phase_reason
         self._report.phase = "compiling"
         if self._loads:
@@ -444,6 +454,11 @@ class QuantizedGraph:
             freed = weights.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
+
+    def _most_common_reason(self) -> str:
+        reasons = Counter(decision.reason.partition(":")[0] for decision in self._report.decisions)
+        ((reason, count),) = reasons.most_common(1)
+        return f"{reason} ({count} of {len(self._report.decisions)} layers)"
 
     def _was_moved(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether what has failed aside may have failed because the model is not where it was."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onlinequant_backend.graph_memory import Waits, others_wait_to_synchronize
+from onlinequant_backend.graph_memory import Waits, addresses_not_asked_about, others_wait_to_synchronize
 
 X = torch.arange(6.0).view(2, 3)
 
@@ -67,3 +68,25 @@ def test_others_wait_to_synchronize_until_a_capture_is_over(monkeypatch: pytest.
     other.join(60)
     assert happened == ["synchronized", "captured", "synchronized"]
     assert torch.cuda.synchronize is original
+
+
+def test_launchers_are_given_addresses_as_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("triton.backends.nvidia.driver")
+    launcher = pytest.importorskip("torch._inductor.runtime.static_triton_launcher")
+    seen = list[Any]()
+
+    def run(self: Any, grid_x: int, grid_y: int, grid_z: int, stream: int, *args: Any) -> None:
+        noted.append(args)  # type: ignore[name-defined]  # noqa: F821
+
+    inductors = types.FunctionType(run.__code__, {"noted": seen})
+    monkeypatch.setattr(launcher.StaticallyLaunchedTritonKernel, "run", inductors)
+    monkeypatch.setattr(driver.CudaLauncher, "__call__", lambda self, *args: seen.append(args))
+    bound = types.MethodType(inductors, object())  # what a compiled graph holds on to
+    theirs = driver.CudaLauncher.__new__(driver.CudaLauncher)
+    with addresses_not_asked_about():
+        bound(1, 1, 1, 0, X, 7)
+        theirs(1, 1, 1, X, 7)
+    bound(1, 1, 1, 0, X, 7)
+    theirs(1, 1, 1, X, 7)
+    assert seen[:2] == [(X.data_ptr(), 7), (1, 1, 1, X.data_ptr(), 7)]
+    assert seen[2][0] is X and seen[3][3] is X
