@@ -65,7 +65,7 @@ def onlinequant(
             return _as_it_is(graph_module, entry)
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
-    entry.phase, entry.phase_reason = "calibrating", f"observing the first {config.calibration_steps} calls in float"
+    entry.phase, entry.phase_reason = "calibrating", "observing in float"
     quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
     if identity is not None:
         graphs[model, identity] = quantized

@@ -420,12 +420,12 @@ class QuantizedGraph:
             )
             _log.info("%s", self._report.summary())
             tell(self._report.summary())
+            self._entry(weights, parameters)
             self._publish(parameters, weights)
             return None
         before = self._report.phase, self._report.phase_reason
-        self._report.phase = "compiling"
-        if self._loads:
-            self._report.phase_reason = "loading from the cache"
+        beside = "in the background, float goes on" if self._places is not None else "by Inductor"
+        self._report.phase, self._report.phase_reason = "compiling", "loading from the cache" if self._loads else beside
         entry = self._entry(weights, parameters)
         entry.claim()
         try:
