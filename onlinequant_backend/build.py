@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 
 from . import agreement, graph, wire
-from .compiler import Job, NotNowError, compile_job
+from .compiler import Job, NotNowError, compile_job, is_refused, refuse
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .drift import CountingCall
@@ -172,10 +172,12 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
-    job = Job(wire.standard(rewritten), examples, inputs.symbols, options, directory, device)
+    job = Job(wire.standard(rewritten), examples, inputs.symbols, options, directory, device, has_regions)
     given = [*(args[at].to(device) if i in moved else args[at] for i, at in enumerate(taken)), *extras]
     reference = agreement.Reference(job.graph, given, options, directory) if has_regions else None
     try:
+        if has_regions and is_refused(job):
+            raise RuntimeError("they could not be the last time")
         beforehand(job)
         function = compile_job(job, inputs.fake_mode)
         if reference is not None:
@@ -185,7 +187,8 @@ def _build(
     except Exception as error:
         if not has_regions:
             raise
-        _log.warning("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
+        refuse(job)
+        _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
         whole = dataclasses.replace(config, regional_compilation=False)
         return _build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
     sizes = inputs if isinstance(inputs, SymbolicInputs) else None

@@ -28,6 +28,10 @@ class CompileProcessError(Exception):
     """The other process could not do its work; the message says why."""
 
 
+class WorkFailedError(CompileProcessError):
+    """The other process has tried, and this one would most likely fail as well."""
+
+
 class CompileProcess:
     """One such process, which is started with the first work and again after its end. It does one thing at a time."""
 
@@ -50,7 +54,7 @@ class CompileProcess:
             raise CompileProcessError("it has ended without an answer")
         result, trouble = pickle.loads(reply)
         if trouble is not None:
-            raise CompileProcessError(trouble)
+            raise WorkFailedError(trouble)
         return result
 
     def stop(self) -> None:
@@ -116,11 +120,14 @@ def in_background() -> Iterator[None]:
 
 
 def done_elsewhere(function: Callable[..., Any], *args: Any) -> bool:
-    """Whether ``function(*args)``, which only fills caches on disk, was done by the other process."""
+    """Whether ``function(*args)``, which only fills caches on disk, was done by the other process. Raises
+    WorkFailedError if it has tried."""
     if not is_wanted():
         return False
     try:
         _process.run(function, *args)
+    except WorkFailedError:
+        raise
     except CompileProcessError as error:
         _log.info("this process compiles itself, since another one could not: %s", error)
         return False

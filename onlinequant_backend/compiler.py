@@ -16,7 +16,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from . import ahead, compat, keys, wire
-from .compile_process import done_elsewhere, is_wanted
+from .compile_process import WorkFailedError, done_elsewhere, is_wanted
 from .shapes import Symbol, symbolic_sizes
 from .trouble import going_on
 
@@ -45,6 +45,7 @@ class Job(NamedTuple):
         options: of Inductor.
         directory: for its caches; None leaves them where they are by default.
         device: where the graph runs.
+        has_regions: whether the graph has subgraphs that it calls more than once.
     """
 
     graph: fx.GraphModule
@@ -53,37 +54,54 @@ class Job(NamedTuple):
     options: dict[str, Any]
     directory: Path | None
     device: torch.device
+    has_regions: bool = False
 
 
 def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
     """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
-    note = _note(job)  # before Inductor changes the graph
+    graph = wire.standard(job.graph)  # Inductor changes what it is given
     with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), ahead.compiling_ahead(job.device):
-        compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
-    if note is not None:
-        with going_on("cannot write %s", note):
-            note.touch()
+        compiled = compat.compile_fx(graph, list(job.inputs), job.options, outside_dynamo=True)
+    _write(_note(job, "compiled"))
     return compiled
 
 
 def is_in_cache(job: Job) -> bool:
     """Whether ``compile_job`` has been done in this directory before, by any process."""
-    note = _note(job)
+    note = _note(job, "compiled")
     return note is not None and note.exists()
 
 
-def _note(job: Job) -> Path | None:
+def refuse(job: Job) -> None:
+    """Note that it cannot be compiled: to find that out takes as long as to compile it."""
+    _write(_note(job, "refused"))
+
+
+def is_refused(job: Job) -> bool:
+    """Whether any process has noted so."""
+    note = _note(job, "refused")
+    return note is not None and note.exists()
+
+
+def _write(note: Path | None) -> None:
+    if note is not None:
+        with going_on("cannot write %s", note):
+            note.touch()
+
+
+def _note(job: Job, what: str) -> Path | None:
     if job.directory is None:
         return None
     modules = [module for _, module in sorted(job.graph.named_modules()) if isinstance(module, fx.GraphModule)]
     inputs = [wire.kind(value) if isinstance(value, torch.Tensor) else str(value) for value in job.inputs]
     options = sorted((name, repr(value)) for name, value in job.options.items())
     known = repr(([str(module.graph) for module in modules], inputs, options, compat.settings(), keys.source_digest()))
-    return job.directory / f"compiled-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
+    return job.directory / f"{what}-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
 
 
 def compile_elsewhere(job: Job) -> bool:
-    """Whether another process has compiled it, so that ``compile_job`` will find the result in the cache."""
+    """Whether another process has compiled it, so that ``compile_job`` will find the result in the cache. Raises
+    WorkFailedError where a graph in regions cannot be compiled."""
     if not is_wanted():
         return False
     try:
@@ -91,7 +109,13 @@ def compile_elsewhere(job: Job) -> bool:
     except wire.NotPortableError as error:
         _log.info("this process compiles itself, since no other one can: %s", error)
         return False
-    return done_elsewhere(compile_packed, job.symbols, data)
+    try:
+        return done_elsewhere(compile_packed, job.symbols, data)
+    except WorkFailedError as error:
+        if job.has_regions:  # it will be compiled as a whole
+            raise
+        _log.info("this process tries what another one could not compile: %s", error)
+        return False
 
 
 def compile_packed(symbols: Sequence[Symbol], data: bytes) -> None:

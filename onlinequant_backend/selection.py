@@ -25,6 +25,7 @@ from .layers import quantize_weight, scales_in
 from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress
+from .trouble import going_on
 
 _log = logging.getLogger("onlinequant")
 _VERSION = 1
@@ -257,7 +258,10 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
     tiles = [(info, tile) for info in missing for tile in _candidates(info, format)]
     if tiles:
         with Progress("compiling kernels", len(tiles)) as progress:
-            if not done_elsewhere(compile_tiles, tiles, format, device):
+            is_done = False
+            with going_on("the other process cannot compile kernels"):
+                is_done = done_elsewhere(compile_tiles, tiles, format, device)
+            if not is_done:
                 compile_tiles(tiles, format, device, progress.advance)
 
 

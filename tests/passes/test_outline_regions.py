@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -250,6 +251,7 @@ def test_what_inductor_gets_wrong_is_compiled_as_a_whole(
         return lambda *args: [result * by for result in module(*args)] if in_regions else module(*args)
 
     monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    caplog.set_level(logging.INFO, "onlinequant")
     module, x = Blocks(), noise(1, 16, 8, 8)
     step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
     for _ in range(3):
