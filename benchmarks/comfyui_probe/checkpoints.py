@@ -7,6 +7,7 @@ names, are listed here. Weights keep the magnitude of what they are multiplied w
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -144,8 +145,11 @@ class _Maker:
         self._tiny = tiny
         self._device = "cuda" if torch.cuda.is_available() else "cpu"
         self._generator = torch.Generator(self._device).manual_seed(seed)
-        self._arguments = {**_COMMON, **_FULL[model], **(_TINY[model] if tiny else {})}
         self.detected = ""
+
+    def _arguments(self) -> dict[str, Any]:
+        """Of a denoiser, which takes its lists apart."""
+        return copy.deepcopy({**_COMMON, **_FULL[self._model], **(_TINY[self._model] if self._tiny else {})})
 
     def checkpoint(self) -> Tensors:
         """Denoiser, autoencoder and text (or image) encoders."""
@@ -176,14 +180,14 @@ class _Maker:
     def controlnet(self) -> Tensors:
         """The encoder half of the denoiser; the convolutions to the other one are not zero, as after training."""
         unknown = ("out_channels", "transformer_depth_output")
-        arguments = {name: value for name, value in self._arguments.items() if name not in unknown}
+        arguments = {name: value for name, value in self._arguments().items() if name not in unknown}
         with torch.device("meta"):
             network = ControlNet(hint_channels=3, **arguments, device="meta", operations=comfy.ops.disable_weight_init)
         return self._random("control_model.", _shapes(network))
 
     def _unet(self) -> torch.nn.Module:
         with torch.device("meta"):
-            return UNetModel(**self._arguments, device="meta", operations=comfy.ops.disable_weight_init)
+            return UNetModel(**self._arguments(), device="meta", operations=comfy.ops.disable_weight_init)
 
     def _autoencoder(self) -> Tensors:
         if self._tiny:
