@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import comfy.memory_management
 import comfy.model_detection
 import comfy.ops
 import folder_paths
@@ -118,6 +119,8 @@ def write(models: Iterable[Mapping[str, Any]], tiny: bool) -> list[str]:
     Each of ``models`` has a "kind" ("checkpoint", "lora" or "controlnet"), a "model" ("sd15", "sdxl" or "svd"), a
     "file" and a "seed". ``tiny``: few blocks, and text encoders whose layers are zero.
     """
+    # With dynamic VRAM on, ComfyUI's layers have no weights before a file is loaded.
+    comfy.memory_management.aimdo_enabled = False
     written = []
     for model in models:
         folder = {"checkpoint": "checkpoints", "lora": "loras", "controlnet": "controlnet"}[model["kind"]]
