@@ -206,19 +206,21 @@ class _Maker:
             "ch": 128,
         }
         sizes |= {"ch_mult": [1, 2, 4, 4], "num_res_blocks": 2, "attn_resolutions": [], "dropout": 0.0}
+        return self._random(_AUTOENCODER, _shapes(self._autoencoder_of(sizes)))
+
+    def _autoencoder_of(self, sizes: Mapping[str, Any]) -> torch.nn.Module:
         with torch.device("meta"):
             if self._model != "svd":
-                return self._random(_AUTOENCODER, _shapes(AutoencoderKL(ddconfig=sizes, embed_dim=4)))
+                return AutoencoderKL(ddconfig=sizes, embed_dim=4)
             video = {**sizes, "video_kernel_size": [3, 1, 1], "alpha": 0.0}
             parts = {
                 "regularizer_config": ("comfy.ldm.models.autoencoder.DiagonalGaussianRegularizer", {}),
                 "encoder_config": ("comfy.ldm.modules.diffusionmodules.model.Encoder", sizes),
                 "decoder_config": ("comfy.ldm.modules.temporal_ae.VideoDecoder", video),
             }
-            engine = AutoencodingEngine(
+            return AutoencodingEngine(
                 **{part: {"target": target, "params": params} for part, (target, params) in parts.items()}
             )
-        return self._random(_AUTOENCODER, _shapes(engine))
 
     def _encoder(self, prefix: str, shapes: Iterator[tuple[str, Shape]]) -> Tensors:
         tensors: Tensors = {}
