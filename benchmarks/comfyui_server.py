@@ -315,25 +315,30 @@ def measured(
     end = max(times.values())
     nodes: dict[str, float] = {}
     running: tuple[str, float] | None = None
-    steps: list[tuple[float, list[str]]] = []
+    # ComfyUI tells of ten steps a second at most: when how many were done, and the phases of the graphs by then.
+    progress: list[tuple[float, int, list[str]]] = []
     for event in events:
         node = graph.get(str(event["node"]), {}).get("class_type", "")
         if event["event"] == "progress" and node == "KSampler":
-            steps.append((event["time"], sorted(set(event["phases"]))))
+            progress.append((event["time"], int(event["value"]), sorted(set(event["phases"]))))
         if event["event"] != "progress" and running:
             nodes[running[0]] = nodes.get(running[0], 0.0) + event["time"] - running[1]
             running = None
         if event["event"] == "executing" and node:
             running = (node, event["time"])
-    pairs = itertools.pairwise(steps)
+    steps, in_8_bit = [], 0
+    for (last, before, old), (now, after, new) in itertools.pairwise([(0.0, 0, []), *progress]):
+        in_8_bit += (after - before) * ("quantized" in new and set(new) <= set(DONE))
+        if before:  # when the first one began nobody says
+            steps += [(1000 * (now - last) / (after - before), sorted({*old} & {*new}))] * (after - before)
     return {
         "status": status["status_str"],
         "seconds": end - times["execution_start"],
         "sampler": nodes.get("KSampler"),
         "nodes": nodes,
-        "step_ms": [(1000 * (now - last), sorted({*old} & {*new})) for (last, old), (now, new) in pairs],
-        "steps": len(steps),
-        "steps_in_8_bit": sum("quantized" in phases and set(phases) <= set(DONE) for _, phases in steps),
+        "step_ms": steps,
+        "steps": progress[-1][1] if progress else 0,
+        "steps_in_8_bit": in_8_bit,
     }
 
 

@@ -34,6 +34,7 @@ from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
 from .traced import TracedGraph
+from .trouble import going_on
 from .watch import Watch
 from .weights import WeightSet, getter, registry
 
@@ -283,7 +284,9 @@ class QuantizedGraph:
                     return
                 if weights.selection is None:
                     self._end_run(args, parameters, weights)
-                self._compile(self._compiled.key(args, weights), args, weights)
+                compiled = self._compile(self._compiled.key(args, weights), args, weights)
+            if aside and compiled is not None:
+                self._warm_up(compiled, args, weights)
         except Exception as error:
             if self._was_moved(parameters):
                 self._moves += 1
@@ -294,6 +297,14 @@ class QuantizedGraph:
             self._give_up(error)
         finally:
             self._places = None
+
+    def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> None:
+        """Make the first calls on a GPU here: they load kernels and capture CUDA graphs, which takes seconds."""
+        if self._device.type != "cuda":
+            return
+        with going_on("the first calls in 8 bit are slow"), torch.no_grad():
+            for call in (compiled, compiled, compiled.count, compiled.count):
+                call(args, weights)
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         with weights.layers[0].lock:

@@ -84,26 +84,28 @@ def test_every_change_ends_where_it_began_and_has_files() -> None:
             assert {entry[name] for entry in inputs for name in names if name in entry} <= files
 
 
-def event(time: float, event: str, node: str | None = None, phases: tuple[str, ...] = ()) -> dict[str, Any]:
-    return {"event": event, "time": time, "node": node, "phases": list(phases)}
+def event(
+    time: float, event: str, node: str | None = None, phases: tuple[str, ...] = (), done: int = 0
+) -> dict[str, Any]:
+    return {"event": event, "time": time, "node": node, "phases": list(phases), "value": done}
 
 
 def test_times_of_nodes_and_steps() -> None:
     graph = {"1": {"class_type": "KSampler"}, "2": {"class_type": "VAEDecode"}}
     events = [
         event(10.0, "executing", "1"),
-        event(11.0, "progress", "1", ("calibrating",)),
-        event(11.5, "progress", "1", ("compiling",)),
-        event(12.5, "progress", "1", ("compiling",)),
-        event(13.0, "executing", "2"),
-        event(13.2, "progress", "2"),
-        event(13.5, "executing", None),
+        event(11.0, "progress", "1", ("calibrating",), 1),
+        event(11.5, "progress", "1", ("compiling",), 2),
+        event(13.5, "progress", "1", ("compiling",), 4),  # of every other step nobody was told
+        event(14.0, "executing", "2"),
+        event(14.2, "progress", "2"),
+        event(14.5, "executing", None),
     ]
-    messages = [["execution_start", {"timestamp": 9500}], ["execution_success", {"timestamp": 13600}]]
+    messages = [["execution_start", {"timestamp": 9500}], ["execution_success", {"timestamp": 14600}]]
     found = measured(graph, events, {"status_str": "success", "messages": messages})
-    assert found["seconds"] == pytest.approx(4.1)
-    assert found["nodes"] == {"KSampler": 3.0, "VAEDecode": 0.5} and found["sampler"] == 3.0
-    assert (found["steps"], found["steps_in_8_bit"]) == (3, 0)
+    assert found["seconds"] == pytest.approx(5.1)
+    assert found["nodes"] == {"KSampler": 4.0, "VAEDecode": 0.5} and found["sampler"] == 4.0
+    assert (found["steps"], found["steps_in_8_bit"]) == (4, 0)
     # The step in which observing ended is of neither kind: part of it may have been timing layers.
     assert step_ms([found], "compiling") == 1000.0 and step_ms([found], "calibrating") is None
     # A graph that is in 8 bit says nothing of a step while another one is compiled.
@@ -113,7 +115,7 @@ def test_times_of_nodes_and_steps() -> None:
 
 def test_a_prompt_may_go_over_to_8_bit_while_it_is_drawn() -> None:
     phases = ("compiling", "quantized"), ("quantized",), ("quantized", "float")
-    events = [event(float(time), "progress", "1", phase) for time, phase in enumerate(phases)]
+    events = [event(float(time), "progress", "1", phase, time + 1) for time, phase in enumerate(phases)]
     status = {"status_str": "success", "messages": [["execution_start", {"timestamp": 0}]]}
     found = measured({"1": {"class_type": "KSampler"}}, events, status)
     assert tables.drawn_in(found) == "8 bit in 2 of 3 steps"
