@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from onlinequant_backend.graph_memory import trim_graph_memory
 from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
@@ -73,6 +74,8 @@ class ModelHook:
             except Exception as error:
                 self._method.fail(error)
             self._say_how_it_stands()
+            patcher = getattr(guider, "model_patcher", None)
+            trim_graph_memory(getattr(patcher, "load_device", None))  # decoding the picture may need it
             return result
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:

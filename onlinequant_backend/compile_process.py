@@ -21,7 +21,8 @@ from typing import IO, Any
 from . import compat
 
 _log = logging.getLogger("onlinequant")
-IDLE = 60.0  # seconds without work after which it ends; its start takes some
+# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU.
+IDLE = 10.0
 
 
 class CompileProcessError(Exception):

@@ -249,8 +249,7 @@ class _Lane:
 
     def trim(self) -> None:
         """Give back the memory of graphs that are gone."""
-        if allocates_in_graph():
-            trim_graph_memory(self.device)
+        trim_graph_memory(self.device)
 
     def _on_own_memory(self, run: Callable[[], Any]) -> Callable[[], Any]:
         """``run`` for an allocator that makes allocations a part of the graph: with outputs that are none of them.

@@ -132,8 +132,11 @@ def others_wait_to_synchronize() -> Iterator[None]:
             done.set()
 
 
-def trim_graph_memory(device: torch.device) -> None:
-    """Give back what graphs that are gone have left: the driver keeps it for others, and torch does not know of it."""
+def trim_graph_memory(device: torch.device | None) -> None:
+    """Give back what graphs do not use at the moment, which is all while none runs: the driver keeps it for the next
+    one, and torch does not know of it. Nothing happens with another allocator."""
+    if device is None or device.type != "cuda" or not allocates_in_graph():
+        return
     try:
         with torch.cuda.device(device):
             torch.cuda.synchronize()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import types
 from collections.abc import Callable
@@ -11,7 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onlinequant_backend.graph_memory import Waits, addresses_not_asked_about, others_wait_to_synchronize
+from onlinequant_backend import graph_memory
+from onlinequant_backend.graph_memory import (
+    Waits,
+    addresses_not_asked_about,
+    others_wait_to_synchronize,
+    trim_graph_memory,
+)
 
 X = torch.arange(6.0).view(2, 3)
 
@@ -90,3 +97,21 @@ def test_launchers_are_given_addresses_as_numbers(monkeypatch: pytest.MonkeyPatc
     theirs(1, 1, 1, X, 7)
     assert seen[:2] == [(X.data_ptr(), 7), (1, 1, 1, X.data_ptr(), 7)]
     assert seen[2][0] is X and seen[3][3] is X
+
+
+def test_memory_is_trimmed_for_the_allocator_that_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    trimmed = list[int]()
+
+    class Driver:
+        def cuDeviceGraphMemTrim(self, device: int) -> int:  # noqa: N802
+            trimmed.append(device)
+            return 0
+
+    monkeypatch.setattr(graph_memory, "_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    for allocates, expected in ((False, []), (True, [1])):
+        monkeypatch.setattr(graph_memory, "allocates_in_graph", lambda allocates=allocates: allocates)
+        for device in (None, torch.device("cpu"), torch.device("cuda", 1)):
+            trim_graph_memory(device)
+        assert trimmed == expected
