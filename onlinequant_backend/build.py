@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import logging
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ import torch
 import torch.fx as fx
 
 from . import agreement, graph, wire
-from .compiler import Job, NotNowError, compile_job, is_refused, refuse
+from .compiler import Job, NotNowError, compile_job, is_refused, job_name, refuse
 from .config import QuantConfig
 from .cuda_graphs import GraphedCall
 from .drift import CountingCall
@@ -139,6 +141,7 @@ def _build(
     directory: Path | None,
     beforehand: Callable[[Job], object],
 ) -> CompiledGraph:
+    start = time.perf_counter()
     inputs = SymbolicInputs(graph_module, args) if symbolic else FixedInputs(args)
     rewritten = graph.copy_graph(graph_module)
     graph.specialize(rewritten, args, sizes=not symbolic)
@@ -161,7 +164,7 @@ def _build(
     with inputs.fake_mode, torch.inference_mode(False):
         for i in moved:
             examples[i] = examples[i].to(device)
-    examples += [wire.stand_in(inputs.fake_mode, *wire.kind(extra)) for extra in extras]
+    examples += wire.stand_ins(inputs.fake_mode, extras)
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if device.type == "cuda":
@@ -172,14 +175,21 @@ def _build(
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
-    job = Job(wire.standard(rewritten), examples, inputs.symbols, options, directory, device, has_regions)
+    standard = wire.standard(rewritten)
+    name = job_name(standard, examples, options)
+    job = Job(standard, examples, inputs.symbols, options, directory, device, name, has_regions)
     given = [*(args[at].to(device) if i in moved else args[at] for i, at in enumerate(taken)), *extras]
     reference = agreement.Reference(job.graph, given, options, directory) if has_regions else None
     try:
         if has_regions and is_refused(job):
             raise RuntimeError("they could not be the last time")
+        times = [start, time.perf_counter()]
         beforehand(job)
+        times.append(time.perf_counter())
         function = compile_job(job, inputs.fake_mode)
+        times.append(time.perf_counter())
+        seconds = (after - before for before, after in itertools.pairwise(times))
+        _log.debug("rewritten in %.1f s, compiled beforehand in %.1f s, by Inductor here in %.1f s", *seconds)
         if reference is not None:
             reference.check(function)
     except NotNowError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,6 +45,7 @@ class Job(NamedTuple):
         options: of Inductor.
         directory: for its caches; None leaves them where they are by default.
         device: where the graph runs.
+        name: a digest of all that the result depends on.
         has_regions: whether the graph has subgraphs that it calls more than once.
     """
 
@@ -54,14 +55,14 @@ class Job(NamedTuple):
     options: dict[str, Any]
     directory: Path | None
     device: torch.device
+    name: str
     has_regions: bool = False
 
 
 def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
     """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
-    graph = wire.standard(job.graph)  # Inductor changes what it is given
     with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), ahead.compiling_ahead(job.device):
-        compiled = compat.compile_fx(graph, list(job.inputs), job.options, outside_dynamo=True)
+        compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
     _write(_note(job, "compiled"))
     return compiled
 
@@ -90,13 +91,16 @@ def _write(note: Path | None) -> None:
 
 
 def _note(job: Job, what: str) -> Path | None:
-    if job.directory is None:
-        return None
-    modules = [module for _, module in sorted(job.graph.named_modules()) if isinstance(module, fx.GraphModule)]
-    inputs = [wire.kind(value) if isinstance(value, torch.Tensor) else str(value) for value in job.inputs]
-    options = sorted((name, repr(value)) for name, value in job.options.items())
-    known = repr(([str(module.graph) for module in modules], inputs, options, compat.settings(), keys.source_digest()))
-    return job.directory / f"{what}-{hashlib.sha256(known.encode()).hexdigest()[:32]}"
+    return None if job.directory is None else job.directory / f"{what}-{job.name}"
+
+
+def job_name(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
+    """A digest of what a job's result depends on, this process's settings and this package's sources among it."""
+    modules = [module for _, module in sorted(graph.named_modules()) if isinstance(module, fx.GraphModule)]
+    kinds = [wire.kind(value) if isinstance(value, torch.Tensor) else str(value) for value in inputs]
+    settings = sorted((name, repr(value)) for name, value in options.items()), compat.settings()
+    known = repr(([str(module.graph) for module in modules], kinds, settings, keys.source_digest()))
+    return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
 def compile_elsewhere(job: Job) -> bool:

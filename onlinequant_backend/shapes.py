@@ -123,13 +123,7 @@ class FixedInputs:
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-        made: dict[int, torch.Tensor] = {}  # one for each tensor, even if it is given twice
-        self.values = [
-            made.setdefault(id(value), wire.stand_in(self.fake_mode, *wire.kind(value)))
-            if isinstance(value, torch.Tensor)
-            else value
-            for value in arguments
-        ]
+        self.values = wire.stand_ins(self.fake_mode, arguments)
 
 
 def symbolic_sizes(shape_env: ShapeEnv, symbols: Sequence[Symbol]) -> dict[str, int | torch.SymInt]:
@@ -204,7 +198,7 @@ class SymbolicInputs:
         if not isinstance(argument, torch.Tensor):
             return argument
         if not _symbols_of(traced):
-            return wire.stand_in(self.fake_mode, *wire.kind(argument))
+            return wire.stand_ins(self.fake_mode, [argument])[0]
         shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
         return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
 

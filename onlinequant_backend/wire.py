@@ -55,29 +55,28 @@ def standard(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that Inductor knows of a tensor."""
-    layout = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
-    return *layout, tensor.dtype, tensor.device, isinstance(tensor, torch.nn.Parameter)
+    """All that Inductor knows of a tensor: shape, strides, offset, dtype and device."""
+    return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
-def stand_in(
-    fake_mode: FakeTensorMode,
-    shape: Sequence[Any],
-    stride: Sequence[Any],
-    offset: Any,
-    dtype: torch.dtype,
-    device: torch.device,
-    is_parameter: bool,
-) -> torch.Tensor:
-    """A fake tensor of a ``kind``."""
+def stand_ins(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
+    """``values`` with a fake tensor of its kind for each tensor, the same one where it is given twice."""
+    made: dict[int, torch.Tensor] = {}
+    # Ordinary tensors, whatever mode this thread is in: it is a part of the keys of AOTAutograd's cache.
     with fake_mode, torch.inference_mode(False), torch.no_grad():
-        if isinstance(offset, int) and offset:
-            last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-            tensor = torch.empty(offset + max(last, 0) + 1, dtype=dtype, device=device)
-            tensor = tensor.as_strided(shape, stride, offset)
-        else:
-            tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
-        return torch.nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor
+        for value in values:
+            if isinstance(value, torch.Tensor) and id(value) not in made:
+                made[id(value)] = _made(*kind(value))
+    return [made[id(value)] if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _made(
+    shape: Sequence[Any], stride: Sequence[Any], offset: Any, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    if isinstance(offset, int) and offset:
+        last = sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+        return torch.empty(offset + max(last, 0) + 1, dtype=dtype, device=device).as_strided(shape, stride, offset)
+    return torch.empty_strided(shape, stride, dtype=dtype, device=device)
 
 
 class _Pickler(pickle.Pickler):
@@ -113,7 +112,8 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _tensor(reader: _Unpickler, *kind: Any) -> torch.Tensor:
-    return stand_in(reader.fake_mode, *kind)
+    with reader.fake_mode, torch.inference_mode(False), torch.no_grad():
+        return _made(*kind)
 
 
 def _size(reader: _Unpickler, expression: sympy.Expr) -> int | torch.SymInt:
