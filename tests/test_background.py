@@ -246,36 +246,6 @@ def test_what_fails_whenever_it_is_moved_is_given_up(inductor: SlowInductor) -> 
 
 
 @torch.no_grad()
-def test_the_layers_of_gpus_are_timed_before_any_thread_starts(
-    inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    selected: list[list[bool]] = []
-    start = Background.start
-
-    def start_on_a_cpu(background: Background, work: Callable[[], object], device: torch.device) -> None:
-        selected.append([weights.selection is not None for weights in oq.runtime.registry._sets])
-        assert device.type == "cuda"
-        start(background, work, torch.device("cpu"))
-
-    monkeypatch.setattr(Background, "start", start_on_a_cpu)
-    models = [small(0), small(1)]
-    options = [{**ASIDE, "exclude": ("no such layer",)}, ASIDE]  # graphs of their own
-    steps = [compiled(model, given) for model, given in zip(models, options, strict=True)]
-    with sampling_run(2):
-        for step in steps:
-            step(X)
-        for quantized in oq.runtime.graphs.values():
-            quantized._device = torch.device("cuda")
-        for step in steps:
-            step(X)
-    inductor.may_end.set()
-    join()
-    assert selected == [[True, True]] * 2
-    for step, model in zip(steps, models, strict=True):
-        assert 0 < relative_error(step(X), model(X)) < CLOSE
-
-
-@torch.no_grad()
 def test_a_compile_that_fails_is_told_and_float_goes_on(
     inductor: SlowInductor, caplog: pytest.LogCaptureFixture
 ) -> None:
