@@ -21,7 +21,13 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat, compile_process, wire
-from onlinequant_backend.compile_process import CompileProcess, CompileProcessError, done_elsewhere, is_possible
+from onlinequant_backend.compile_process import (
+    CompileProcess,
+    CompileProcessError,
+    WorkFailedError,
+    done_elsewhere,
+    is_possible,
+)
 from tests.small import CLOSE, WIDE, X, compiled, small
 from tests.test_background import join
 from tests.test_runtime import EagerInductor
@@ -123,7 +129,7 @@ def test_what_it_cannot_do_is_done_here(
     monkeypatch.setattr(wire, "dumps", lambda _value: b"no graph")
     quantize()
     assert len(inductor.graphs) == 1
-    (message,) = (message for message in caplog.messages if "this process compiles itself" in message)
+    (message,) = (message for message in caplog.messages if "this process tries what" in message)
     assert "UnpicklingError" in message and "compile_packed" in message  # with the traceback
     assert process.run(abs, -1) == 1
 
@@ -183,7 +189,7 @@ def test_a_program_that_has_python_built_in(executable: str, is_python: bool, mo
 
 def test_it_stays_for_what_comes_next_whatever_happens(idle: CompileProcess) -> None:
     first = pid(idle)
-    with pytest.raises(CompileProcessError, match="ZeroDivisionError"):
+    with pytest.raises(WorkFailedError, match="ZeroDivisionError"):
         idle.run(operator.truediv, 1, 0)
     with pytest.raises(CompileProcessError, match="cannot pickle"):
         idle.run(threading.Lock)
