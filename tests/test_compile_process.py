@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -28,6 +29,7 @@ from onlinequant_backend.compile_process import (
     done_elsewhere,
     is_possible,
 )
+from tests.model_process import ModelProcess
 from tests.small import CLOSE, WIDE, X, compiled, small
 from tests.test_background import join
 from tests.test_runtime import EagerInductor
@@ -117,6 +119,60 @@ def test_what_it_compiles_is_found(mode: Modes, process: CompileProcess) -> None
             assert in_float > 20  # it did not wait
             assert (compat.found_graphs(), graphs_traced()) == ((graphs, 0), graphs)
             assert oq.reports()[-1].phase == "quantized"
+
+
+@pytest.mark.slow
+def test_after_a_restart_the_first_call_is_in_8_bit(tmp_path: Path) -> None:
+    """Also for another size, for which Dynamo traces first."""
+    sizes = (tuple(X.shape), tuple(WIDE.shape))
+    options: dict[str, Any] = {"model": "small", "inductor": True, "new_interpreter": True, **ASIDE}
+    with ModelProcess(tmp_path / "cache", **options) as first:
+        for size in sizes:
+            while (answer := first.ask("call", *size))["phase"] != "quantized":
+                time.sleep(0.1)
+        made = [first.ask("call", *size) for size in sizes]
+    with ModelProcess(tmp_path / "cache", **options) as second:
+        for hits, (size, known) in enumerate(zip(sizes, made, strict=True), start=1):
+            answer = second.ask("call", *size)
+            assert (answer["phase"], answer["calls_observed"]) == ("quantized", 0)
+            assert answer["picture"] == known["picture"]
+            caches = answer["caches"]
+            assert caches["autograd_cache_hit"] == caches["fxgraph_cache_hit"] == hits
+            assert not {"autograd_cache_miss", "fxgraph_cache_miss", "fxgraph_cache_bypass"} & caches.keys()
+    assert not first.warnings and not second.warnings
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_without_it_nothing_fails_meanwhile(process: CompileProcess, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then FX traces here, and says so to all threads."""
+    monkeypatch.setattr(compile_process, "is_possible", lambda: False)
+    other, model = small(1), small()
+    plain, step = torch.compile(other), compiled(model, ASIDE)
+    expected, is_over = other(X), threading.Event()
+
+    def call_another() -> int:
+        calls = 0
+        with torch.no_grad():
+            while not is_over.is_set():
+                assert relative_error(plain(X), expected) < 1e-5
+                calls += 1
+                time.sleep(0.001)
+        return calls
+
+    plain(X)
+    torch._dynamo.utils.counters.clear()
+    with ThreadPoolExecutor(1) as pool:
+        beside = pool.submit(call_another)
+        try:
+            step(X)
+            assert until_it_is_compiled(model, step, X, torch.no_grad) > 20
+        finally:
+            is_over.set()
+        assert beside.result(60) > 20
+    assert (compat.found_graphs(), graphs_traced()) == ((0, 1), 1)
+    assert process._process is None and oq.reports()[-1].phase == "quantized"
+    assert torch._dynamo.config.error_on_nested_fx_trace
 
 
 @torch.no_grad()

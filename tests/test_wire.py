@@ -89,6 +89,7 @@ def test_where_inputs_come_from_arrives() -> None:
     """AOTAutograd reads it, and without it takes parameters for tensors that may be elsewhere in the next call."""
     module, _ = capture(small(), X)
     arrived = through(wire.standard(module))
+    assert arrived._param_name_to_source == module._param_name_to_source != {}
     assert all(_source(node) is not None for node in graph.placeholders(arrived))
     assert {_meta(node)[1] for node in graph.placeholders(arrived)} >= {"unguarded"}
     assert all_of(arrived) == all_of(wire.standard(module))
