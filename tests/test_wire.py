@@ -69,8 +69,10 @@ def test_a_rewritten_graph_arrives_as_it_is(regional: bool) -> None:
     targets = {node.target for part in parts(module) for node in part.graph.nodes}
     assert {ops.conv, ops.linear, "flatten", "transpose"} <= targets
     assert (compat.invoke_subgraph in targets) == regional == (len(parts(module)) > 1)
-    arrived = through(wire.standard(module))
-    assert all_of(arrived) == all_of(wire.standard(module))
+    standard = wire.standard(module)
+    assert not set(parts(standard)) & set(parts(module))  # Inductor changes what it is given, regions included
+    arrived = through(standard)
+    assert all_of(arrived) == all_of(standard)
     for before, after in zip(parts(module), parts(arrived), strict=True):
         assert after.code == before.code and str(after.graph) == str(before.graph)
         assert [node.target for node in after.graph.nodes] == [node.target for node in before.graph.nodes]
