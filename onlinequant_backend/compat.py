@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
+import importlib
 import operator
 import os
 import sys
@@ -37,6 +39,22 @@ def has_gluon() -> bool:
         return False
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return (3, 6) <= version < (3, 9)
+
+
+class _Torch:
+    """Pickles as the package, which does not pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("torch",)
+
+
+def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
+    return getattr, (_Torch(), str(memory_format).removeprefix("torch."))
+
+
+# Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
+# programs, and a graph that travels names a module of this program.
+copyreg.pickle(torch.memory_format, _named_in_torch)
 
 
 def hint(size: int | torch.SymInt) -> int:

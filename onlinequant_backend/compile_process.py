@@ -65,14 +65,26 @@ class CompileProcess:
             process.kill()
 
     def _ask(self, work: bytes) -> bytes | None:
-        if self._process is None or self._process.poll() is not None:
-            self._process = _started()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            send(self._process.stdin, work)
-            return receive(self._process.stdout)
-        except OSError:
-            return None
+        process = self._process
+        if process is None or process.poll() is not None:
+            self._close()
+            process = self._process = _started()
+        assert process.stdin is not None and process.stdout is not None
+        reply = None
+        with contextlib.suppress(OSError):
+            send(process.stdin, work)
+            reply = receive(process.stdout)
+        if reply is None:
+            process.kill()  # its pipes are closed a moment before it has ended
+            process.wait()
+        return reply
+
+    def _close(self) -> None:
+        """Let go of the pipes of one that has ended."""
+        if self._process is not None:
+            for pipe in filter(None, (self._process.stdin, self._process.stdout)):
+                with contextlib.suppress(OSError):  # nobody reads the rest
+                    pipe.close()
 
 
 def _started() -> subprocess.Popen[bytes]:
@@ -89,8 +101,9 @@ def _started() -> subprocess.Popen[bytes]:
 
 def _log_lines(stream: IO[bytes]) -> None:
     """What it says is for whoever looks for a fault; what a user must know comes with its answers."""
-    for line in stream:
-        _log.debug("the process that compiles: %s", line.decode(errors="replace").rstrip())
+    with stream:
+        for line in stream:
+            _log.debug("the process that compiles: %s", line.decode(errors="replace").rstrip())
 
 
 def send(stream: IO[bytes], message: bytes) -> None:

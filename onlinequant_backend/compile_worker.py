@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import pickle
 import queue
-import sys
 import threading
 import traceback
 from typing import IO
@@ -21,7 +20,8 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(5)  # sampling comes first, and still leaves it a quarter of busy processors
     messages: queue.Queue[bytes] = queue.Queue()
-    threading.Thread(target=_read, args=(sys.stdin.buffer, messages), daemon=True).start()
+    # Not ``sys.stdin``: an interpreter that ends wants it back from whoever reads, and aborts.
+    threading.Thread(target=_read, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
     while True:
         try:
             work = messages.get(timeout=IDLE)

@@ -86,7 +86,8 @@ def is_refused(job: Job) -> bool:
 
 def _write(note: Path | None) -> None:
     if note is not None:
-        with going_on("cannot write %s", note):
+        # The directory may have been deleted meanwhile, with all that was compiled.
+        with going_on("cannot write %s", note), contextlib.suppress(FileNotFoundError):
             note.touch()
 
 

@@ -77,7 +77,8 @@ class QuantizedGraph:
         self._watch = Watch(traced)
         self._choice = Choice(traced)
         self._lock = threading.RLock()
-        self._gave_up = False
+        self._gave_up = False  # on all calls; ``_has_failed`` may have been for one size
+        self._has_failed = False
         self._failures = 0
         self._failed_in: weakref.ref[SamplingRun] | None = None
         self._background = Background()
@@ -91,8 +92,9 @@ class QuantizedGraph:
         run = current_run()
         if run is not None:
             run.called.append((self._report, self._report.phase))
-        if self._gave_up and self._may_try_again(run):
-            self._gave_up = False
+        if self._has_failed and self._may_try_again(run):
+            self._has_failed = self._gave_up = False
+            self._compiled.forget_failed()
         if self._gave_up or self._background.is_busy():
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
@@ -502,10 +504,7 @@ class QuantizedGraph:
         return compiled
 
     def _give_up(self, error: Exception) -> None:
-        run = current_run()
         self._gave_up = True
-        self._failures += 1
-        self._failed_in = None if run is None else weakref.ref(run)
         self._stay_in_float(error)
 
     def _may_try_again(self, run: SamplingRun | None) -> bool:
@@ -517,6 +516,10 @@ class QuantizedGraph:
 
     def _stay_in_float(self, error: Exception) -> None:
         """Whatever went wrong, the user's model still works."""
+        run = current_run()
+        self._has_failed = True
+        self._failures += 1
+        self._failed_in = None if run is None else weakref.ref(run)
         _log.exception("onlinequant failed, so the model goes on in float")
         self._report.phase = "float"
         self._report.phase_reason = f"it failed: {type(error).__name__}: {error}"

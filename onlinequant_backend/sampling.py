@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import functools
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .report import Report
-
-_Rest = Callable[[], None] | None
 
 _current: contextvars.ContextVar[SamplingRun | None] = contextvars.ContextVar("onlinequant_run", default=None)
 
@@ -30,7 +29,7 @@ class SamplingRun:
         self.step = 1
         self.is_observed = is_observed
         self.called: list[tuple[Report, str]] = []
-        self._at_end: dict[Hashable, Callable[[], _Rest]] = {}
+        self._at_end: dict[Hashable, Callable[[], None]] = {}
 
     @contextlib.contextmanager
     def current(self) -> Iterator[None]:
@@ -41,24 +40,16 @@ class SamplingRun:
         finally:
             _current.reset(token)
 
-    def at_end(self, key: Hashable, function: Callable[[], _Rest]) -> None:
-        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``. What it
-        returns, if anything, is called after those of all other keys."""
-        context = contextvars.copy_context()
-
-        def in_context() -> _Rest:
-            rest = context.run(function)
-            return None if rest is None else lambda: context.run(rest)
-
-        self._at_end[key] = in_context
+    def at_end(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``."""
+        self._at_end[key] = functools.partial(contextvars.copy_context().run, function)
 
     def end(self) -> None:
         """The run has come to its end: what it has observed is put to use. Not to be called for one that was broken
         off, the next run observes again then."""
         waiting, self._at_end = self._at_end, {}
-        for rest in [function() for function in waiting.values()]:
-            if rest is not None:
-                rest()
+        for function in waiting.values():
+            function()
 
 
 @contextlib.contextmanager

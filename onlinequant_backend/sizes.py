@@ -92,6 +92,11 @@ class CompiledGraphs:
         self.known[key] = compiled
         return compiled
 
+    def forget_failed(self) -> None:
+        """Build anew, when they are called, what could not be built."""
+        for key in [key for key, compiled in self.known.items() if compiled is None]:
+            del self.known[key]
+
     def _are_too_many(self, fixed: tuple[Any, ...]) -> bool:
         kinds = {fixed for fixed, _ in self.known}
         return fixed not in kinds and len(kinds) >= _MOST_KINDS

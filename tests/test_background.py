@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat
@@ -17,7 +19,20 @@ from onlinequant_backend.background import Background
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
-from tests.small import CLOSE, WIDE, Small, X, compiled, entries, fused, small, texts_into
+from onlinequant_backend.weights import WeightSet
+from tests.small import (
+    CLOSE,
+    WIDE,
+    Small,
+    X,
+    cache_directory,
+    compiled,
+    entries,
+    forget_everything,
+    fused,
+    small,
+    texts_into,
+)
 from tests.test_runtime import EagerInductor
 from tests.tiny import noise, relative_error
 
@@ -31,12 +46,21 @@ class SlowInductor(EagerInductor):
         super().__init__()
         self.begun, self.may_end = threading.Event(), threading.Event()
         self.thread: threading.Thread | None = None
+        self.traces = False  # with FX meanwhile, as AOTAutograd does for most of the time
+        self.phases = list[tuple[str, str]]()  # of the report when it was asked
 
     def __call__(self, *given: Any, **named: Any) -> Callable[..., Any]:
         self.thread = threading.current_thread()
+        self.phases.append((report().phase, report().phase_reason))
+        if self.traces:
+            make_fx(lambda x: self._wait() or x + 1)(torch.ones(1))
+        else:
+            self._wait()
+        return super().__call__(*given, **named)
+
+    def _wait(self) -> None:
         self.begun.set()
         assert self.may_end.wait(60)
-        return super().__call__(*given, **named)
 
     def finish(self) -> None:
         """Let it compile, and wait until all that follows is done, too."""
@@ -156,7 +180,7 @@ def test_the_caller_may_write_into_what_it_has_passed(inductor: SlowInductor, mo
         step(x)
     x.zero_()
     written.set()
-    inductor.finish()
+    join()
     assert torch.equal(seen[0], X)
 
 
@@ -177,6 +201,50 @@ def test_another_size_is_compiled_aside_as_well(inductor: SlowInductor) -> None:
     step(WIDE)  # the first of a size looks for drift, and may be in float
     for x in (WIDE, X, WIDE):
         assert 0 < relative_error(step(x), model(x)) < CLOSE
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["quantizing", "compiling"])
+def test_no_size_waits_for_what_is_done_for_another(
+    place: str, inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "quantizing":
+        quantize = WeightSet.quantize
+        monkeypatch.setattr(WeightSet, "quantize", lambda *given: inductor._wait() or quantize(*given))
+    model = small()
+    step = compiled(model, ASIDE)
+    for x in (X, WIDE, X):  # Dynamo traces them both, and the third call starts the work
+        step(x)
+    assert inductor.begun.wait(60)
+    for x in (WIDE, X, WIDE):
+        assert torch.equal(step(x), model(x))
+    assert not inductor.may_end.is_set()
+    inductor.finish()
+    for x in (WIDE, X):
+        for _ in range(3):
+            step(x)
+            join()
+        assert 0 < relative_error(step(x), model(x)) < CLOSE
+
+
+@torch.no_grad()
+def test_every_model_goes_on_while_one_is_traced(inductor: SlowInductor) -> None:
+    """Whoever traces with FX tells so to all of the process, where Dynamo then refuses to work."""
+    inductor.traces = True
+    model, other, new = small(0), small(1), small(2)
+    torch._dynamo.utils.counters.clear()
+    step, plain = compiled(model, ASIDE), torch.compile(other, backend="eager")
+    for _ in range(3):
+        assert torch.equal(step(X), model(X)) and torch.equal(plain(X), other(X))
+    assert inductor.begun.wait(60)
+    assert torch.fx._symbolic_trace.is_fx_tracing()
+    for _ in range(3):
+        assert torch.equal(step(X), model(X)) and torch.equal(plain(X), other(X))
+    assert torch.equal(torch.compile(new, backend="eager")(X), new(X))
+    inductor.finish()
+    assert 0 < relative_error(step(X), model(X)) < CLOSE and torch.equal(plain(X), other(X))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch._dynamo.config.error_on_nested_fx_trace
 
 
 @torch.no_grad()
@@ -246,36 +314,6 @@ def test_what_fails_whenever_it_is_moved_is_given_up(inductor: SlowInductor) -> 
 
 
 @torch.no_grad()
-def test_the_layers_of_gpus_are_timed_before_any_thread_starts(
-    inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    selected: list[list[bool]] = []
-    start = Background.start
-
-    def start_on_a_cpu(background: Background, work: Callable[[], object], device: torch.device) -> None:
-        selected.append([weights.selection is not None for weights in oq.runtime.registry._sets])
-        assert device.type == "cuda"
-        start(background, work, torch.device("cpu"))
-
-    monkeypatch.setattr(Background, "start", start_on_a_cpu)
-    models = [small(0), small(1)]
-    options = [{**ASIDE, "exclude": ("no such layer",)}, ASIDE]  # graphs of their own
-    steps = [compiled(model, given) for model, given in zip(models, options, strict=True)]
-    with sampling_run(2):
-        for step in steps:
-            step(X)
-        for quantized in oq.runtime.graphs.values():
-            quantized._device = torch.device("cuda")
-        for step in steps:
-            step(X)
-    inductor.may_end.set()
-    join()
-    assert selected == [[True, True]] * 2
-    for step, model in zip(steps, models, strict=True):
-        assert 0 < relative_error(step(X), model(X)) < CLOSE
-
-
-@torch.no_grad()
 def test_a_compile_that_fails_is_told_and_float_goes_on(
     inductor: SlowInductor, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -289,6 +327,112 @@ def test_a_compile_that_fails_is_told_and_float_goes_on(
         assert torch.equal(step(X), model(X))
     assert (report().phase, report().phase_reason) == ("float", "it failed: RuntimeError: no compiler")
     assert sum("goes on in float" in message for message in caplog.messages) == 1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("aside", [True, False])
+@pytest.mark.parametrize("place", [(WeightSet, "quantize"), (oq.runtime, "build")], ids=["quantizing", "compiling"])
+def test_what_fails_is_tried_again_in_the_next_run(
+    place: tuple[Any, str], aside: bool, inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lacked, such as memory, may be there then; within a run each try would cost as much as the first."""
+    inductor.may_end.set()
+    original, failures = getattr(*place), list[int]()
+
+    def failing(*given: Any, **named: Any) -> Any:
+        if len(failures) < fails:
+            failures.append(len(failures))
+            raise MemoryError("no memory left")
+        return original(*given, **named)
+
+    monkeypatch.setattr(*place, failing)
+    model = small()
+    step = compiled(model, {"compile_in_background": aside})
+
+    def draw() -> list[bool]:
+        in_float = []
+        with sampling_run(4):
+            for _ in range(4):
+                in_float.append(torch.equal(step(X), model(X)))
+                join()
+        join()
+        return in_float
+
+    fails = 2
+    assert all(draw()) and report().phase == "float" and len(failures) == 1  # after the run, which was observed
+    assert report().phase_reason == "it failed: MemoryError: no memory left"
+    assert all(draw()) and report().phase == "float" and len(failures) == 2
+    assert draw() == [aside, False, False, False] and report().phase == "quantized"
+
+
+@torch.no_grad()
+def test_what_fails_in_three_runs_is_given_up(inductor: SlowInductor) -> None:
+    inductor.may_end.set()
+    inductor.error = RuntimeError("no compiler")
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(3):
+        with sampling_run(2):
+            for _ in range(2):
+                step(X)
+                join()
+        join()
+    assert len(inductor.phases) == 3
+    inductor.error = None
+    with sampling_run(2):
+        for _ in range(2):
+            assert torch.equal(step(X), model(X))
+    join()
+    assert (len(inductor.phases), report().phase) == (3, "float")
+
+
+@torch.no_grad()
+def test_after_a_restart_the_first_call_is_in_8_bit(inductor: SlowInductor) -> None:
+    """What is compiled already is loaded while the caller waits, since that takes seconds."""
+    left_by_another_process(inductor, X)
+    model, told = small(), list[str]()
+    with told_to(texts_into(told)):
+        assert 0 < relative_error(compiled(model, ASIDE)(X), model(X)) < CLOSE
+    assert (report().phase, report().cache_hit, report().calls_observed) == ("quantized", True, 0)
+    assert inductor.thread is threading.main_thread()
+    assert inductor.phases == [("compiling", "loading from the cache")]
+    assert [text for text in told if text.startswith("loading from the cache")]
+    assert not [text for text in told if text.startswith("compiling")]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["deleted", "other options", "another size"])
+def test_what_was_not_compiled_before_the_restart_is_aside(how: str, inductor: SlowInductor) -> None:
+    left_by_another_process(inductor, X)
+    inductor.may_end.clear()
+    if how == "deleted":
+        shutil.rmtree(cache_directory() / "inductor")
+    options = {**ASIDE, "exclude": ("linear",)} if how == "other options" else ASIDE
+    x = noise(1, 4, 12, 12) if how == "another size" else X
+    model = small()
+    step = compiled(model, options)
+    for _ in range(3):
+        assert torch.equal(step(x), model(x))
+    assert report().phase == "compiling" and inductor.begun.wait(60)
+    inductor.finish()
+    assert inductor.thread is not threading.main_thread()
+    assert inductor.phases == [("compiling", "in the background, float goes on")]
+    assert 0 < relative_error(step(x), model(x)) < CLOSE
+    assert (report().phase, report().calls_observed) == ("quantized", 0)
+
+
+def left_by_another_process(inductor: SlowInductor, x: torch.Tensor) -> None:
+    """A cache with all that it takes for calls like this one."""
+    inductor.may_end.set()
+    step = compiled(small(), ASIDE)
+    for _ in range(3):
+        step(x)
+        join()
+    assert report().phase == "quantized"
+    forget_everything()
+    inductor.phases.clear()
+    inductor.begun.clear()
+    inductor.thread = None
 
 
 @torch.no_grad()
@@ -366,10 +510,11 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from onlinequant_backend import compat
+from onlinequant_backend import compat, compile_process
 import onlinequant_backend as oq
 from tests.small import X, compiled, small
 
+compile_process.is_possible = lambda: False
 begun = threading.Event()
 
 def slow(graph, *_given, **_named):
