@@ -214,12 +214,11 @@ def _kind(value: Any) -> str:
 def test_a_stand_in_is_of_the_same_kind(tensor: torch.Tensor, mode: Callable[[], Any]) -> None:
     fake_mode = FakeTensorMode()
     with mode():
-        made = wire.stand_in(fake_mode, *wire.kind(tensor))
+        (made,) = wire.stand_ins(fake_mode, [tensor])
         arrived = wire.loads(wire.dumps(tensor), fake_mode, {})
     for one in (made, arrived):
         assert isinstance(one, FakeTensor) and one.fake_mode is fake_mode
         assert wire.kind(one) == wire.kind(tensor)
-        assert isinstance(one, nn.Parameter) == isinstance(tensor, nn.Parameter)
         assert not one.is_inference() and not one.requires_grad
 
 
