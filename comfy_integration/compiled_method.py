@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -11,8 +12,8 @@ from typing import Any
 
 import torch
 
-from onlinequant_backend import OnlineQuantError, onlinequant
-from onlinequant_backend.progress import Listener, Update
+from onlinequant_backend import OnlineQuantError, compat, onlinequant
+from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
 _log = logging.getLogger("onlinequant")
@@ -20,6 +21,8 @@ _log = logging.getLogger("onlinequant")
 # Of one model with all the options, patches and ControlNets that it meets. Dynamo stops at 8, after which it leaves
 # everything in float without a word.
 _MOST_GRAPHS = 64
+
+_tracing = threading.local()
 
 # Each model's own copy of a method's function, by what it was copied from.
 _copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Callable[..., Any]]]
@@ -79,7 +82,8 @@ class CompiledMethod:
 
     def fail(self, error: Exception) -> None:
         """Go on in float for the rest of the run, and say why."""
-        self._failures += 1
+        # A mistake in the settings stays one.
+        self._failures = _MOST_FAILURES if isinstance(error, OnlineQuantError) else self._failures + 1
         again = "tried again at the next run" if self._failures < _MOST_FAILURES else "not tried again"
         self.trouble = f"in float, since it failed ({again}): {error}"
         trace = None if isinstance(error, OnlineQuantError) else error  # a mistake of the user's says all by itself
@@ -90,6 +94,7 @@ class CompiledMethod:
         """``original`` through the backend; as it is, until the run ends, where that fails."""
         if original != self._original:
             # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
+            compat.watch_compilations(_tracing_begins, _tracing_ends)
             self._compiled = torch.compile(_with_own_code(original), backend=onlinequant, options=dict(self._options))
             self._original = original
         compiled = self._compiled
@@ -102,12 +107,25 @@ class CompiledMethod:
                 with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
                     return compiled(*args, **kwargs)
             except Exception as error:
+                _tracing_ends("")
                 # If this fails as well, it is no fault of ours, and ComfyUI's to deal with.
                 result = original(*args, **kwargs)
                 self.fail(error)
                 return result
 
         return call
+
+
+def _tracing_begins(_frame: str) -> None:
+    """Dynamo traces a model, for which everybody has to wait: some 20 seconds for SDXL."""
+    if is_listened_to():
+        _tracing.progress = Progress("tracing the model").__enter__()
+
+
+def _tracing_ends(_frame: str) -> None:
+    progress, _tracing.progress = getattr(_tracing, "progress", None), None
+    if progress is not None:
+        progress.close()
 
 
 def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:

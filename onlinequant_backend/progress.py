@@ -64,6 +64,11 @@ def told_to(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def is_listened_to() -> bool:
+    """Whether this thread's progress goes to a listener."""
+    return _listener.get() is not None
+
+
 def tell(text: str) -> None:
     """Tell the listener, if there is one, how slow work has ended."""
     listener = _listener.get()

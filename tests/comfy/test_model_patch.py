@@ -267,16 +267,49 @@ def test_another_extension_s_method_is_compiled_and_put_back(denoiser: Denoiser,
 def test_a_mistake_in_the_options_leaves_the_model_in_float(denoiser: Denoiser, told: list[str]) -> None:
     model, expected = patched(Patcher(denoiser), told, precision="int7"), denoiser(X)
     assert all(torch.equal(result, expected) for result in model.run())
-    (text,) = told
-    assert text.startswith("in float, since it failed") and "int7" in text
+    *before, text = told
+    assert all(each.startswith("tracing the model") for each in before)
+    assert text.startswith("in float, since it failed (not tried again)") and "int7" in text
     assert "_forward" not in vars(denoiser)
+    told.clear()
+    assert all(torch.equal(result, expected) for result in model.run()) and not told
+
+
+def test_what_fails_is_tried_again_in_the_next_run(
+    denoiser: Denoiser, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    with monkeypatch.context() as broken:
+        broken.setattr(oq.backend.keys, "identity", lambda *_: 1 // 0)
+        assert all(torch.equal(result, expected) for result in model.run())
+        assert told[-1].startswith("in float, since it failed (tried again at the next run)")
+    model.run()
+    assert told[-1] == "Denoiser: quantized: 3 of 3 layers in int8"
+    assert all(is_8_bit(result, expected) for result in model.run())
+
+
+def test_what_always_fails_is_left_alone_after_three_runs(
+    denoiser: Denoiser, told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attempts = list[int]()
+
+    def fail(*_: object) -> None:
+        attempts.append(1)
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(oq.backend.keys, "identity", fail)
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    for _ in range(5):
+        assert all(torch.equal(result, expected) for result in model.run())
+    assert len(attempts) == 3
+    assert told[-1].startswith("in float, since it failed (not tried again)")
 
 
 def test_an_error_of_the_model_s_own_is_raised_and_held_against_nobody(denoiser: Denoiser, told: list[str]) -> None:
     model = patched(Patcher(denoiser), told)
     with pytest.raises(RuntimeError, match="channels"):
         model.apply(X[:, :2])
-    assert not told and "_forward" not in vars(denoiser)
+    assert all(text.startswith("tracing the model") for text in told) and "_forward" not in vars(denoiser)
     model.run()
     assert is_8_bit(model.apply(X), denoiser(X))
 
