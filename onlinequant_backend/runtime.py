@@ -27,6 +27,7 @@ from .compile_times import CompileTimes
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
+from .graph_memory import allocates_in_graph
 from .persistence import Entry
 from .progress import Progress, tell
 from .report import clear
@@ -301,12 +302,14 @@ class QuantizedGraph:
             self._places = None
 
     def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> None:
-        """Make the first calls on a GPU here: they load kernels and capture CUDA graphs, which takes seconds."""
+        """Make the first calls on a GPU here: they load kernels, which takes seconds. The second ones capture a CUDA
+        graph, if other threads may use the allocator meanwhile."""
         if self._device.type != "cuda":
             return
         with going_on("the first calls in 8 bit are slow"), torch.no_grad():
-            for call in (compiled, compiled, compiled.count, compiled.count):
-                call(args, weights)
+            for _ in range(1 if allocates_in_graph() else 2):
+                compiled(args, weights)
+                compiled.count(args, weights)
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         with weights.layers[0].lock:
