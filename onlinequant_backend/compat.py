@@ -211,14 +211,15 @@ def others_call_uncompiled() -> Iterator[None]:
     every thread. Dynamo asks whether FX is tracing and by default raises, where it may as well run the model as it is.
     """
     name = "error_on_nested_fx_trace"
-    # From torch 2.13 on a setting is this thread's own; the default is everybody's.
+    # From torch 2.13 on a setting is this thread's own; the default is everybody's. It changes within the patch, which
+    # leaves behind what it has found.
     entry: Any = torch._dynamo.config._config[name]  # type: ignore[attr-defined]
-    before, entry.default = entry.default, False
-    try:
-        with torch._dynamo.config.patch({name: False}):
+    with torch._dynamo.config.patch({name: False}):
+        before, entry.default = entry.default, False
+        try:
             yield
-    finally:
-        entry.default = before
+        finally:
+            entry.default = before
 
 
 def found_graphs() -> tuple[int, int]:

@@ -37,6 +37,7 @@ from tests.test_runtime import EagerInductor
 from tests.tiny import noise, relative_error
 
 ASIDE = {"compile_in_background": True}
+_compile_fx = compat.compile_fx
 
 
 class SlowInductor(EagerInductor):
@@ -245,6 +246,16 @@ def test_every_model_goes_on_while_one_is_traced(inductor: SlowInductor) -> None
     assert 0 < relative_error(step(X), model(X)) < CLOSE and torch.equal(plain(X), other(X))
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert torch._dynamo.config.error_on_nested_fx_trace
+
+
+def test_the_setting_that_is_for_a_trace_is_set_back() -> None:
+    seen = list[bool]()
+    other = threading.Thread(target=lambda: seen.append(torch._dynamo.config.error_on_nested_fx_trace))
+    with compat.others_call_uncompiled():
+        other.start()
+        other.join()
+        assert not torch._dynamo.config.error_on_nested_fx_trace
+    assert seen == [False] and torch._dynamo.config.error_on_nested_fx_trace
 
 
 @torch.no_grad()
@@ -544,7 +555,7 @@ def test_a_process_that_ends_finishes_it() -> None:
 
 @torch.no_grad()
 def test_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
+    monkeypatch.setattr(compat, "compile_fx", _compile_fx)
     model: Small = small()
     x = noise(1, 4, 8, 8, seed=5)
     step = compiled(model, ASIDE)
