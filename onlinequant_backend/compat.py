@@ -210,16 +210,14 @@ def others_call_uncompiled() -> Iterator[None]:
     While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in
     every thread. Dynamo asks whether FX is tracing and by default raises, where it may as well run the model as it is.
     """
-    name = "error_on_nested_fx_trace"
-    # From torch 2.13 on a setting is this thread's own; the default is everybody's. It changes within the patch, which
-    # leaves behind what it has found.
-    entry: Any = torch._dynamo.config._config[name]  # type: ignore[attr-defined]
-    with torch._dynamo.config.patch({name: False}):
-        before, entry.default = entry.default, False
-        try:
-            yield
-        finally:
-            entry.default = before
+    # The default, which holds in every thread. A patch would hold in this one alone (torch 2.13), and would leave
+    # behind what it has found, to which no default applies any more.
+    entry: Any = torch._dynamo.config._config["error_on_nested_fx_trace"]  # type: ignore[attr-defined]
+    before, entry.default = entry.default, False
+    try:
+        yield
+    finally:
+        entry.default = before
 
 
 def found_graphs() -> tuple[int, int]:

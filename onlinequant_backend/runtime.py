@@ -411,6 +411,8 @@ class QuantizedGraph:
 
     def _load(self, key: Key, args: Sequence[Any], weights: WeightSet) -> None:
         """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
+        if not self._cache.has_compiled(self._entry(weights, self._parameters(args)).key):
+            return  # neither wait for whoever is about to make it
         with self._lock:
             self._loads = True
             try:

@@ -232,6 +232,8 @@ def test_no_size_waits_for_what_is_done_for_another(
 def test_every_model_goes_on_while_one_is_traced(inductor: SlowInductor) -> None:
     """Whoever traces with FX tells so to all of the process, where Dynamo then refuses to work."""
     inductor.traces = True
+    with compat.others_call_uncompiled():  # this thread has compiled before
+        pass
     model, other, new = small(0), small(1), small(2)
     torch._dynamo.utils.counters.clear()
     step, plain = compiled(model, ASIDE), torch.compile(other, backend="eager")

@@ -218,7 +218,8 @@ def test_the_front_end_exports_the_workflow_that_was_meant(visit: Visit) -> None
 
 def test_the_model_node_says_that_it_observes_then_compiles_then_is_quantized(visit: Visit) -> None:
     first, second = ([text for name, text in run if name == "8 bit"] for run in visit.runs)
-    assert list(dict.fromkeys(text.split()[0] for text in first)) == ["observing", "compiling", "UNetModel:"]
+    kinds = list(dict.fromkeys(text.split()[0] for text in first))
+    assert kinds == ["tracing", "observing", "compiling", "UNetModel:"]
     observing = [text.partition(" (")[0] for text in first if text.startswith("observing")]
     assert list(dict.fromkeys(observing)) == [f"observing {step} of {STEPS}" for step in range(1, STEPS + 1)]
     quantized, layers = map(int, re.findall(r"^UNetModel: quantized: (\d+) of (\d+) layers", first[-1])[0])
