@@ -21,8 +21,9 @@ from typing import IO, Any
 from . import compat
 
 _log = logging.getLogger("onlinequant")
-# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU.
-IDLE = 10.0
+# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. Longer than this
+# process times layers between two pieces of work.
+IDLE = 30.0
 
 
 class CompileProcessError(Exception):
