@@ -9,6 +9,7 @@ import importlib
 import operator
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -214,9 +215,19 @@ def others_call_uncompiled() -> Iterator[None]:
     # behind what it has found, to which no default applies any more.
     entry: Any = torch._dynamo.config._config["error_on_nested_fx_trace"]  # type: ignore[attr-defined]
     before, entry.default = entry.default, False
+    tracer, me = torch.fx.Tracer, threading.get_ident()
+    traced = tracer.call_module
+
+    def call_module(self: Any, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != me:  # no module of what is traced
+            return forward(*args, **kwargs)
+        return traced(self, module, forward, args, kwargs)
+
+    tracer.call_module = call_module  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
+        tracer.call_module = traced  # type: ignore[method-assign]
         entry.default = before
 
 

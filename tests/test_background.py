@@ -250,6 +250,23 @@ def test_every_model_goes_on_while_one_is_traced(inductor: SlowInductor) -> None
     assert torch._dynamo.config.error_on_nested_fx_trace
 
 
+def test_a_trace_has_nothing_to_do_with_modules_of_other_threads() -> None:
+    """FX replaces ``Module.__call__`` for all threads, and refuses modules that are none of what it traces."""
+    other, results, now = small(1), list[torch.Tensor](), threading.Event()
+
+    class Slow(torch.nn.Module):
+        def forward(self, x: Any) -> Any:
+            now.set()
+            thread.join(60)
+            return x + 1
+
+    thread = threading.Thread(target=lambda: now.wait(60) and results.append(other(X)))
+    thread.start()
+    with compat.others_call_uncompiled():
+        torch.fx.symbolic_trace(Slow())
+    assert torch.equal(results[0], other(X))
+
+
 def test_the_setting_that_is_for_a_trace_is_set_back() -> None:
     seen = list[bool]()
     other = threading.Thread(target=lambda: seen.append(torch._dynamo.config.error_on_nested_fx_trace))
