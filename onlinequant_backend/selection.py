@@ -294,7 +294,7 @@ def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> T
                 raise
             if is_last:
                 _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
-        torch.cuda.empty_cache()  # a CUDA graph cannot have what others have left
+        torch.cuda.empty_cache()  # what other streams have left may be enough
     return None
 
 
