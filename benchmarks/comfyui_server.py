@@ -68,17 +68,18 @@ class GpuMemory:
 
 
 def _used_memory() -> Callable[[], int] | None:
+    index = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        handle = pynvml.nvmlDeviceGetHandleByIndex(int(index))
         return lambda: int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) >> 20
     except Exception:  # not installed, or no driver
         pass
 
     def asked() -> int:
-        query = ["nvidia-smi", "--id=0", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", f"--id={index}", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
         return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
     try:

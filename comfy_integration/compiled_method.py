@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onlinequant_backend import OnlineQuantError, compat, onlinequant
+from onlinequant_backend.garbage import uncollected
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
@@ -118,14 +119,17 @@ class CompiledMethod:
 
 def _tracing_begins(_frame: str) -> None:
     """Dynamo traces a model, for which everybody has to wait: some 20 seconds for SDXL."""
+    _tracing_ends("")
+    _tracing.meanwhile = meanwhile = contextlib.ExitStack()
+    meanwhile.enter_context(uncollected())
     if is_listened_to():
-        _tracing.progress = Progress("tracing the model").__enter__()
+        meanwhile.enter_context(Progress("tracing the model"))
 
 
 def _tracing_ends(_frame: str) -> None:
-    progress, _tracing.progress = getattr(_tracing, "progress", None), None
-    if progress is not None:
-        progress.close()
+    meanwhile, _tracing.meanwhile = getattr(_tracing, "meanwhile", None), None
+    if meanwhile is not None:
+        meanwhile.close()
 
 
 def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:

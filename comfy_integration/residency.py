@@ -16,6 +16,7 @@ import functools
 import logging
 import re
 import sys
+import types
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -62,20 +63,9 @@ def put_control_net_in_place(control: Any) -> None:
     watch(patcher)
     if _is_dynamic(patcher):
         with going_on("a ControlNet stays in float, since ComfyUI loads its weights on demand"):
-            known = _twin_of_network(patcher)
+            known = _twin(patcher)
+            watch(known)
             control.control_model_wrapped, control.control_model = known, known.model
-
-
-def _twin_of_network(patcher: Any) -> Any:
-    network = patcher.model
-    if network not in _twins:
-        _unload_dynamic(patcher)  # so that all weights are on the CPU
-        plain = sys.modules["comfy.model_patcher"].ModelPatcher
-        known = plain(_with_same_weights(network, {}), patcher.load_device, patcher.offload_device)
-        _make_resident(known)
-        watch(known)
-        _twins[network], _originals[known.model] = known, weakref.ref(network)
-    return _twins[network]
 
 
 # The attributes of modules that ComfyUI's patchers leave behind; they set them again.
@@ -85,23 +75,51 @@ _LEFT_BEHIND = re.compile(
 )
 
 
-def _with_same_weights(module: nn.Module, known: dict[nn.Module, nn.Module]) -> nn.Module:
+def _twin(patcher: Any) -> Any:
+    """The patcher of a model's twin that stands for it."""
+    model = patcher.model
+    if model not in _twins:
+        _unload_dynamic(patcher)  # so that all weights are on the CPU
+        plain = sys.modules["comfy.model_patcher"].ModelPatcher
+        known = plain(_with_same_weights(model, {}), patcher.load_device, patcher.offload_device)
+        _make_resident(known)
+        _twins[model], _originals[known.model] = known, weakref.ref(model)
+    return _twins[model]
+
+
+def _with_same_weights(module: nn.Module, known: dict[int, Any]) -> nn.Module:
     """A copy whose parameters have the same memory, until they are moved, without what ComfyUI's patchers have left.
 
-    ``copy.deepcopy`` would copy pages and pinned memory, which both would free. ``known``: copies of modules.
+    ``copy.deepcopy`` would copy pages and pinned memory, which both would free. ``known``: copies of modules and
+    parameters by the originals' ``id``.
     """
-    if module not in known:
-        twin = known[module] = module.__new__(type(module))
+    if id(module) not in known:
+        twin = known[id(module)] = module.__new__(type(module))
+        for name, weight in module._parameters.items():
+            if weight is not None and id(weight) not in known:
+                # On demand they are loaded as the file has them, and get this type when they are used.
+                same = weight.detach().to(getattr(module, f"{name}_comfy_model_dtype", None) or weight.dtype)
+                known[id(weight)] = nn.Parameter(same, requires_grad=weight.requires_grad)
         for name, value in vars(module).items():
             if not _LEFT_BEHIND.fullmatch(name):
-                vars(twin)[name] = copy.copy(value) if isinstance(value, (dict, list, set)) else value
-        for name, weight in module._parameters.items():
-            if weight is not None:
-                twin._parameters[name] = nn.Parameter(weight.detach(), requires_grad=weight.requires_grad)
-        for name, child in module._modules.items():
-            if child is not None:
-                twin._modules[name] = _with_same_weights(child, known)
-    return known[module]
+                vars(twin)[name] = _of_twin(value, known)
+    copied: nn.Module = known[id(module)]
+    return copied
+
+
+def _of_twin(value: Any, known: dict[int, Any]) -> Any:
+    """What a copy of a module has where the module has ``value``."""
+    if isinstance(value, nn.Module):
+        return _with_same_weights(value, known)
+    if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
+        return types.MethodType(value.__func__, _of_twin(value.__self__, known))
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({name: _of_twin(item, known) for name, item in value.items()})
+        return copied
+    if type(value) in (list, tuple, set):
+        return type(value)(_of_twin(item, known) for item in value)
+    return known.get(id(value), value)
 
 
 def watch(patcher: Any) -> None:
@@ -118,32 +136,21 @@ def _is_dynamic(patcher: Any) -> bool:
 
 
 def _clone_of_twin(model: Any) -> Any:
-    known = _twins.get(model.model)
-    override = {} if known is None else {"model_override": known.get_clone_model_override()}
     try:
-        clone = model.clone(disable_dynamic=True, **override)
-    except (RuntimeError, TypeError) as error:  # it cannot, or this version knows no such arguments
+        known = _twin(model)
+        clone = model.clone(disable_dynamic=True, model_override=known.get_clone_model_override())
+    except Exception as error:  # this version of ComfyUI does it in another way
         _log.warning(
             "this model's layers stay in float, since ComfyUI loads their weights on demand and cannot load the model "
             "in another way (%s); start it with --disable-dynamic-vram",
             error,
         )
         return model.clone()
-    if known is None:
-        known = _twins[model.model] = _stand_in(clone)
-        _originals[clone.model] = weakref.ref(model.model)
     # Whom ComfyUI takes a loaded model for when the clone is gone. The model's own patcher stands for another copy.
     clone.parent = known
     clone.hook_backup = known.hook_backup
+    clone.weight_inplace_update = False  # a LoRA would be written into the original's weights
     return clone
-
-
-def _stand_in(clone: Any) -> Any:
-    bare = type(clone)(clone.model, clone.load_device, clone.offload_device)
-    known = bare.clone(model_override=clone.get_clone_model_override())
-    _make_resident(known)
-    known.parent = None
-    return known
 
 
 def _make_resident(patcher: Any) -> None:

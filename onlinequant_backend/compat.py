@@ -13,7 +13,7 @@ import threading
 import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
@@ -254,12 +254,29 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
         is_users = True
     _keep_kernel_cache()
-    patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
-    with patch(cache_key_tag=tag), contextlib.ExitStack() as stack:
+    with _tagged(tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
             stack.enter_context(vector_instructions.asked_once(directory))
         yield
+
+
+def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
+    """What is compiled depends on ``tag``, and AOTAutograd's cache, which saves tracing a graph twice more, takes more
+    graphs than by default: also those with what is left of ``torch.nn.attention.sdpa_kernel``, which ComfyUI puts
+    around every attention on a GPU. What that does depends on its arguments and on ``_SWITCHES``, both in the key.
+
+    ``torch.compiler.config.cache_key_tag`` would not do: to Inductor's worker processes, which say where the fastest
+    configuration of a kernel is saved, it is not known, so that none was found and each process measured again.
+    """
+    import torch._inductor.config as inductor_config
+
+    names = ("_sdpa_kernel", "_sdpa_kernel_variadic", "_cur_sdpa_kernel_backends", "_backend_from_string")
+    digest = f"{tag} {[ask() for ask, _ in _SWITCHES]}"
+    known: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
+    safe = {**known, **{f"torch.nn.attention.{name}": digest for name in names}}
+    patched: Any = inductor_config.patch(unsafe_marked_cacheable_functions=safe)
+    return cast("contextlib.AbstractContextManager[None]", patched)
 
 
 def _keep_kernel_cache() -> None:

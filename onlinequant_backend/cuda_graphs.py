@@ -7,8 +7,10 @@ other, and ComfyUI calls models from a worker thread; also, they take back the o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
+import time
 import traceback
 import weakref
 from collections import OrderedDict
@@ -221,6 +223,7 @@ class _Lane:
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         """Capture ``run``: what replays it, and its outputs, which each replay overwrites."""
+        times = [time.perf_counter()]
         if allocates_in_graph():
             run = self._on_own_memory(run)
         others = list(self._graphs)  # held, because torch refuses a pool whose last graph is gone
@@ -236,7 +239,9 @@ class _Lane:
             try:
                 # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                times.append(time.perf_counter())
                 outputs = run()
+                times.append(time.perf_counter())
                 torch._C._cuda_clearCublasWorkspaces()
                 graph.capture_end()
             except BaseException as error:
@@ -245,6 +250,9 @@ class _Lane:
                 self._recover(graph)
                 raise
         self._graphs.add(graph)
+        times.append(time.perf_counter())
+        seconds = (after - before for before, after in itertools.pairwise(times))
+        _log.debug("prepared a capture in %.2f s, captured in %.2f s, made a graph of it in %.2f s", *seconds)
         return graph.replay, outputs
 
     def trim(self) -> None:

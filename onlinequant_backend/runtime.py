@@ -27,6 +27,7 @@ from .compile_times import CompileTimes
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
+from .garbage import uncollected
 from .graph_memory import allocates_in_graph
 from .persistence import Entry
 from .progress import Progress, tell
@@ -413,7 +414,7 @@ class QuantizedGraph:
         """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
         if not self._cache.has_compiled(self._entry(weights, self._parameters(args)).key):
             return  # neither wait for whoever is about to make it
-        with self._lock:
+        with self._lock, uncollected():
             self._loads = True
             try:
                 self._compile(key, args, weights)

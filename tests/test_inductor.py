@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import onlinequant_backend as oq
 from tests.tiny import OPTIONS, net, noise, relative_error
@@ -185,3 +187,34 @@ def test_a_model_without_layers() -> None:
     x = noise(3, 3)
     assert torch.equal(step(x), x.relu())
     assert oq.reports()[-1].phase == "float"
+
+
+class Attention(nn.Module):
+    """Two layers around an attention for which the kernels' order is set, as ComfyUI does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv, self.to_out = nn.Linear(32, 96), nn.Linear(32, 32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q, k, v = self.to_qkv(x).view(x.shape[0], x.shape[1], 3, 2, 16).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], set_priority=True):
+            y = F.scaled_dot_product_attention(q, k, v)
+        return self.to_out(y.transpose(1, 2).flatten(2))
+
+
+@torch.no_grad()
+def test_an_order_of_attention_kernels_does_not_keep_a_graph_out_of_the_cache() -> None:
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(2, 64, 32)
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for hits in (0, 1):
+        step = torch.compile(model, backend=oq.onlinequant, options=dict(OPTIONS))
+        for _ in range(4):
+            assert relative_error(step(x), model(x)) < CLOSE
+        assert phases() == ["quantized"]
+        found = counters["aot_autograd"]
+        assert (found["autograd_cache_hit"], found["autograd_cache_bypass"]) == (hits, 0)
+        torch._dynamo.reset()
+        oq.reset()

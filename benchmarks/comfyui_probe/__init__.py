@@ -116,4 +116,6 @@ async def _write_models(request: web.Request) -> web.Response:
 
 PromptServer.instance.send_sync = _recorded(PromptServer.instance.send_sync)
 _handler = _Marked(logging.WARNING)
-logging.getLogger("onlinequant").addHandler(_handler)
+_backend_log = logging.getLogger("onlinequant")
+_backend_log.addHandler(_handler)
+_backend_log.setLevel(logging.DEBUG)  # how long each part took is in the server's log

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
+import sys
 import types
 import weakref
 from collections.abc import Callable
@@ -314,11 +314,15 @@ def test_an_error_of_the_model_s_own_is_raised_and_held_against_nobody(denoiser:
     assert is_8_bit(model.apply(X), denoiser(X))
 
 
-class Model:
-    """As ComfyUI's, it can be referred to weakly."""
+class Model(nn.Module):
+    """ComfyUI's around a denoiser, with what its patchers leave there and other ways to the denoiser."""
 
     def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
         self.diffusion_model = denoiser
+        self.dynamic_pins = "pinned memory"
+        self.apply = denoiser.forward  # type: ignore[assignment]
+        self.parts = {"all": [denoiser]}
 
 
 class Dynamic(Patcher):
@@ -333,6 +337,7 @@ class Dynamic(Patcher):
         self.parent: Dynamic | None = None
         self.dynamic = dynamic
         self.error: Exception | None = None
+        self.unloaded: list[float] = []
 
     def is_dynamic(self) -> bool:
         return self.dynamic
@@ -341,12 +346,10 @@ class Dynamic(Patcher):
         return self.model
 
     def clone(self, disable_dynamic: bool = False, model_override: Model | None = None) -> Dynamic:
-        model = model_override or self.model
         if disable_dynamic and self.error is not None:
             raise self.error
-        if disable_dynamic and model_override is None and self.dynamic:
-            model = Model(copy.deepcopy(self.model.diffusion_model))  # from the disk
-        other = type(self)(model, dynamic=self.dynamic and not disable_dynamic)
+        assert (model_override is not None) == (disable_dynamic and self.dynamic), "it would be loaded again"
+        other = type(self)(model_override or self.model, dynamic=self.dynamic and not disable_dynamic)
         other.parent = self
         other.wrappers = {key: list(wrappers) for key, wrappers in self.wrappers.items()}
         other.callbacks = {key: list(callbacks) for key, callbacks in self.callbacks.items()}
@@ -358,11 +361,41 @@ class Dynamic(Patcher):
     def get_callbacks(self, kind: str, key: str) -> list[Callable[..., Any]]:
         return self.callbacks.get((kind, key), [])
 
+    def partially_unload(self, _device: object, size: float) -> None:
+        self.unloaded.append(size)
+
     def detach(self, unpatch_all: bool) -> None:
         (callback,) = self.get_callbacks("on_detach_after", "onlinequant")
         callback(self, unpatch_all)
 
 
+@pytest.fixture
+def comfyui(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "comfy.model_patcher", types.SimpleNamespace(ModelPatcher=Dynamic))  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("comfyui")
+def test_a_twin_has_the_same_weights_and_nothing_else_of_the_model(denoiser: Denoiser, told: list[str]) -> None:
+    layer = nn.Linear(3, 3, bias=False)
+    layer.weight_comfy_model_dtype = torch.float16  # type: ignore[assignment]
+    denoiser.layer, denoiser.tied = layer, nn.Linear(3, 3)
+    denoiser.tied.weight = layer.weight
+    original = Model(denoiser)
+    loader = Dynamic(original, dynamic=True)
+    twin: Any = patched(loader, told).model
+    assert loader.unloaded and not hasattr(twin, "dynamic_pins")
+    for name, weight in original.named_parameters():
+        same = twin.get_parameter(name)
+        assert same is not weight
+        if name != "diffusion_model.layer.weight":
+            assert same.data_ptr() == weight.data_ptr()
+    assert twin.diffusion_model.layer.weight.dtype == torch.float16
+    assert twin.diffusion_model.tied.weight is twin.diffusion_model.layer.weight
+    assert twin.apply.__self__ is twin.parts["all"][0] is twin.diffusion_model is not denoiser
+    assert original.apply.__self__ is original.parts["all"][0] is denoiser  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("comfyui")
 def test_a_model_loaded_on_demand_has_one_twin_that_dies_with_it(denoiser: Denoiser, told: list[str]) -> None:
     loader = Dynamic(Model(denoiser), dynamic=True)
     for _ in range(2):  # each with a LoRA of its own, say
@@ -380,6 +413,7 @@ def test_a_model_loaded_on_demand_has_one_twin_that_dies_with_it(denoiser: Denoi
     assert twin() is None
 
 
+@pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize(
     "error", [RuntimeError("it was not loaded from a file"), TypeError("no argument of that name")]
 )
@@ -392,6 +426,7 @@ def test_a_model_that_cannot_be_loaded_in_another_way_stays_as_it_is(
     assert str(error) in caplog.text and "--disable-dynamic-vram" in caplog.text
 
 
+@pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_what_comfyui_unloads_is_released_and_comes_back_without_a_trace(
     denoiser: Denoiser, told: list[str], dynamic: bool
