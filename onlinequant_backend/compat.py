@@ -231,6 +231,16 @@ def others_call_uncompiled() -> Iterator[None]:
         entry.default = before
 
 
+def graph_module(root: Any, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """An ``fx.GraphModule`` whose Python code is made when it is first called. Most of ours never are, and SDXL's code
+    takes a second."""
+    try:
+        from torch.fx._lazy_graph_module import _LazyGraphModule
+    except ImportError:
+        return torch.fx.GraphModule(root, graph)
+    return _LazyGraphModule(root, graph)
+
+
 def found_graphs() -> tuple[int, int]:
     """How many graphs Inductor has found in its cache in this process, and how many it has not."""
     counts = torch._dynamo.utils.counters["inductor"]

@@ -11,6 +11,8 @@ import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
 
+from . import compat
+
 # Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
 
@@ -27,7 +29,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     graph.output(graph.graph_copy(graph_module.graph, copies))
-    copy = fx.GraphModule(graph_module, graph)
+    copy = compat.graph_module(graph_module, graph)
     copy.meta = dict(graph_module.meta)
     for attribute in ("_param_name_to_source", "_source_to_user_stacks"):
         if hasattr(graph_module, attribute):

@@ -288,9 +288,7 @@ class QuantizedGraph:
                     return
                 if weights.selection is None:
                     self._end_run(args, parameters, weights)
-                compiled = self._compile(self._compiled.key(args, weights), args, weights)
-            if aside and compiled is not None:
-                self._warm_up(compiled, args, weights)
+                self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
             if self._was_moved(parameters):
                 self._moves += 1
@@ -303,14 +301,23 @@ class QuantizedGraph:
             self._places = None
 
     def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> None:
-        """Make the first calls on a GPU here: they load kernels, which takes seconds. The second ones capture a CUDA
-        graph, if other threads may use the allocator meanwhile."""
+        """Do now what the first calls do beside computing, while others go on in float.
+
+        Inductor measures which configuration of a kernel is the fastest, which must have the GPU for itself. CUDA
+        graphs are captured where others may use the allocator meanwhile.
+        """
         if self._device.type != "cuda":
             return
+        start = time.perf_counter()
         with going_on("the first calls in 8 bit are slow"), torch.no_grad():
+            plainly = compiled.without_graph(args, weights)
+            with self._turn():
+                plainly()
+            tuned = time.perf_counter()
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, weights)
                 compiled.count(args, weights)
+            _log.debug("tuned in %.2f s, called in %.2f s", tuned - start, time.perf_counter() - tuned)
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         with weights.layers[0].lock:
@@ -452,6 +459,8 @@ class QuantizedGraph:
             # to those who trace meanwhile.
             with _background_compiles if self._places is not None else compat.compile_lock():
                 compiled = self._build_timed(args, weights, symbolic, entry.key)
+            if self._places is not None:
+                self._warm_up(compiled, args, weights)
             self._report.phase = "quantized" if weights.selection else "float"
             outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
             self._report.phase_reason = f"{outcome} compiled by Inductor"

@@ -19,7 +19,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from . import graph
+from . import compat, graph
 
 # What AOTAutograd reads of a module and of its nodes; the rest of what Dynamo and our passes keep there is of no use
 # once a graph is rewritten.
@@ -205,7 +205,7 @@ def _graph_module(
             node._dynamo_source = source
         nodes.append(node)
     values = {name: value.tensor() if isinstance(value, _Values) else value for name, value in constants.items()}
-    module = fx.GraphModule(values, graph_)
+    module = compat.graph_module(values, graph_)
     module.meta.update(meta)
     module._param_name_to_source = sources
     return module

@@ -4,7 +4,7 @@
 events with their times and the phases of all graphs at that moment, Dynamo's and Inductor's counters, the graphs that
 this backend has, and torch's memory. ``POST /onlinequant_benchmark/models`` writes random models.
 
-Warnings of this backend are printed a second time, marked, since ComfyUI's log does not show the level.
+What this backend logs is printed with its time, warnings marked, since ComfyUI's log shows neither.
 """
 
 from __future__ import annotations
@@ -52,11 +52,12 @@ def _recorded(send: Any) -> Any:
 
 
 class _Marked(logging.Handler):
-    """Prints this backend's warnings and errors as lines that can be found."""
+    """Prints what this backend logs, warnings and errors as lines that can be found."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        mark = MARK if record.levelno >= logging.WARNING else "[onlinequant]"
         text = record.getMessage().replace("\n", " ")
-        print(f"{MARK} {record.levelname}: {text}", file=sys.stderr, flush=True)
+        print(f"{mark} {record.levelname} {time.time():.2f}: {text}", file=sys.stderr, flush=True)
 
 
 def _state() -> dict[str, Any]:
@@ -115,7 +116,6 @@ async def _write_models(request: web.Request) -> web.Response:
 
 
 PromptServer.instance.send_sync = _recorded(PromptServer.instance.send_sync)
-_handler = _Marked(logging.WARNING)
 _backend_log = logging.getLogger("onlinequant")
-_backend_log.addHandler(_handler)
+_backend_log.addHandler(_Marked())
 _backend_log.setLevel(logging.DEBUG)  # how long each part took is in the server's log
