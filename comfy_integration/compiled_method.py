@@ -105,7 +105,7 @@ class CompiledMethod:
             if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
-                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS):
+                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS), _tracing_may_begin():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")
@@ -117,19 +117,30 @@ class CompiledMethod:
         return call
 
 
+@contextlib.contextmanager
+def _tracing_may_begin() -> Iterator[None]:
+    """Around a call: where it traces, it searches for no garbage until it is over."""
+    with contextlib.ExitStack() as whole_call:
+        _tracing.whole_call = whole_call
+        try:
+            yield
+        finally:
+            _tracing.whole_call = None
+
+
 def _tracing_begins(_frame: str) -> None:
     """Dynamo traces a model, for which everybody has to wait: some 20 seconds for SDXL."""
-    _tracing_ends("")
-    _tracing.meanwhile = meanwhile = contextlib.ExitStack()
-    meanwhile.enter_context(uncollected())
+    whole_call = getattr(_tracing, "whole_call", None)
+    if whole_call is not None:  # or else it is not ours
+        whole_call.enter_context(uncollected())
     if is_listened_to():
-        meanwhile.enter_context(Progress("tracing the model"))
+        _tracing.progress = Progress("tracing the model").__enter__()
 
 
 def _tracing_ends(_frame: str) -> None:
-    meanwhile, _tracing.meanwhile = getattr(_tracing, "meanwhile", None), None
-    if meanwhile is not None:
-        meanwhile.close()
+    progress, _tracing.progress = getattr(_tracing, "progress", None), None
+    if progress is not None:
+        progress.close()
 
 
 def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,4 +31,12 @@ def uncollected() -> Iterator[None]:
         with _lock:
             _blocks -= 1
             if _blocks == 0 and _was_enabled:
+                _age()
                 gc.enable()
+
+
+def _age() -> None:
+    """What is new counts as old, as if it had been looked at. Else all of it would be, up to three times in a row."""
+    if gc.get_freeze_count() == 0:  # or else it would change what the program has frozen itself
+        gc.freeze()
+        gc.unfreeze()

@@ -314,6 +314,29 @@ def test_an_error_of_the_model_s_own_is_raised_and_held_against_nobody(denoiser:
     assert is_8_bit(model.apply(X), denoiser(X))
 
 
+def test_no_garbage_is_searched_for_while_dynamo_traces(denoiser: Denoiser, told: list[str]) -> None:
+    collected = list[str]()
+
+    def note(_phase: str, _details: object) -> None:
+        collected.extend(told[-1:])
+
+    model = patched(Patcher(denoiser), told)
+    plain = torch.compile(small(), backend="eager")
+    gc.callbacks.append(note)
+    try:
+        model.run()
+        assert gc.isenabled()
+    finally:
+        gc.callbacks.remove(note)
+    assert any(text.startswith("tracing") for text in told)
+    assert not any(text.startswith("tracing") for text in collected)
+    plain(X)  # in the same thread, and none of ours
+    assert gc.isenabled()
+    with pytest.raises(RuntimeError, match="channels"):
+        model.apply(X[:, :2])
+    assert gc.isenabled()
+
+
 class Model(nn.Module):
     """ComfyUI's around a denoiser, with what its patchers leave there and other ways to the denoiser."""
 
