@@ -105,7 +105,7 @@ class CompiledMethod:
             if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
-                with torch._dynamo.config.patch(recompile_limit=_MOST_GRAPHS), _tracing_may_begin():
+                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")

@@ -110,6 +110,14 @@ def _on_dynamo(function: Callable[[str], None]) -> Callable[[CallbackArgs], None
     return callback
 
 
+def dynamo_settings(most_graphs: int) -> contextlib.AbstractContextManager[None]:
+    """Dynamo traces a function up to ``most_graphs`` times, and does not search for garbage after that by itself."""
+    settings: dict[str, Any] = {"recompile_limit": most_graphs}
+    if hasattr(torch._dynamo.config, "run_gc_after_compile"):
+        settings["run_gc_after_compile"] = False
+    return cast("contextlib.AbstractContextManager[None]", torch._dynamo.config.patch(**settings))
+
+
 def are_shapes_static() -> bool:
     """Whether the user told ``torch.compile`` that there are to be no symbolic sizes."""
     return not torch._dynamo.config.automatic_dynamic_shapes
