@@ -69,10 +69,6 @@ class CompiledGraph:
         prepared = self.prepare(weights)
         return prepared.function(*self._taken(args, weights), *prepared.extras)
 
-    def without_graph(self, args: Sequence[Any], weights: WeightSet) -> Callable[[], Any]:
-        """What makes a call without a CUDA graph."""
-        return functools.partial(self.function, *self._taken(args, weights), *self.prepare(weights).extras)
-
     def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, float]]:
         """A call that also says what its layers clip, see ``drift.CountingCall``."""
         prepared = self.prepare(weights)

@@ -370,6 +370,28 @@ def _configs() -> tuple[Any, ...]:
     return inductor_config, functorch_config
 
 
+@contextlib.contextmanager
+def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the block, Inductor measures in this thread which configuration of a kernel is the fastest within
+    ``turn()``, one kernel after the other."""
+    try:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    except ImportError:
+        yield
+        return
+    measure, thread = CachingAutotuner.benchmark_all_configs, threading.get_ident()
+
+    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+        with turn() if threading.get_ident() == thread else contextlib.nullcontext():
+            return measure(tuner, *args, **kwargs)
+
+    CachingAutotuner.benchmark_all_configs = in_turn  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        CachingAutotuner.benchmark_all_configs = measure  # type: ignore[method-assign]
+
+
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
     try:
         from .cpp_batches import in_batches

@@ -9,7 +9,7 @@ import threading
 import traceback
 from typing import IO
 
-from .compile_process import IDLE, receive, send
+from .compile_process import IDLE, IDLE_AFTER_WORK, receive, send
 
 
 def main() -> None:
@@ -22,12 +22,14 @@ def main() -> None:
     messages: queue.Queue[bytes] = queue.Queue()
     # Not ``sys.stdin``: an interpreter that ends wants it back from whoever reads, and aborts.
     threading.Thread(target=_read, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
+    patience = IDLE
     while True:
         try:
-            work = messages.get(timeout=IDLE)
+            work = messages.get(timeout=patience)
         except queue.Empty:
             return
         send(replies, _done(work))
+        patience = IDLE_AFTER_WORK
 
 
 def _read(stream: IO[bytes], messages: queue.Queue[bytes]) -> None:

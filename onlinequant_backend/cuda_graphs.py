@@ -195,13 +195,19 @@ class _Lane:
         self._stream = torch.cuda.Stream(device)
         self._done = torch.cuda.Event()
         self._last: torch.cuda.Stream | None = None
+        self._holder: int | None = None
         self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
         self._pool: Any = None
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Hold the lock while launching; what is launched waits for what the turn before launched on another stream."""
+        """Hold the lock while launching; what is launched waits for what the turn before launched on another stream.
+        Within a turn of the same thread this does nothing."""
+        if self._holder == threading.get_ident():
+            yield
+            return
         with self.lock:
+            self._holder = threading.get_ident()
             stream = torch.cuda.current_stream(self.device)
             if stream != self._last:
                 stream.wait_event(self._done)
@@ -210,6 +216,7 @@ class _Lane:
             finally:
                 self._done.record(stream)
                 self._last = stream
+                self._holder = None
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

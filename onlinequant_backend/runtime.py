@@ -303,21 +303,17 @@ class QuantizedGraph:
     def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> None:
         """Do now what the first calls do beside computing, while others go on in float.
 
-        Inductor measures which configuration of a kernel is the fastest, which must have the GPU for itself. CUDA
-        graphs are captured where others may use the allocator meanwhile.
+        Inductor measures which configuration of a kernel is the fastest, for which it must have the GPU for itself.
+        CUDA graphs are captured where others may use the allocator meanwhile.
         """
         if self._device.type != "cuda":
             return
         start = time.perf_counter()
-        with going_on("the first calls in 8 bit are slow"), torch.no_grad():
-            plainly = compiled.without_graph(args, weights)
-            with self._turn():
-                plainly()
-            tuned = time.perf_counter()
+        with going_on("the first calls in 8 bit are slow"), torch.no_grad(), compat.tuned_in_turns(self._turn):
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, weights)
                 compiled.count(args, weights)
-            _log.debug("tuned in %.2f s, called in %.2f s", tuned - start, time.perf_counter() - tuned)
+        _log.debug("warmed up in %.1f s", time.perf_counter() - start)
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         with weights.layers[0].lock:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -11,6 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import onlinequant_backend as oq
+from onlinequant_backend import compat
 from tests.tiny import OPTIONS, net, noise, relative_error
 
 CLOSE = 0.08
@@ -218,3 +222,27 @@ def test_an_order_of_attention_kernels_does_not_keep_a_graph_out_of_the_cache() 
         assert (found["autograd_cache_hit"], found["autograd_cache_bypass"]) == (hits, 0)
         torch._dynamo.reset()
         oq.reset()
+
+
+def test_kernels_are_tuned_in_turns_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
+    turns, within = list[int](), list[int]()
+
+    @contextlib.contextmanager
+    def turn() -> Iterator[None]:
+        turns.append(1)
+        yield
+        turns.pop()
+
+    def measure(_tuner: object, *_args: object) -> str:
+        within.append(len(turns))
+        return "timings"
+
+    monkeypatch.setattr(heuristics.CachingAutotuner, "benchmark_all_configs", measure)
+    tuner = heuristics.CachingAutotuner.__new__(heuristics.CachingAutotuner)
+    with compat.tuned_in_turns(turn):
+        assert tuner.benchmark_all_configs(1, 2) == "timings"
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(tuner.benchmark_all_configs).result()
+    tuner.benchmark_all_configs()
+    assert within == [1, 0, 0] and heuristics.CachingAutotuner.benchmark_all_configs is measure
