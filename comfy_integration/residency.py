@@ -141,8 +141,8 @@ def _clone_of_twin(model: Any) -> Any:
         clone = model.clone(disable_dynamic=True, model_override=known.get_clone_model_override())
     except Exception as error:  # this version of ComfyUI does it in another way
         _log.warning(
-            "this model's layers stay in float, since ComfyUI loads their weights on demand and cannot load the model "
-            "in another way (%s); start it with --disable-dynamic-vram",
+            "this model's layers stay in float, since ComfyUI loads their weights on demand and not in the way that is "
+            "known here (%s); start it with --disable-dynamic-vram",
             error,
         )
         return model.clone()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
+from torch.utils._pytree import tree_leaves
 
 from . import compat
 
@@ -46,8 +47,11 @@ def requires_grad(value: Any) -> bool:
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether a value that Dynamo saw has no symbolic size, nor is one."""
-    numbers = (*value.shape, *value.stride(), value.storage_offset()) if isinstance(value, torch.Tensor) else (value,)
+    """Whether a value that Dynamo saw, such as a tensor or a tuple of some, has no symbolic size, nor is one."""
+    numbers: list[Any] = []
+    for leaf in tree_leaves(value):
+        is_tensor = isinstance(leaf, torch.Tensor)
+        numbers += (*leaf.shape, *leaf.stride(), leaf.storage_offset()) if is_tensor else (leaf,)
     return not any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
 
 

@@ -164,8 +164,21 @@ def test_what_another_trace_of_the_model_gives_is_the_same() -> None:
     assert len(texts) == 1
 
 
-def test_symbolic_sizes_arrive() -> None:
-    module, _ = capture(small(), noise(2, 4, 12, 8), dynamic=True)
+class InParts(nn.Module):
+    """A network of which one value is a tuple of tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = small()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        first, second = self.inner(x).chunk(2, dim=1)
+        return first * second
+
+
+@pytest.mark.parametrize("make", [small, InParts])
+def test_symbolic_sizes_arrive(make: Callable[[], nn.Module]) -> None:
+    module, _ = capture(make(), noise(2, 4, 12, 8), dynamic=True)
     sizes = {"s": 2, "h": 12, "w": 8}
     values = [node.meta["example_value"] for node in graph.placeholders(module)]
     hints = [compat.hint(value) if isinstance(value, torch.SymInt) else value for value in values]
