@@ -30,6 +30,10 @@ _copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Cal
 _copies = weakref.WeakKeyDictionary()
 
 
+# Which sizes each model was traced for. Dynamo knows functions by their place in a file, and would take a second
+# checkpoint for other sizes of the first: a graph for all sizes, of which nothing is in the cache.
+_seen_sizes: weakref.WeakKeyDictionary[torch.nn.Module, compat.SeenSizes] = weakref.WeakKeyDictionary()
+
 # Runs in a row that may fail before the next ones are left alone: each attempt may cost a trace.
 _MOST_FAILURES = 3
 
@@ -105,7 +109,7 @@ class CompiledMethod:
             if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
-                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin():
+                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin(original):
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")
@@ -117,37 +121,46 @@ class CompiledMethod:
         return call
 
 
+class _Call(contextlib.ExitStack):
+    """A call that may trace, of a method of ``model``. It is closed when it is over."""
+
+    def __init__(self, model: object) -> None:
+        super().__init__()
+        self.model = model
+
+
 @contextlib.contextmanager
-def _tracing_may_begin() -> Iterator[None]:
-    """Around a call: where it traces, it searches for no garbage until it is over."""
-    with contextlib.ExitStack() as whole_call:
-        _tracing.whole_call = whole_call
+def _tracing_may_begin(method: Callable[..., Any]) -> Iterator[None]:
+    with _Call(getattr(method, "__self__", None)) as _tracing.call:
         try:
             yield
         finally:
-            _tracing.whole_call = None
+            _tracing.call = None
 
 
 def _tracing_begins(_frame: str) -> None:
     """Dynamo traces a model, for which everybody has to wait: some 20 seconds for SDXL."""
-    whole_call = getattr(_tracing, "whole_call", None)
-    if whole_call is not None:  # or else it is not ours
-        whole_call.enter_context(uncollected())
+    _tracing.trace = trace = contextlib.ExitStack()
+    call: _Call | None = getattr(_tracing, "call", None)
+    if call is not None:  # or else it is not ours
+        call.enter_context(uncollected())
+        if isinstance(call.model, torch.nn.Module):
+            trace.enter_context(_seen_sizes.setdefault(call.model, compat.SeenSizes()).in_place())
     if is_listened_to():
-        _tracing.progress = Progress("tracing the model").__enter__()
+        trace.enter_context(Progress("tracing the model"))
 
 
 def _tracing_ends(_frame: str) -> None:
-    progress, _tracing.progress = getattr(_tracing, "progress", None), None
-    if progress is not None:
-        progress.close()
+    trace, _tracing.trace = getattr(_tracing, "trace", None), None
+    if trace is not None:
+        trace.close()
 
 
 def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     """The same method with a code object of its own, always the same one for a model.
 
-    Dynamo keeps what it knows by code object, and all of ComfyUI's UNets share one. It would check the guards of each
-    checkpoint's graphs at every call, and take the second checkpoint for other sizes of the first.
+    Dynamo keeps graphs by code object, and all of ComfyUI's UNets share one. It would check the guards of each
+    checkpoint's graphs at every call.
     """
     function = getattr(method, "__func__", None)
     if not isinstance(function, types.FunctionType) or not isinstance(method.__self__, torch.nn.Module):  # type: ignore[attr-defined]

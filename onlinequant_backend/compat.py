@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 import types
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -116,6 +117,31 @@ def dynamo_settings(most_graphs: int) -> contextlib.AbstractContextManager[None]
     if hasattr(torch._dynamo.config, "run_gc_after_compile"):
         settings["run_gc_after_compile"] = False
     return cast("contextlib.AbstractContextManager[None]", torch._dynamo.config.patch(**settings))
+
+
+class SeenSizes:
+    """Which sizes Dynamo has seen of what: those that have changed it makes symbolic. At first it has seen none."""
+
+    def __init__(self) -> None:
+        self._state: Any = None
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Within the block, which must hold ``compile_lock``, Dynamo knows of these and no others."""
+        try:
+            from torch._dynamo import pgo
+
+            if self._state is None:
+                self._state = defaultdict(pgo.CodeState)
+            others = pgo._CODE_STATE
+        except (ImportError, AttributeError):
+            yield
+            return
+        pgo._CODE_STATE = self._state
+        try:
+            yield
+        finally:
+            pgo._CODE_STATE = others
 
 
 def are_shapes_static() -> bool:

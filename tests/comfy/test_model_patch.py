@@ -27,8 +27,8 @@ from onlinequant_backend.comfy_integration.model_patch import (
     record_of_model,
 )
 from onlinequant_backend.weights import registry
-from tests.small import Small, X, small, texts_into
-from tests.tiny import OPTIONS, relative_error
+from tests.small import WIDE, Small, X, small, texts_into
+from tests.tiny import OPTIONS, noise, relative_error
 
 SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
 
@@ -335,6 +335,32 @@ def test_no_garbage_is_searched_for_while_dynamo_traces(denoiser: Denoiser, told
     with pytest.raises(RuntimeError, match="channels"):
         model.apply(X[:, :2])
     assert gc.isenabled()
+
+
+def test_a_second_model_is_no_other_size_of_the_first(told: list[str]) -> None:
+    """It finds what the first one has left in the cache, although that has met two sizes."""
+
+    def load() -> Denoiser:
+        torch.manual_seed(0)
+        return Denoiser().eval().requires_grad_(False)
+
+    first = patched(Patcher(load()), told)
+    for size in (X, WIDE, WIDE):
+        first.run(size)
+    known = [report.key for report in oq.reports()]
+    assert len(set(known)) == 2
+    del first
+    gc.collect()
+    denoiser = load()
+    second = patched(Patcher(denoiser), told)
+    second.run()
+    assert all(is_8_bit(result, denoiser(X)) for result in second.run())
+    record = record_of_model(second)
+    assert record is not None and [report.key for report in record.reports] == known[:1]
+    # What it meets next is an other size of its own.
+    second.run(WIDE)
+    second.run(noise(2, 4, 16, 8))
+    assert [report.key for report in record.reports] == known
 
 
 class Model(nn.Module):
