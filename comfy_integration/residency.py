@@ -95,16 +95,23 @@ def _with_same_weights(module: nn.Module, known: dict[int, Any]) -> nn.Module:
     """
     if id(module) not in known:
         twin = known[id(module)] = module.__new__(type(module))
-        for name, weight in module._parameters.items():
+        for name, weight in (*module._parameters.items(), *module._buffers.items()):
             if weight is not None and id(weight) not in known:
-                # On demand they are loaded as the file has them, and get this type when they are used.
-                same = weight.detach().to(getattr(module, f"{name}_comfy_model_dtype", None) or weight.dtype)
-                known[id(weight)] = nn.Parameter(same, requires_grad=weight.requires_grad)
+                known[id(weight)] = _same(weight, getattr(module, f"{name}_comfy_model_dtype", None))
         for name, value in vars(module).items():
             if not _LEFT_BEHIND.fullmatch(name):
                 vars(twin)[name] = _of_twin(value, known)
     copied: nn.Module = known[id(module)]
     return copied
+
+
+def _same(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor in the same memory. What is loaded on demand is as the file has it, and gets ``dtype`` when it is used;
+    what ComfyUI keeps in 8 bit it converts itself."""
+    same = tensor.detach()
+    if dtype is not None and type(tensor) in (torch.Tensor, nn.Parameter):
+        same = same.to(dtype)
+    return nn.Parameter(same, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else same
 
 
 def _of_twin(value: Any, known: dict[int, Any]) -> Any:

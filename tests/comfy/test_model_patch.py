@@ -429,6 +429,8 @@ def test_a_twin_has_the_same_weights_and_nothing_else_of_the_model(denoiser: Den
     layer.weight_comfy_model_dtype = torch.float16  # type: ignore[assignment]
     denoiser.layer, denoiser.tied = layer, nn.Linear(3, 3)
     denoiser.tied.weight = layer.weight
+    layer.register_buffer("table", torch.zeros(2))
+    layer.table_comfy_model_dtype = torch.float16  # type: ignore[assignment]
     original = Model(denoiser)
     loader = Dynamic(original, dynamic=True)
     twin: Any = patched(loader, told).model
@@ -438,7 +440,8 @@ def test_a_twin_has_the_same_weights_and_nothing_else_of_the_model(denoiser: Den
         assert same is not weight
         if name != "diffusion_model.layer.weight":
             assert same.data_ptr() == weight.data_ptr()
-    assert twin.diffusion_model.layer.weight.dtype == torch.float16
+    assert twin.diffusion_model.layer.weight.dtype == twin.diffusion_model.layer.table.dtype == torch.float16
+    assert layer.weight.dtype == layer.table.dtype == torch.float32
     assert twin.diffusion_model.tied.weight is twin.diffusion_model.layer.weight
     assert twin.apply.__self__ is twin.parts["all"][0] is twin.diffusion_model is not denoiser
     assert original.apply.__self__ is original.parts["all"][0] is denoiser  # type: ignore[attr-defined]
