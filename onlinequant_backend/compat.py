@@ -405,17 +405,18 @@ def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -
     except ImportError:
         yield
         return
-    measure, thread = CachingAutotuner.benchmark_all_configs, threading.get_ident()
+    kind: Any = CachingAutotuner
+    measure, thread = kind.benchmark_all_configs, threading.get_ident()
 
     def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
         with turn() if threading.get_ident() == thread else contextlib.nullcontext():
             return measure(tuner, *args, **kwargs)
 
-    CachingAutotuner.benchmark_all_configs = in_turn  # type: ignore[method-assign]
+    kind.benchmark_all_configs = in_turn
     try:
         yield
     finally:
-        CachingAutotuner.benchmark_all_configs = measure  # type: ignore[method-assign]
+        kind.benchmark_all_configs = measure
 
 
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
