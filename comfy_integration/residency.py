@@ -68,9 +68,11 @@ def put_control_net_in_place(control: Any) -> None:
             control.control_model_wrapped, control.control_model = known, known.model
 
 
-# The attributes of modules that ComfyUI's patchers leave behind; they set them again.
+# The attributes of modules that ComfyUI's patchers leave behind; they set them again. ``device`` is one of the model
+# itself, and of parts of some models their own.
 _LEFT_BEHIND = re.compile(
-    r"_v(_signature)?|_pins?|_pin_state|_prefetch|dynamic_.*|seed_key|device|(weight|bias)_(lowvram_)?function"
+    r"_v(_signature)?|_pins?|_pin_state|_prefetch|dynamic_(vbars|pins|patchers)|seed_key"
+    r"|(weight|bias)_(lowvram_)?function"
     r"|(prev_)?comfy_.*_weights|model_lowvram|lowvram_patch_counter|model_.*_memory|current_weight_patches_uuid"
 )
 
@@ -79,9 +81,12 @@ def _twin(patcher: Any) -> Any:
     """The patcher of a model's twin that stands for it."""
     model = patcher.model
     if model not in _twins:
+        for loaded in (patcher, *(loaded.model for loaded in _loaded(model))):
+            loaded.unpatch_model(loaded.offload_device, unpatch_weights=False)  # what the last run has put in places
         _unload_dynamic(patcher)  # so that all weights are on the CPU
-        plain = sys.modules["comfy.model_patcher"].ModelPatcher
-        known = plain(_with_same_weights(model, {}), patcher.load_device, patcher.offload_device)
+        twin = _with_same_weights(model, {})
+        vars(twin).pop("device", None)
+        known = sys.modules["comfy.model_patcher"].ModelPatcher(twin, patcher.load_device, patcher.offload_device)
         _make_resident(known)
         _twins[model], _originals[known.model] = known, weakref.ref(model)
     return _twins[model]
@@ -120,6 +125,9 @@ def _of_twin(value: Any, known: dict[int, Any]) -> Any:
         return _with_same_weights(value, known)
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
         return types.MethodType(value.__func__, _of_twin(value.__self__, known))
+    if isinstance(value, functools.partial):
+        arguments = (_of_twin(item, known) for item in value.args)
+        return functools.partial(_of_twin(value.func, known), *arguments, **_of_twin(value.keywords, known))
     if isinstance(value, dict):
         copied = copy.copy(value)
         copied.update({name: _of_twin(item, known) for name, item in value.items()})
@@ -157,6 +165,7 @@ def _clone_of_twin(model: Any) -> Any:
     clone.parent = known
     clone.hook_backup = known.hook_backup
     clone.weight_inplace_update = False  # a LoRA would be written into the original's weights
+    clone.size = 0  # to be asked for again: the original's weights may have another type
     return clone
 
 
@@ -198,6 +207,18 @@ def _resident(kind: Any) -> Any:
             _release(self)
             return super().partially_unload(*args, **options)
 
+        def patch_hook_weight_to_device(self, *args: Any, **options: Any) -> Any:
+            _make_writable(self.model, *args, *options.values())
+            return super().patch_hook_weight_to_device(*args, **options)
+
+        def patch_cached_hook_weights(self, *args: Any, **options: Any) -> Any:
+            _make_writable(self.model, *args, *options.values())
+            return super().patch_cached_hook_weights(*args, **options)
+
+        def pin_weight_to_device(self, key: str) -> Any:
+            _make_writable(self.model, key)
+            return super().pin_weight_to_device(key)
+
         def detach(self, *args: Any, **options: Any) -> Any:
             # ComfyUI loads in inference mode and may unload outside of it: what it then puts back in place of a LoRA's
             # weights would be ordinary tensors, for which Dynamo traces anew.
@@ -207,6 +228,17 @@ def _resident(kind: Any) -> Any:
 
     Resident.__name__ = Resident.__qualname__ = kind.__name__
     return Resident
+
+
+def _make_writable(model: Any, *arguments: Any) -> None:
+    """Give a twin's parameters memory of their own, those whose names are among ``arguments`` and that are not on a
+    GPU. They lie in the file, which is mapped to be read alone, and are the original's as well."""
+    original = _originals[model]() if model in _originals else None
+    for name in arguments:
+        if original is not None and isinstance(name, str):
+            weight = model.get_parameter(name)
+            if weight.data_ptr() == original.get_parameter(name).data_ptr():
+                weight.data = weight.data.clone()
 
 
 def _take_patches_off(patcher: Any, extra_memory: float) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copyreg
 import functools
 import importlib
@@ -316,7 +317,7 @@ def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
     import torch._inductor.config as inductor_config
 
     names = ("_sdpa_kernel", "_sdpa_kernel_variadic", "_cur_sdpa_kernel_backends", "_backend_from_string")
-    digest = f"{tag} {[ask() for ask, _ in _SWITCHES]}"
+    digest = f"{tag} {settings()[1]}"
     known: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
     safe = {**known, **{f"torch.nn.attention.{name}": digest for name in names}}
     patched: Any = inductor_config.patch(unsafe_marked_cacheable_functions=safe)
@@ -360,10 +361,25 @@ _SWITCHES = (
     (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
 )
 Settings = tuple[dict[str, Any], list[Any], list[dict[str, Any]]]
+_held_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("onlinequant_settings", default=None)
+
+
+@contextlib.contextmanager
+def held_settings() -> Iterator[None]:
+    """Within the block ``settings`` are what they are now. A step in float changes the order of attention's kernels at
+    each layer in ComfyUI, for the whole process, and changes it back."""
+    token = _held_settings.set(settings())
+    try:
+        yield
+    finally:
+        _held_settings.reset(token)
 
 
 def settings() -> Settings:
     """What ``apply_settings`` takes in another process, so that it compiles the same: it must pickle."""
+    held = _held_settings.get()
+    if held is not None:
+        return held
     flags = {name: operator.attrgetter(name)(torch) for name in _FLAGS}
     plain = (bool, int, float, str, type(None))
     configs = [
@@ -400,23 +416,33 @@ def _configs() -> tuple[Any, ...]:
 def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
     """Within the block, Inductor measures in this thread which configuration of a kernel is the fastest within
     ``turn()``, one kernel after the other."""
-    try:
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    except ImportError:
-        yield
-        return
-    kind: Any = CachingAutotuner
-    measure, thread = kind.benchmark_all_configs, threading.get_ident()
-
-    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-        with turn() if threading.get_ident() == thread else contextlib.nullcontext():
-            return measure(tuner, *args, **kwargs)
-
-    kind.benchmark_all_configs = in_turn
+    _have_tuning_take_turns()
+    _turns.turn = turn
     try:
         yield
     finally:
-        kind.benchmark_all_configs = measure
+        _turns.turn = None
+
+
+_turns = threading.local()
+
+
+@functools.cache
+def _have_tuning_take_turns() -> None:
+    try:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    except ImportError:
+        return
+    kind: Any = CachingAutotuner
+    measure = kind.benchmark_all_configs
+
+    @functools.wraps(measure)
+    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+        turn = getattr(_turns, "turn", None)
+        with contextlib.nullcontext() if turn is None else turn():
+            return measure(tuner, *args, **kwargs)
+
+    kind.benchmark_all_configs = in_turn
 
 
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:

@@ -498,7 +498,10 @@ class QuantizedGraph:
         self._is_compiled_elsewhere = False
         try:
             doing = "loading from the cache" if self._loads else "compiling"
-            with Progress(doing, expected=times.expected(f"{how} {source}", nodes)):
+            with contextlib.ExitStack() as stack:
+                with self._turn():  # no step in float has changed them
+                    stack.enter_context(compat.held_settings())
+                stack.enter_context(Progress(doing, expected=times.expected(f"{how} {source}", nodes)))
                 directory = self._cache.inductor_directory(key)
                 compiled = build(
                     *(self._graph, args, weights, self._config, self._precision, symbolic, directory),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -226,23 +227,51 @@ def test_an_order_of_attention_kernels_does_not_keep_a_graph_out_of_the_cache() 
 
 def test_kernels_are_tuned_in_turns_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
-    turns, within = list[int](), list[int]()
+    turns, within, second = list[str](), list[tuple[str, ...]](), threading.Event()
 
     @contextlib.contextmanager
-    def turn() -> Iterator[None]:
-        turns.append(1)
+    def turn(name: str) -> Iterator[None]:
+        turns.append(name)
         yield
         turns.pop()
 
     def measure(_tuner: object, *_args: object) -> str:
-        within.append(len(turns))
+        within.append(tuple(turns))
         return "timings"
 
     monkeypatch.setattr(heuristics.CachingAutotuner, "benchmark_all_configs", measure)
+    compat._have_tuning_take_turns.cache_clear()
     tuner = heuristics.CachingAutotuner.__new__(heuristics.CachingAutotuner)
-    with compat.tuned_in_turns(turn):
-        assert tuner.benchmark_all_configs(1, 2) == "timings"
-        with ThreadPoolExecutor(1) as pool:
+
+    def overlap() -> None:
+        with compat.tuned_in_turns(lambda: turn("other")):
+            second.wait(10)
+            tuner.benchmark_all_configs()
+
+    with ThreadPoolExecutor(2) as pool:
+        with compat.tuned_in_turns(lambda: turn("this")):
+            assert tuner.benchmark_all_configs(1, 2) == "timings"
             pool.submit(tuner.benchmark_all_configs).result()
+            other = pool.submit(overlap)
+        second.set()
+        other.result()
     tuner.benchmark_all_configs()
-    assert within == [1, 0, 0] and heuristics.CachingAutotuner.benchmark_all_configs is measure
+    assert within == [("this",), (), ("other",), ()]
+    compat._have_tuning_take_turns.cache_clear()  # what it has wrapped goes with this test
+
+
+def test_settings_are_held_against_other_threads() -> None:
+    """ComfyUI's steps set the order of attention's kernels while another thread compiles."""
+    order = torch._C._get_sdp_priority_order()
+    with compat.held_settings():
+        before = compat.settings()
+        torch._C._set_sdp_priority_order(order[::-1])
+        try:
+            assert compat.settings() == before
+        finally:
+            torch._C._set_sdp_priority_order(order)
+    torch._C._set_sdp_priority_order(order[::-1])
+    try:
+        assert compat.settings() != before
+    finally:
+        torch._C._set_sdp_priority_order(order)

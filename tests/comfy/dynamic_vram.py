@@ -256,7 +256,7 @@ def test_8_bit_copies_count() -> None:
     model = loader()
     clone = node(model)
     own = clone.model_size()
-    assert own == model.model_size()
+    assert own == management.module_size(clone.model)
     load(clone)
     (loaded,) = management.current_loaded_models
     assert clone.loaded_size() == own
@@ -293,6 +293,31 @@ def test_a_model_that_was_not_loaded_from_a_file_has_a_twin() -> None:
     assert not clone.is_dynamic() and clone.model is not model.model
     load(clone)
     assert on_gpu(clone.model) > 0 == on_gpu(model.model)
+
+
+def test_a_twin_has_nothing_of_what_the_last_run_has_put_in_place() -> None:
+    """Such as the model sampling of a node that is taken away again."""
+    model = loader()
+    before = model.model.model_sampling
+    other = model.clone()
+    other.add_object_patch("model_sampling", torch.nn.Identity())
+    load(other)
+    assert model.model.model_sampling is not before
+    clone = node(model)
+    assert type(clone.model.model_sampling) is type(before) and model.model.model_sampling is before
+    load(other)
+    assert model.model.model_sampling is not before
+
+
+def test_a_twin_has_the_types_that_weights_are_used_with() -> None:
+    """The file has float16, and ComfyUI's model is in float32 here."""
+    model = loader()
+    clone = node(model)
+    assert {weight.dtype for weight in model.model.diffusion_model.parameters()} == {torch.float16}
+    assert {weight.dtype for weight in clone.model.diffusion_model.parameters()} == {torch.float32}
+    assert clone.model_size() > model.model_size()
+    load(clone)
+    assert on_gpu(clone.model) == clone.model_size()
 
 
 def test_a_control_net_has_a_twin() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sys
 import types
@@ -370,6 +371,9 @@ class Model(nn.Module):
         super().__init__()
         self.diffusion_model = denoiser
         self.dynamic_pins = "pinned memory"
+        self.dynamic_img_pad = self.patched_in_the_last_run = True
+        self.device = "where it was loaded last"
+        self.scale = functools.partial(denoiser.forward)
         self.apply = denoiser.forward  # type: ignore[assignment]
         self.parts = {"all": [denoiser]}
 
@@ -413,6 +417,13 @@ class Dynamic(Patcher):
     def partially_unload(self, _device: object, size: float) -> None:
         self.unloaded.append(size)
 
+    def unpatch_model(self, _device: object, unpatch_weights: bool) -> None:
+        assert not unpatch_weights
+        vars(self.model).pop("patched_in_the_last_run", None)
+
+    def patch_hook_weight_to_device(self, key: str) -> None:
+        self.model.get_parameter(key).data.mul_(2)
+
     def detach(self, unpatch_all: bool) -> None:
         (callback,) = self.get_callbacks("on_detach_after", "onlinequant")
         callback(self, unpatch_all)
@@ -434,7 +445,8 @@ def test_a_twin_has_the_same_weights_and_nothing_else_of_the_model(denoiser: Den
     original = Model(denoiser)
     loader = Dynamic(original, dynamic=True)
     twin: Any = patched(loader, told).model
-    assert loader.unloaded and not hasattr(twin, "dynamic_pins")
+    assert loader.unloaded and twin.dynamic_img_pad
+    assert not {"dynamic_pins", "device", "patched_in_the_last_run"} & vars(twin).keys()
     for name, weight in original.named_parameters():
         same = twin.get_parameter(name)
         assert same is not weight
@@ -444,7 +456,21 @@ def test_a_twin_has_the_same_weights_and_nothing_else_of_the_model(denoiser: Den
     assert layer.weight.dtype == layer.table.dtype == torch.float32
     assert twin.diffusion_model.tied.weight is twin.diffusion_model.layer.weight
     assert twin.apply.__self__ is twin.parts["all"][0] is twin.diffusion_model is not denoiser
+    assert twin.scale.func.__self__ is twin.diffusion_model
     assert original.apply.__self__ is original.parts["all"][0] is denoiser  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("comfyui")
+def test_a_hook_writes_into_a_twin_s_own_weights(denoiser: Denoiser, told: list[str]) -> None:
+    """Those of the original are mapped from a file, to be read."""
+    loader = Dynamic(Model(denoiser), dynamic=True)
+    quantized, name = patched(loader, told), next(name for name, _ in Model(denoiser).named_parameters())
+    theirs, ours = loader.model.get_parameter(name), quantized.model.get_parameter(name)
+    before = theirs.clone()
+    for _ in range(2):
+        quantized.patch_hook_weight_to_device(key=name)  # type: ignore[attr-defined]
+    assert torch.equal(theirs, before) and torch.equal(ours, 4 * before)
+    assert quantized.model.get_parameter(name) is ours
 
 
 @pytest.mark.usefixtures("comfyui")
