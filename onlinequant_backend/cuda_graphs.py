@@ -207,16 +207,16 @@ class _Lane:
             yield
             return
         with self.lock:
-            self._holder = threading.get_ident()
             stream = torch.cuda.current_stream(self.device)
             if stream != self._last:
                 stream.wait_event(self._done)
+            self._holder = threading.get_ident()
             try:
                 yield
             finally:
+                self._holder = None
                 self._done.record(stream)
                 self._last = stream
-                self._holder = None
 
     def wait(self) -> None:
         torch.cuda.synchronize(self.device)

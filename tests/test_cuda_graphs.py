@@ -10,16 +10,18 @@ import functools
 import gc
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
 from onlinequant_backend import cuda_graphs, drift
-from onlinequant_backend.cuda_graphs import GraphedCall
+from onlinequant_backend.cuda_graphs import GraphedCall, _Lane
 from onlinequant_backend.graph_memory import allocates_in_graph
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -486,3 +488,31 @@ def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
         _, shares = call(qparams, torch.full((size,), 127.0, device=device))
         assert shares == {qparams.data_ptr(): 1 - 4 / size}
     assert call.run.captures == 2  # type: ignore[attr-defined]
+
+
+def test_a_turn_within_a_turn_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And other threads wait until the outer one is over, also where that fails."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: mock.Mock())
+    lane = _Lane.__new__(_Lane)
+    lane.device, lane.lock, lane._done = torch.device("cuda", 0), threading.Lock(), mock.Mock()
+    lane._last, lane._holder = None, None
+
+    def take() -> bool:
+        with lane.turn():
+            return True
+
+    def fail(pool: ThreadPoolExecutor) -> None:
+        with lane.turn():
+            with lane.turn():
+                pass
+            others.append(pool.submit(take))
+            time.sleep(0.1)
+            assert not others[0].done() and lane.lock.locked()
+            raise KeyError
+
+    others: list[Future[bool]] = []
+    with ThreadPoolExecutor(1) as pool:
+        with pytest.raises(KeyError):
+            fail(pool)
+        assert others[0].result(10)
+    assert not lane.lock.locked()
