@@ -24,7 +24,7 @@ _log = logging.getLogger("onlinequant")
 # Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. Longer than this
 # process times layers between two pieces of work.
 IDLE = 30.0
-# And this long after it has compiled: from then on it holds a gigabyte of a GPU's memory.
+# And this long after it has compiled, when steps in 8 bit may need that memory.
 IDLE_AFTER_WORK = 5.0
 
 

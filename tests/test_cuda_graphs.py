@@ -499,7 +499,7 @@ def test_a_turn_within_a_turn_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -
 
     def take() -> bool:
         with lane.turn():
-            return True
+            return lane.lock.locked()
 
     def fail(pool: ThreadPoolExecutor) -> None:
         with lane.turn():
@@ -515,4 +515,5 @@ def test_a_turn_within_a_turn_is_the_same_one(monkeypatch: pytest.MonkeyPatch) -
         with pytest.raises(KeyError):
             fail(pool)
         assert others[0].result(10)
+        assert pool.submit(take).result(10), "a turn that is over is taken for one that goes on"
     assert not lane.lock.locked()

@@ -37,9 +37,20 @@ def test_what_has_been_made_is_old_afterwards_and_still_collected() -> None:
         def __init__(self) -> None:
             self.me = self
 
+    searches = list[object]()
+
+    def note(_phase: str, details: object) -> None:
+        searches.append(details)
+
     gc.collect()
-    with uncollected():
-        kept: list[Any] = [Cycle() for _ in range(50_000)]
+    gc.callbacks.append(note)
+    try:
+        with uncollected():
+            kept: list[Any] = [Cycle() for _ in range(50_000)]
+        few: list[Any] = [[] for _ in range(100)]
+    finally:
+        gc.callbacks.remove(note)
+    assert not searches and few
     assert sum(isinstance(each, Cycle) for each in gc.get_objects(generation=0)) == 0
     assert gc.get_freeze_count() == 0
     del kept
