@@ -29,12 +29,16 @@ class Background:
         self._lock = threading.Lock()
 
     def is_busy(self) -> bool:
-        """Whether there is work that is not done yet."""
-        return self._thread is not None and self._thread.is_alive()
+        """Whether there is work whose result cannot be used yet."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
-    def start(self, work: Callable[[], object], device: torch.device) -> None:
+    def start(self, work: Callable[[], object], conclude: Callable[[], object], device: torch.device) -> None:
         """Have ``work`` done, which must not raise: in this thread's grad and inference mode, and with its listener.
-        Where there is other work, nothing is done."""
+
+        ``conclude`` is called when the result can be used and ``is_busy()`` says so. Where there is other work, nothing
+        is done.
+        """
         context = contextvars.copy_context()
         is_inference, has_grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
         is_ready = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
@@ -44,6 +48,14 @@ class Background:
                 work()
 
         def run() -> None:
+            try:
+                run_work()
+            finally:
+                with self._lock:  # the next work begins after it
+                    self._thread = None
+                    context.run(conclude)
+
+        def run_work() -> None:
             with torch.inference_mode(is_inference), torch.set_grad_enabled(has_grad):
                 if is_ready is None:
                     context.run(beside_others)

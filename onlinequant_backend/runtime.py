@@ -84,6 +84,7 @@ class QuantizedGraph:
         self._failures = 0
         self._failed_in: weakref.ref[SamplingRun] | None = None
         self._background = Background()
+        self._outcome: tuple[str, str] | None = None  # the phase, and why, after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
         self._moves = 0  # that a compile has failed with
         self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
@@ -264,14 +265,18 @@ class QuantizedGraph:
             for node, value in zip(inputs, args, strict=True)
         ]
 
+        before = self._report.phase, self._report.phase_reason
+
         def work() -> None:
-            before = self._report.phase, self._report.phase_reason
+            self._outcome = None
             self._report.phase, self._report.phase_reason = "compiling", "in the background, float goes on"
             self._finish(kept, aside=True)
-            if self._report.phase == "compiling":  # there was nothing to do any more
-                self._report.phase, self._report.phase_reason = before
 
-        self._background.start(work, self._device)
+        def conclude() -> None:
+            if self._report.phase == "compiling":  # it has not failed
+                self._say(*(self._outcome or before))
+
+        self._background.start(work, conclude, self._device)
 
     def _finish(self, args: Sequence[Any], aside: bool = False) -> None:
         """Whatever is missing until calls like this one run in 8 bit: at the end of an observed run, or aside.
@@ -322,8 +327,6 @@ class QuantizedGraph:
                 result = self._call_observed(args, parameters, weights, last=True)
                 self._end_observing(args, weights, result)
             self._select(args, parameters, weights)
-        if self._compiled.key(args, weights) in self._compiled.known:  # for another model that has the same graph
-            tell(self._report.summary())
 
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:
@@ -334,10 +337,23 @@ class QuantizedGraph:
             weakref.finalize(parameters[0], entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
-    def _publish(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+    def _settle(self, phase: str, reason: str, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+        """Keep what came out, and say how calls run from now on: until work aside is over, they are in float."""
+        report = self._report.copy()
+        report.phase, report.phase_reason = phase, reason
         autotuning = selection.dump(self._graph, self._precision.format) if self._device.type == "cuda" else None
         fingerprint = self._fingerprint(weights, parameters)
-        self._entries[weights].publish(weights.layers, fingerprint, self._report, autotuning)
+        self._entry(weights, parameters).publish(weights.layers, fingerprint, report, autotuning)
+        self._report.key, self._report.stats_path = report.key, report.stats_path
+        if self._places is None:
+            self._say(phase, reason)
+        else:
+            self._outcome = phase, reason
+
+    def _say(self, phase: str, reason: str) -> None:
+        self._report.phase, self._report.phase_reason = phase, reason
+        _log.info("%s", self._report.summary())
+        tell(self._report.summary())
 
     def _fingerprint(self, weights: WeightSet, parameters: Sequence[torch.Tensor], again: bool = True) -> str:
         """``again=False``: the one that was taken last will do while no address and no version has changed, for to look
@@ -372,8 +388,7 @@ class QuantizedGraph:
         weights.select(parameters, chosen)
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
-            self._report.phase = "quantized" if weights.selection else "float"
-            self._publish(parameters, weights)
+            self._settle(*_standing(weights), parameters, weights)
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""
@@ -436,14 +451,7 @@ class QuantizedGraph:
     def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
         parameters = self._parameters(args)
         if not weights.selection and self._config.compile_in_background:
-            self._report.phase, self._report.phase_reason = (
-                "float",
-                f"no layer was selected: {self._most_common_reason()}",
-            )
-            _log.info("%s", self._report.summary())
-            tell(self._report.summary())
-            self._entry(weights, parameters)
-            self._publish(parameters, weights)
+            self._settle("float", f"no layer was selected: {self._most_common_reason()}", parameters, weights)
             return None
         before = self._report.phase, self._report.phase_reason
         beside = "in the background, float goes on" if self._places is not None else "by Inductor"
@@ -457,9 +465,7 @@ class QuantizedGraph:
                 compiled = self._build_timed(args, weights, symbolic, entry.key)
             if self._places is not None:
                 self._warm_up(compiled, args, weights)
-            self._report.phase = "quantized" if weights.selection else "float"
-            outcome = "8-bit layers" if weights.selection else "no layer was selected; the float graph was"
-            self._report.phase_reason = f"{outcome} compiled by Inductor"
+            standing = _standing(weights)
         except NotInCacheError:
             self._report.phase, self._report.phase_reason = before
             raise
@@ -469,11 +475,8 @@ class QuantizedGraph:
             if symbolic:
                 raise
             compiled = None
-            self._stay_in_float(error)
-        if compiled is not None:
-            _log.info("%s", self._report.summary())
-            tell(self._report.summary())
-        self._publish(parameters, weights)
+            standing = self._stay_in_float(error)
+        self._settle(*standing, parameters, weights)
         if compiled is not None and self._config.free_float_weights:
             freed = weights.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
@@ -519,7 +522,7 @@ class QuantizedGraph:
 
     def _give_up(self, error: Exception) -> None:
         self._gave_up = True
-        self._stay_in_float(error)
+        self._say(*self._stay_in_float(error))
 
     def _may_try_again(self, run: SamplingRun | None) -> bool:
         """Whether a new sampling run has begun since it failed: what went wrong, such as a lack of memory, may be
@@ -528,18 +531,23 @@ class QuantizedGraph:
             return False
         return self._failed_in is None or self._failed_in() is not run
 
-    def _stay_in_float(self, error: Exception) -> None:
-        """Whatever went wrong, the user's model still works."""
+    def _stay_in_float(self, error: Exception) -> tuple[str, str]:
+        """Whatever went wrong, the user's model still works. Returns the phase, and why."""
         run = current_run()
         self._has_failed = True
         self._failures += 1
         self._failed_in = None if run is None else weakref.ref(run)
         _log.exception("onlinequant failed, so the model goes on in float")
-        self._report.phase = "float"
-        self._report.phase_reason = f"it failed: {type(error).__name__}: {error}"
-        tell(self._report.summary())
         for entry in self._entries.values():
             entry.release()
+        return "float", f"it failed: {type(error).__name__}: {error}"
+
+
+def _standing(weights: WeightSet) -> tuple[str, str]:
+    """The phase, and why, of calls whose graph is compiled."""
+    if weights.selection:
+        return "quantized", "8-bit layers compiled by Inductor"
+    return "float", "no layer was selected; the float graph was compiled by Inductor"
 
 
 _background_compiles = threading.RLock()

@@ -17,6 +17,7 @@ import onlinequant_backend as oq
 from onlinequant_backend import compat
 from onlinequant_backend.background import Background
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.persistence import Entry
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
 from onlinequant_backend.weights import WeightSet
@@ -108,6 +109,35 @@ def test_float_goes_on_until_the_compile_is_done(mode: Callable[[], Any], induct
     assert len(inductor.graphs) == 1
     assert (report().phase, report().stats_path is not None) == ("quantized", True)
     assert told[-1] == report().summary()
+
+
+@torch.no_grad()
+def test_it_says_8_bit_only_when_calls_are(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows a compile takes a second for SDXL: what was observed is saved."""
+    publish, told = Entry.publish, list[str]()
+    saving, may_save = threading.Event(), threading.Event()
+
+    def slowly(*given: Any) -> None:
+        saving.set()
+        assert may_save.wait(60)
+        publish(*given)
+
+    monkeypatch.setattr(Entry, "publish", slowly)
+    model = small()
+    step, expected = compiled(model, ASIDE), model(X)
+    inductor.may_end.set()
+    with told_to(texts_into(told)):
+        for _ in range(3):
+            step(X)
+        assert saving.wait(60)
+        assert torch.equal(step(X), expected)
+        assert (report().phase, report().phase_reason) == ("compiling", "in the background, float goes on")
+        assert not any("quantized" in text for text in told)
+        may_save.set()
+        join()
+    assert (report().phase, told[-1]) == ("quantized", report().summary())
+    assert oq.Report.load(report().stats_path or "").phase == "quantized"
+    assert 0 < relative_error(step(X), expected) < CLOSE
 
 
 @torch.no_grad()
