@@ -29,11 +29,6 @@ _tracing = threading.local()
 _copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Callable[..., Any]]]
 _copies = weakref.WeakKeyDictionary()
 
-
-# Which sizes each model was traced for. Dynamo knows functions by their place in a file, and would take a second
-# checkpoint for other sizes of the first: a graph for all sizes, of which nothing is in the cache.
-_seen_sizes: weakref.WeakKeyDictionary[torch.nn.Module, compat.SeenSizes] = weakref.WeakKeyDictionary()
-
 # Runs in a row that may fail before the next ones are left alone: each attempt may cost a trace.
 _MOST_FAILURES = 3
 
@@ -144,8 +139,6 @@ def _tracing_begins(_frame: str) -> None:
     call: _Call | None = getattr(_tracing, "call", None)
     if call is not None:  # or else it is not ours
         call.enter_context(uncollected())
-        if isinstance(call.model, torch.nn.Module):
-            trace.enter_context(_seen_sizes.setdefault(call.model, compat.SeenSizes()).in_place())
     if is_listened_to():
         trace.enter_context(Progress("tracing the model"))
 

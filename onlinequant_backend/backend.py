@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import cache, compat, graph, keys, precision, progress, report, shapes
+from . import cache, compat, graph, keys, precision, progress, report, tracing
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import QuantizedGraph, graphs
@@ -35,13 +35,13 @@ def onlinequant(
     whatever else stands in the way of 8 bit leaves the graph in float, with a reason in ``reports()``.
     """
     config = QuantConfig.from_options(options, mode)
-    shapes.watch_frame(graph_module, config.shapes)
+    tracing.is_traced(graph_module, config.shapes)
     device = _device(example_inputs)
     resolved = precision.resolve(config.precision, device)
     analyzed = graph.copy_graph(graph_module)
     run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device))
     infos = [info for _, info in layer_nodes(analyzed)]
-    model = compat.compiled_module_name()
+    model = tracing.model_name()
     reason = _why_float(infos, resolved, example_inputs)
     identity = keys.identity(analyzed, config, resolved, device) if reason is None else None
     known = None if identity is None else graphs.get((model, identity))
@@ -114,3 +114,6 @@ def _device(inputs: Sequence[Any]) -> torch.device:
     """Where most of the graph's inputs live; a UNet's time step may lie elsewhere."""
     devices = [x.device for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0]
     return max(set(devices), key=devices.count, default=torch.device("cpu"))
+
+
+tracing.follow(onlinequant)

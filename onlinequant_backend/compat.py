@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copyreg
+import dataclasses
 import functools
 import importlib
+import inspect
 import operator
 import os
-import sys
 import threading
 import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
-from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
-from torch._guards import CompileContext
+from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.variables import builder
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 
 
@@ -70,24 +72,55 @@ def hint(size: int | torch.SymInt) -> int:
     return int(node.shape_env.size_hint(node.expr))
 
 
-def compiled_module_name() -> str:
-    """Class of the module that Dynamo is compiling right now; "graph" where it is not a module.
+class Compilation(NamedTuple):
+    """One of Dynamo's, of a frame.
 
-    The graph does not tell: its nodes know the modules below the root only. Dynamo's own frames hold the root.
+    Attributes:
+        code: that the frame runs.
+        owner: the module whose method that is, if it is one.
+        backend: that it is for.
+        is_first: whether Dynamo has never compiled this code before, or has forgotten it.
     """
-    frame: types.FrameType | None = sys._getframe()
-    while frame is not None:
-        compiled = getattr(frame.f_locals.get("frame"), "f_locals", {})
-        if isinstance(compiled.get("self"), torch.nn.Module):
-            return type(compiled["self"]).__name__
-        frame = frame.f_back
-    return "graph"
+
+    code: types.CodeType
+    owner: torch.nn.Module | None
+    backend: Callable[..., Any]
+    is_first: bool
 
 
-def current_frame() -> str | None:
-    """Dynamo's number of the frame that it is compiling now; None outside of Dynamo."""
-    compile_id = CompileContext.current_compile_id()
-    return None if compile_id is None else str(compile_id.frame_id)
+def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]) -> None:
+    """Have ``handler(compilation, compile)`` called instead of each of Dynamo's compilations from now on: it calls
+    ``compile``, more than once if it wants to, and returns what that returns. Dynamo holds ``compile_lock`` then."""
+    original = convert_frame._compile
+    names = inspect.signature(original)
+
+    @functools.wraps(original)
+    def compile_frame(*args: Any, **kwargs: Any) -> Any:
+        given = names.bind(*args, **kwargs).arguments
+        owner = given["locals"].get("self")
+        compilation = Compilation(
+            code=given["code"],
+            owner=owner if isinstance(owner, torch.nn.Module) else None,
+            backend=given["compiler_fn"],
+            is_first=given["compile_id"].frame_compile_id == 0,
+        )
+        return handler(compilation, lambda: original(*args, **kwargs))
+
+    convert_frame._compile = compile_frame
+
+
+def innermost_backend(backend: Any) -> Any:
+    """What ``backend`` was before torch wrapped it."""
+    for name in ("_torchdynamo_orig_backend", "compiler_fn", "func"):
+        if hasattr(backend, name):
+            return innermost_backend(getattr(backend, name))
+    return backend
+
+
+def ends_in_break(graph_module: torch.fx.GraphModule) -> bool:
+    """Whether Dynamo, which has made this graph, has more to trace than fits into it."""
+    reason = getattr(graph_module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
 
 
 def watch_compilations(before: Callable[[str], None], after: Callable[[str], None]) -> bool:
@@ -129,16 +162,9 @@ class SeenSizes:
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """Within the block, which must hold ``compile_lock``, Dynamo knows of these and no others."""
-        try:
-            from torch._dynamo import pgo
-
-            if self._state is None:
-                self._state = defaultdict(pgo.CodeState)
-            others = pgo._CODE_STATE
-        except (ImportError, AttributeError):
-            yield
-            return
-        pgo._CODE_STATE = self._state
+        if self._state is None:
+            self._state = defaultdict(pgo.CodeState)
+        others, pgo._CODE_STATE = pgo._CODE_STATE, self._state
         try:
             yield
         finally:
@@ -158,14 +184,26 @@ def static_tracing() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def symbolic_tracing() -> Iterator[None]:
-    """Dynamo makes every size of every input symbolic, each on its own, and takes none to be 1.
+def symbolic_tracing(note: Callable[[], object]) -> Iterator[None]:
+    """Dynamo makes every size of every input symbolic; ``note`` is called when it does.
 
-    Whatever hangs on the module itself, such as a LoRA's strength, stays a number until it is seen to change.
+    Whatever hangs on a module, such as a LoRA's strength, and other numbers stay so until they are seen to change.
     """
-    patch: Any = torch.compiler.config.patch  # type: ignore[attr-defined]
-    with patch(dynamic_sources=r"L\['(?!self'\])(?!.*\._(modules|parameters|buffers)\b)"), free_sizes():
+    original = builder.record_automatic_dynamic
+
+    def record(tx: Any, name: str, tensor: torch.Tensor) -> Any:
+        seen = original(tx, name, tensor)
+        if not tensor.dim():
+            return seen
+        note()
+        changed = (pgo.auto_dynamic,) * tensor.dim()
+        return dataclasses.replace(seen, size=changed)
+
+    builder.record_automatic_dynamic = record  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        builder.record_automatic_dynamic = original
 
 
 @contextlib.contextmanager
@@ -181,18 +219,13 @@ def no_kernel_choice() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def free_sizes() -> Iterator[None]:
-    """Symbolic sizes that happen to be equal, or 1, are not taken to be so always."""
+def free_sizes(are_ones_free: bool = True) -> Iterator[None]:
+    """Symbolic sizes that happen to be equal, or 1 if ``are_ones_free``, are not taken to be so always."""
     from torch.fx.experimental import _config
 
     patch: Any = _config.patch  # type: ignore[attr-defined]
-    with patch(use_duck_shape=False, backed_size_oblivious=True):
+    with patch(use_duck_shape=False, backed_size_oblivious=are_ones_free):
         yield
-
-
-def trace_again() -> None:
-    """Make Dynamo, which is calling a backend, trace the frame once more, under whatever settings there are by now."""
-    raise TensorifyScalarRestartAnalysis(restart_reason="onlinequant compiles with symbolic sizes")
 
 
 def cpu_flags() -> dict[str, bool]:

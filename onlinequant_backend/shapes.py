@@ -1,13 +1,7 @@
-"""Few graphs for many shapes: the first shape gets a graph of its own, one graph with symbolic sizes serves the rest.
-
-Left alone, Dynamo traces again for nearly every new combination of sizes: it makes only those symbolic that it has
-seen change, takes two that happen to be equal for one, and gives a size of 1 a graph of its own. So the backend tells
-it, for the frames that it has compiled, to make every size symbolic at once the next time.
-"""
+"""Few compiles for many shapes: the first shape gets a graph of its own, one with symbolic sizes serves the rest."""
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,54 +15,14 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
-from . import compat, graph, wire
+from . import graph, wire
 
 # A batch of one must not make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
 # torch assumes that a size is not 1 wherever it asks which strides matter. With a size of 1 none does, so such a graph
 # nearly always serves it as well; ``QuantizedGraph`` makes sure.
 SMALLEST = 2
 
-# By Dynamo's frame number: the option ``shapes`` of the model that this frame belongs to.
-_frames: dict[str, str] = {}
-# What is in force until Dynamo has compiled a frame, and what only until it calls the backend.
-_patches, _while_tracing = contextlib.ExitStack(), contextlib.ExitStack()
 _asked: weakref.WeakSet[object] = weakref.WeakSet()
-
-
-def watch_frame(graph_module: fx.GraphModule, shapes: str) -> None:
-    """Have the frame that Dynamo is compiling traced as ``shapes`` asks the next time, if there is one.
-
-    With "dynamic", a graph without symbolic sizes is traced once more right away: raises what makes Dynamo do so.
-    """
-    _while_tracing.close()
-    frame = compat.current_frame()
-    if frame is None:
-        return
-    if compat.watch_compilations(_before_compilation, _after_compilation):
-        _frames.clear()  # torch._dynamo.reset() has begun to count anew
-    known = _frames.get(frame)
-    _frames[frame] = shapes
-    if shapes == "dynamic" and known is None and not has_symbols(graph_module) and not compat.are_shapes_static():
-        _trace_symbolically()
-        compat.trace_again()
-
-
-def _before_compilation(frame: str) -> None:
-    shapes = _frames.get(frame)
-    if shapes == "static":
-        _patches.enter_context(compat.static_tracing())
-    elif shapes is not None and not compat.are_shapes_static():
-        _trace_symbolically()
-
-
-def _trace_symbolically() -> None:
-    _patches.enter_context(compat.symbolic_tracing())
-    _while_tracing.enter_context(compat.no_kernel_choice())
-
-
-def _after_compilation(_frame: str) -> None:
-    _while_tracing.close()
-    _patches.close()
 
 
 def is_first(layer: object) -> bool:

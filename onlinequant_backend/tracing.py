@@ -1,0 +1,188 @@
+"""How Dynamo traces what it compiles for this backend: few graphs for many sizes.
+
+Left alone, Dynamo traces again for nearly every new combination of sizes: it makes only those symbolic that it has
+seen change, takes two that happen to be equal for one, and gives a size of 1 a graph of its own. So from a frame's
+second graph on, every size of every input is made symbolic at once. What cannot be traced like that, or not without a
+break or a number that nobody knows, is traced in Dynamo's own way: nothing traces worse than without us.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import enum
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.fx as fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils.weak import WeakIdKeyDictionary
+
+from . import compat, shapes
+from .errors import OnlineQuantError
+
+_log = logging.getLogger("onlinequant")
+_T = TypeVar("_T")
+
+
+class Way(enum.IntEnum):
+    """How a frame is traced, in the order in which that is tried: a torch operator may ask whether a size is 1."""
+
+    ALL_SIZES = 0  # are symbolic, each on its own
+    LARGER_SIZES = 1  # but for those of 1
+    OWN = 2  # Dynamo's
+
+
+class _AnotherWay(compat.UnwrappedError):
+    """The frame is to be traced once more."""
+
+
+@dataclasses.dataclass
+class _Frame:
+    """What is known of the code that Dynamo compiles for one model.
+
+    Attributes:
+        seen: the sizes that Dynamo has seen of this model, and of no other one that runs the same code.
+        shapes: the option of this name.
+        way: how it is traced from its second graph on.
+        operations: how many its first graph has up to the first break; None if there is no graph yet.
+        has_unknown: whether that graph has numbers that are known only when it runs.
+    """
+
+    seen: compat.SeenSizes = dataclasses.field(default_factory=compat.SeenSizes)
+    shapes: str = "auto"
+    way: Way = Way.ALL_SIZES
+    operations: int | None = None
+    has_unknown: bool = False
+
+    def next_way(self) -> Way:
+        is_first = self.operations is None
+        return Way.OWN if is_first or self.shapes == "static" or compat.are_shapes_static() else self.way
+
+
+class _Attempt:
+    """At one compilation, in one way. ``made_symbolic``: by us, so that this may be why it fails."""
+
+    def __init__(self, compilation: compat.Compilation, frame: _Frame | None, way: Way) -> None:
+        self.compilation, self.frame, self.way = compilation, frame, way
+        self.made_symbolic = False
+        self.until_traced = contextlib.ExitStack()
+
+    def __call__(self, trace: Callable[[], _T]) -> _T:
+        before, _now.attempt = getattr(_now, "attempt", None), self
+        try:
+            with contextlib.ExitStack() as stack, self.until_traced:
+                if self.frame is not None:
+                    stack.enter_context(self.frame.seen.in_place())
+                    if self.frame.shapes == "static":
+                        stack.enter_context(compat.static_tracing())
+                if self.way is not Way.OWN:
+                    stack.enter_context(compat.symbolic_tracing(self._note))
+                    stack.enter_context(compat.free_sizes(are_ones_free=self.way is Way.ALL_SIZES))
+                    self.until_traced.enter_context(compat.no_kernel_choice())
+                return trace()
+        finally:
+            _now.attempt = before
+
+    def _note(self) -> None:
+        self.made_symbolic = True
+
+
+_now = threading.local()
+_backends = WeakIdKeyDictionary()
+# By code and, since models of a class share it, by model; by the code itself where it is no model's.
+_frames = WeakIdKeyDictionary()
+
+
+def follow(backend: Callable[..., Any]) -> None:
+    """From now on, what Dynamo compiles for ``backend`` is traced as this module says."""
+    _backends[backend] = True
+    compat.around_compilations(_compile)
+
+
+def model_name() -> str:
+    """Class of the module that Dynamo is compiling right now; "graph" where it is not a module.
+
+    The graph does not tell: its nodes know the modules below the root only.
+    """
+    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    owner = None if attempt is None else attempt.compilation.owner
+    return "graph" if owner is None else type(owner).__name__
+
+
+def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
+    """To be called by the backend with what it is given: raises what makes Dynamo trace once more if there is a better
+    way."""
+    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    if attempt is None:  # Dynamo has no part in this
+        return
+    attempt.until_traced.close()
+    with contextlib.suppress(TypeError):  # it may be of a kind that nobody can refer to
+        _backends[compat.innermost_backend(attempt.compilation.backend)] = True
+    frame = attempt.frame or _frame(attempt.compilation)
+    frame.shapes = shapes_option
+    operations, has_unknown = _operations(graph_module), _has_unknown(graph_module)
+    if frame.operations is None:
+        frame.operations, frame.has_unknown = operations, has_unknown
+        if shapes_option == "dynamic" and not shapes.has_symbols(graph_module) and frame.next_way() is not Way.OWN:
+            raise _AnotherWay
+    elif attempt.way is not Way.OWN:
+        is_broken = compat.ends_in_break(graph_module) and operations < frame.operations
+        if is_broken or (has_unknown and not frame.has_unknown):
+            raise _AnotherWay(f"{'it breaks' if is_broken else 'unknown numbers'} with symbolic sizes")
+
+
+def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
+    """Have Dynamo compile a frame, in one way after the other."""
+    if not _is_ours(compilation.backend):
+        return _Attempt(compilation, None, Way.OWN)(trace)
+    frame = _frame(compilation)
+    first = frame.way
+    while True:
+        attempt = _Attempt(compilation, frame, frame.next_way())
+        try:
+            return attempt(trace)
+        except OnlineQuantError:
+            raise
+        except _AnotherWay as reason:
+            if attempt.way is Way.OWN:  # the first graph, of a model that is to be "dynamic"
+                continue
+            error: Exception = reason
+        except Exception as reason:
+            if not attempt.made_symbolic:
+                frame.way = first  # it is no fault of ours, and may be passing
+                raise
+            error = reason
+        frame.way = Way(attempt.way + 1)
+        name = compilation.code.co_name if compilation.owner is None else type(compilation.owner).__name__
+        _log.debug("%s is traced in another way: %s: %s", name, type(error).__name__, error)
+
+
+def _is_ours(backend: Any) -> bool:
+    try:
+        return compat.innermost_backend(backend) in _backends
+    except TypeError:
+        return False
+
+
+def _frame(compilation: compat.Compilation) -> _Frame:
+    if compilation.is_first:  # also after torch._dynamo.reset()
+        _frames.pop(compilation.code, None)
+    owner = compilation.code if compilation.owner is None else compilation.owner
+    found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(owner, _Frame())
+    return found
+
+
+def _operations(graph_module: fx.GraphModule) -> int:
+    """How many of the graph's nodes compute tensors: those that compute sizes come with symbolic sizes."""
+    nodes = (node for node in graph_module.graph.nodes if node.op.startswith("call_"))
+    return sum(isinstance(node.meta.get("example_value"), torch.Tensor) for node in nodes)
+
+
+def _has_unknown(graph_module: fx.GraphModule) -> bool:
+    values = (node.meta.get("example_value") for node in graph_module.graph.nodes)
+    kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
+    return any(isinstance(value, kinds) and bool(free_unbacked_symbols(value)) for value in values)
