@@ -189,6 +189,8 @@ class QuantizedGraph:
 
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
+        if self._compiled.is_empty(args):
+            return self._run_float(args)
         with contextlib.ExitStack() as locks:
             for lock in (self._lock, weights.layers[0].lock):
                 # Another graph of this model may be about to be compiled in the background, which takes its time.

@@ -71,11 +71,16 @@ class CompiledGraphs:
     def needs_build(self, key: Key, args: Sequence[Any], weights: WeightSet) -> bool:
         """Whether ``make`` would compile for a call whose key is not known yet."""
         fixed, _ = key
+        if self.is_empty(args):
+            return False
         return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
 
     def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
         """The graph for a call whose key is not known yet, from now on in ``known``; None for the one in float."""
         fixed, _ = key
+        if self.is_empty(args):
+            self.known[key] = None
+            return None
         if self._are_too_many(fixed):
             _log.warning("a number among the inputs is never the same twice, so this call runs in float")
             return None
@@ -96,6 +101,11 @@ class CompiledGraphs:
         """Build anew, when they are called, what could not be built."""
         for key in [key for key, compiled in self.known.items() if compiled is None]:
             del self.known[key]
+
+    def is_empty(self, args: Sequence[Any]) -> bool:
+        """Whether a call brings a tensor without values: nothing can be observed, nor decided by its sizes."""
+        values = (args[position] for position in self._others)
+        return any(isinstance(value, torch.Tensor) and not value.numel() for value in values)
 
     def _are_too_many(self, fixed: tuple[Any, ...]) -> bool:
         kinds = {fixed for fixed, _ in self.known}

@@ -9,20 +9,22 @@ break or a number that nobody knows, is traced in Dynamo's own way: nothing trac
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import enum
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 import torch.fx as fx
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, sym_or
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import compat, shapes
+from . import compat, graph, shapes
 from .errors import OnlineQuantError
+from .passes import LayerInfo
 
 _log = logging.getLogger("onlinequant")
 _T = TypeVar("_T")
@@ -50,6 +52,8 @@ class _Frame:
         way: how it is traced from its second graph on.
         operations: how many its first graph has up to the first break; None if there is no graph yet.
         has_unknown: whether that graph has numbers that are known only when it runs.
+        fixed: the sizes of the inputs, by name, of each of its graphs that is for these alone.
+        layers: each layer, by name, at the largest size that it was traced at.
     """
 
     seen: compat.SeenSizes = dataclasses.field(default_factory=compat.SeenSizes)
@@ -57,6 +61,8 @@ class _Frame:
     way: Way = Way.ALL_SIZES
     operations: int | None = None
     has_unknown: bool = False
+    fixed: list[dict[str, torch.Size]] = dataclasses.field(default_factory=list)
+    layers: dict[str, LayerInfo] = dataclasses.field(default_factory=dict)
 
     def next_way(self) -> Way:
         is_first = self.operations is None
@@ -133,10 +139,48 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
         is_broken = compat.ends_in_break(graph_module) and operations < frame.operations
         if is_broken or (has_unknown and not frame.has_unknown):
             raise _AnotherWay(f"{'it breaks' if is_broken else 'unknown numbers'} with symbolic sizes")
+    sizes = {
+        node.name: value.shape for node in graph.placeholders(graph_module) if (value := _tensor(node)) is not None
+    }
+    if shapes.has_symbols(graph_module):
+        for fixed in frame.fixed:
+            _leave_to_others(fixed, sizes)
+    else:
+        frame.fixed.append(sizes)
+
+
+def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
+    """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
+    these among them."""
+    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    known = {} if attempt is None else _frame(attempt.compilation).layers
+    for info in infos:
+        if info.name not in known or info.flops > known[info.name].flops:
+            known[info.name] = copy.copy(info)
+    return known
+
+
+def _leave_to_others(fixed: Mapping[str, torch.Size], sizes: Mapping[str, torch.Size]) -> None:
+    """Have Dynamo not take the graph that it is tracing, with these symbolic ``sizes``, for calls with ``fixed`` ones:
+    for these there is another graph, but what was made last is tried first."""
+    differences: dict[tuple[str, int], torch.SymInt] = {}
+    for name in sizes.keys() & fixed.keys():
+        if len(sizes[name]) != len(fixed[name]):
+            return  # by itself it is for other calls
+        for size, known in zip(sizes[name], fixed[name], strict=True):
+            if isinstance(size, torch.SymInt):
+                differences[str(size), known] = size
+            elif size != known:
+                return
+    if any(compat.hint(size) != known for (_, known), size in differences.items()):
+        # Evaluated, it becomes one of Dynamo's guards.
+        bool(sym_or(*(size != known for (_, known), size in differences.items())))
 
 
 def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
     """Have Dynamo compile a frame, in one way after the other."""
+    if compilation.is_first:  # also after torch._dynamo.reset()
+        _frames.pop(compilation.code, None)
     if not _is_ours(compilation.backend):
         return _Attempt(compilation, None, Way.OWN)(trace)
     frame = _frame(compilation)
@@ -169,8 +213,6 @@ def _is_ours(backend: Any) -> bool:
 
 
 def _frame(compilation: compat.Compilation) -> _Frame:
-    if compilation.is_first:  # also after torch._dynamo.reset()
-        _frames.pop(compilation.code, None)
     owner = compilation.code if compilation.owner is None else compilation.owner
     found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(owner, _Frame())
     return found
@@ -179,7 +221,12 @@ def _frame(compilation: compat.Compilation) -> _Frame:
 def _operations(graph_module: fx.GraphModule) -> int:
     """How many of the graph's nodes compute tensors: those that compute sizes come with symbolic sizes."""
     nodes = (node for node in graph_module.graph.nodes if node.op.startswith("call_"))
-    return sum(isinstance(node.meta.get("example_value"), torch.Tensor) for node in nodes)
+    return sum(_tensor(node) is not None for node in nodes)
+
+
+def _tensor(node: fx.Node) -> torch.Tensor | None:
+    value = node.meta.get("example_value")
+    return value if isinstance(value, torch.Tensor) else None
 
 
 def _has_unknown(graph_module: fx.GraphModule) -> bool:

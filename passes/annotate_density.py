@@ -17,6 +17,8 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
     Before: ``LayerInfo(name, kind, flops=0, bytes=0)``. After, for y = x @ w.T with x [M, K] and w [N, K]:
     ``flops = 2 M N K`` and ``bytes = M K + N K + M N`` elements, each times the size of its dtype.
 
+    A graph with symbolic sizes serves all of them, so there it is the largest shapes that its model was traced at.
+
     PyTorch's flop counter is no use here: it does not know 8-bit products. Leaves alone what is annotated already.
     """
     changed = 0
@@ -33,7 +35,17 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
         info.flops = _flops(node, info)
         info.bytes = sum(math.prod(_shape(tensor)) * tensor.element_size() for tensor in (x, weight, y))
         changed += 1
+    largest = context.at_largest([info for _, info in layer_nodes(graph_module)]) if changed else {}
+    for node, info in layer_nodes(graph_module):
+        known = largest.get(info.name)
+        if known is not None and not graph.is_concrete(node.meta.get("example_value")) and _is_alike(known, info):
+            for name in ("input_shape", "output_shape", "flops", "bytes"):
+                setattr(info, name, getattr(known, name))
     return changed
+
+
+def _is_alike(one: LayerInfo, other: LayerInfo) -> bool:
+    return (one.kind, one.weight_shape, one.dtype) == (other.kind, other.weight_shape, other.dtype)
 
 
 def _flops(node: fx.Node, info: LayerInfo) -> int:

@@ -130,6 +130,7 @@ class PassContext:
         freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         device: where the graph runs.
+        at_largest: each of these layers, by name, at the largest size that its model was traced at.
         smoothing: what identifies the factors that a layer's input is smoothed by, by the layer's index, if it is.
         merge: makes one weight of those of several layers, by their indices; returns whether it could.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
@@ -142,6 +143,7 @@ class PassContext:
     freed: Collection[int] = ()
     selection: Sequence[int] | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    at_largest: Callable[[Sequence[LayerInfo]], Mapping[str, LayerInfo]] = lambda infos: {}
     smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
