@@ -21,7 +21,7 @@ from .compile_process import done_elsewhere
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
-from .layers import quantize_weight, scales_in
+from .copies import quantize_weight, scales_in
 from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress

@@ -185,7 +185,7 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
     for _ in range(2):
         step(X)
     for layer in oq.runtime.registry._sets:
-        layer.layers[1].drop_copy()
+        layer.layers[1].copy.drop()
     monkeypatch.setattr(Layer, "requantize", change_afterwards)
     step(X)
     inductor.finish()

@@ -15,7 +15,8 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend import build, formats, ops
 from onlinequant_backend.formats import FP8, INT8, Format
-from onlinequant_backend.layers import Layer, quantize_weight
+from onlinequant_backend.copies import quantize_weight
+from onlinequant_backend.layers import Layer
 from onlinequant_backend.merged import MergedWeight
 from onlinequant_backend.weights import WeightSet, registry
 from tests.graph_probe import host_precision
@@ -61,7 +62,7 @@ def dequantized(weight: torch.Tensor | None, scale: torch.Tensor | None) -> torc
 def assert_near(merged: MergedWeight, weights: Sequence[torch.Tensor]) -> None:
     """The merged weight is what quantizing each alone would give, up to what a larger scale loses."""
     parts = dequantized(merged.weight, merged.weight_scale).split([len(weight) for weight in weights])
-    for layer, part, weight in zip(merged.layers, parts, weights, strict=True):
+    for layer, part, weight in zip(merged.copies, parts, weights, strict=True):
         assert torch.equal(dequantized(layer.weight, layer.weight_scale), part)
         assert relative_error(part, weight) < 0.04
 
