@@ -125,6 +125,8 @@ class QuantizedGraph:
                     self._follow(parameters, weights)
             else:
                 raise RuntimeError("weights change faster than they can be quantized")
+            if weights.numbers.widen(self._compiled.numbers(args)):
+                weights.schedule.restart()
             key = self._compiled.key(args, weights)
             known = self._compiled.known
             if key not in known and self._may_work_aside() and self._compiled.needs_build(key, args, weights):
@@ -241,6 +243,7 @@ class QuantizedGraph:
             last = step >= self._config.calibration_steps
             self._show_progress(step, self._config.calibration_steps)
         result = self._call_observed(args, parameters, weights, last)
+        weights.numbers.widen(self._compiled.numbers(args))
         weights.count_call(self._fingerprint(weights, parameters, again=last))
         self._report.calls_observed = max(self._report.calls_observed, weights.calls())
         if last:
@@ -407,6 +410,10 @@ class QuantizedGraph:
         weights.kind = self._kinds.setdefault((weights.layout, chosen, pattern), len(self._kinds))
         weights.select(parameters, chosen)
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
+        # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
+        fingerprint = self._fingerprint(weights, parameters)
+        if any(layer.calibrated_for != fingerprint for layer in weights.layers):
+            weights.schedule.restart()
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
             self._settle(*_standing(weights), parameters, weights)
 

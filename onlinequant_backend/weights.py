@@ -58,6 +58,7 @@ class WeightSet:
         schedule: which calls look whether activations have outgrown their ranges.
         layout: stands for the strides and dtypes of all parameters.
         kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
+        numbers: of a call's inputs, how far they have been from each other.
         selection: indices of the layers that run in 8 bit; None until they do.
         extras: of each compiled graph, how it is called with these weights, and its extra inputs.
         generation: stands for the copies and ranges that this set has been brought up to date with last.
@@ -78,6 +79,7 @@ class WeightSet:
         self.layers = tuple(layers)
         self.schedule = drift.Schedule(drift_check_every)
         self.layout = self.kind = layout
+        self.numbers = drift.Bounds()
         self.selection: tuple[int, ...] | None = None
         self.extras: dict[object, Prepared] = {}
         self.generation = -1

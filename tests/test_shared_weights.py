@@ -1,6 +1,7 @@
-"""Two models that have weights in common, as a model and its copy with a LoRA in a few layers: each draws its own.
+"""Weights in common: of a model and its copy with a LoRA in a few layers, and of two places in one model.
 
-What each draws in 8 bit with nobody else running is kept, and every later picture has to be equal to it to the bit.
+What each model draws in 8 bit with nobody else running is kept, and every later picture has to be equal to it to the
+bit.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+import onlinequant_backend as oq
 from onlinequant_backend import copies
-from onlinequant_backend.weights import registry
+from tests.small import forget_everything
 from tests.test_runtime import EagerInductor, compiled, deltas, inductor  # noqa: F401
 from tests.test_threads import CLOSE, X, at_once
-from tests.tiny import Net, net, relative_error
+from tests.tiny import Net, net, noise, relative_error
 
 CALLS = 100
 
@@ -89,3 +91,141 @@ def test_a_second_model_that_comes_while_the_first_is_running(inductor: EagerInd
         return torch.tensor(sum(relative_error(calls[number](), expected) > CLOSE for _ in range(CALLS)))
 
     assert [int(number) for number in at_once(*(functools.partial(far, number) for number in range(3)))] == [0, 0, 0]
+
+
+def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> None:  # noqa: F811
+    """Each model keeps up with its own weights, whatever the other has done."""
+    models = [net()]
+    models.append(variant(models[0]))
+    calls = in_8_bit(*models)
+    pictures = [call() for call in calls]
+    originals = [(model, name, weight) for model in models for name, weight in model.named_parameters() if weight.dim() > 1]
+    for model, name, weight in originals[::3]:
+        module = model.get_submodule(name.removesuffix(".weight"))
+        module.weight = nn.Parameter(weight.flip(0), requires_grad=False)
+        for each, call in zip(models, calls, strict=True):
+            assert 0 < relative_error(call(), each(X)) < CLOSE
+        module.weight = weight
+    assert [torch.equal(call(), picture) for call, picture in zip(calls, pictures, strict=True)] == [True, True]
+    assert len(inductor.graphs) == 1
+
+
+@pytest.mark.parametrize("change", ["replaced", "in place"])
+def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, change: str) -> None:  # noqa: F811
+    """The thread of each model goes to and fro between two LoRAs of its own, as ComfyUI and as diffusers do."""
+    models = [net()]
+    models.append(variant(models[0]))
+    calls = in_8_bit(*models)
+
+    def lora(number: int, is_on: bool) -> None:
+        for layer, weight, patched in layers[number]:
+            if change == "replaced":
+                layer.weight = nn.Parameter(patched.clone(), requires_grad=False) if is_on else weight
+            else:
+                layer.weight.copy_(patched if is_on else weight)
+
+    layers = [
+        [(layer, layer.weight if change == "replaced" else layer.weight.clone(), layer.weight + delta)
+         for layer, delta in deltas(model)]
+        for model in models
+    ]  # fmt: skip
+    pictures = []
+    for number, call in enumerate(calls):
+        lora(number, True)
+        call(), call()  # which may widen a range
+        patched = call()
+        lora(number, False)
+        call()
+        pictures.append((call(), patched))
+        assert relative_error(*pictures[-1]) > 3 * CLOSE
+    wanted = []
+    for number, call in enumerate(calls):
+        lora(number, True)
+        patched = call()
+        lora(number, False)
+        wanted.append((call(), patched))
+
+    def work(number: int) -> torch.Tensor:
+        wrong = 0
+        for turn in range(CALLS):
+            is_on = turn % 3 == 0
+            if turn % 3 < 2:
+                lora(number, is_on)
+            wrong += not torch.equal(calls[number](), wanted[number][is_on])
+        return torch.tensor(wrong)
+
+    assert [int(number) for number in at_once(functools.partial(work, 0), functools.partial(work, 1))] == [0, 0]
+
+
+def test_one_model_that_changes_while_another_thread_calls_it(inductor: EagerInductor) -> None:  # noqa: F811
+    """A call that is running goes on with the copies that it began with: it is of the weights before or after."""
+    model = net()
+    (call,) = in_8_bit(model)
+    layer = model.blocks[0].conv
+    weights = (layer.weight.data, layer.weight.flip(0).contiguous())
+    pictures = []
+    for weight in (*weights, *weights):
+        layer.weight.data = weight
+        call()
+        pictures.append(call())
+    wanted = pictures[2:]
+    assert relative_error(*wanted) > 3 * CLOSE
+    is_over = threading.Event()
+
+    def owner() -> torch.Tensor:
+        wrong = 0
+        for turn in range(CALLS):
+            layer.weight.data = weights[turn % 2]  # at one blow, so that no thread reads half of it
+            wrong += not torch.equal(call(), wanted[turn % 2])
+        is_over.set()
+        return torch.tensor(wrong)
+
+    def other() -> torch.Tensor:
+        wrong = 0
+        while not is_over.is_set():
+            picture = call()
+            wrong += not any(torch.equal(picture, each) for each in wanted)
+        return torch.tensor(wrong)
+
+    assert [int(number) for number in at_once(owner, other)] == [0, 0]
+
+
+# --- two places in one model ---
+
+
+class Tied(nn.Module):
+    """One linear layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.linear(x), self.linear(y)
+
+
+def outlying(x: torch.Tensor) -> torch.Tensor:
+    """The same with a channel that has to be smoothed."""
+    return torch.cat([x[:, :1] * 1000, x[:, 1:]], 1)
+
+
+@pytest.mark.parametrize(("change", "number"), [(lambda y: y * 1e-3, 1), (outlying, 2)], ids=["small", "smoothed"])
+def test_a_weight_that_is_used_twice_has_two_ranges(
+    change: Callable[[torch.Tensor], torch.Tensor], number: int, inductor: EagerInductor  # noqa: F811
+) -> None:
+    """And one copy, unless one of the inputs is smoothed in another way."""
+    torch.manual_seed(0)
+    model = Tied().requires_grad_(False)
+    x, y = noise(128, 64), change(noise(128, 64, seed=2))
+    for found in (False, True):
+        step = compiled(model)
+        for _ in range(3):
+            results = step(x, y)
+        assert all(0 < relative_error(*pair) < 0.02 for pair in zip(results, model(x, y), strict=True))
+        assert oq.reports()[-1].cache_hit == found
+        assert all(decision.quantized and decision.sensitivity < 0.02 for decision in oq.reports()[-1].decisions)
+        assert oq.copied_bytes(model) == number * model.linear.weight.numel()
+        model.linear.weight.mul_(-1)
+        assert all(0 < relative_error(*pair) < 0.02 for pair in zip(step(x, y), model(x, y), strict=True))
+        model.linear.weight.mul_(-1)
+        forget_everything()
