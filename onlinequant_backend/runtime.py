@@ -23,9 +23,9 @@ from .cache import Cache
 from .calibration import Observation
 from .changes import addresses_and_versions
 from .choice import Choice
-from .copies import Call
 from .compile_times import CompileTimes
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
+from .copies import Call
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .garbage import uncollected
@@ -158,7 +158,7 @@ class QuantizedGraph:
 
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in list(self._sets.values()):  # another thread may find one
-            weights.check_not_freed()
+            weights.check_not_freed(self._parameters(args))
         with self._turn() if self._background.is_busy() else contextlib.nullcontext():
             return self._graph(*args)
 
@@ -254,7 +254,7 @@ class QuantizedGraph:
         self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, last: bool
     ) -> Any:
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
-        weights.check_not_freed()
+        weights.check_not_freed(parameters)
         if last and self._device.type == "cuda":  # it calls the kernels of every layer
             selection.compile_ahead(self._graph, self._precision.format, self._device)
         turn = self._turn() if self._places is not None else contextlib.nullcontext()
@@ -408,8 +408,8 @@ class QuantizedGraph:
         alike = list(weights.smoothing().values())
         pattern = tuple((i, alike.index(factors)) for i, factors in weights.smoothing().items())
         weights.kind = self._kinds.setdefault((weights.layout, chosen, pattern), len(self._kinds))
-        weights.select(parameters, chosen)
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
+        weights.select(parameters, chosen)
         # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
         fingerprint = self._fingerprint(weights, parameters)
         if any(layer.calibrated_for != fingerprint for layer in weights.layers):
@@ -429,8 +429,9 @@ class QuantizedGraph:
             except BaseException:  # an interrupt, say: what is left to do is done at the next call
                 weights.generation = -1
                 raise
+            seconds = time.perf_counter() - start
             if weights.changed:
-                _log.info("quantized %d changed weights again in %.2f s", len(weights.changed), time.perf_counter() - start)
+                _log.info("quantized %d changed weights again in %.2f s", len(weights.changed), seconds)
             weights.changed.clear()
 
     def _heed(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:

@@ -47,9 +47,8 @@ class CompiledGraphs:
         inputs = graph.placeholders(self._graph)
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
-        self._numbers = [
-            i for i in self._others if i in self._wrapped_floats or isinstance(inputs[i].meta.get("example_value"), _NUMBERS)
-        ]
+        examples = {i: inputs[i].meta.get("example_value") for i in self._others}
+        self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = self._which_shapes != "static" and shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | None] = {}

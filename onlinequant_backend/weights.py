@@ -91,7 +91,8 @@ class WeightSet:
             name: weakref.ref(parameter, self._expire) for name, parameter in zip(names, parameters, strict=True)
         }
         self._places = places(candidates)
-        self._index = {(names[candidate], place): i for i, (candidate, place) in enumerate(zip(candidates, self._places))}
+        keys = zip((names[candidate] for candidate in candidates), self._places, strict=True)
+        self._index = {key: index for index, key in enumerate(keys)}
 
     def _expire(self, _guard: object) -> None:
         self.alive = False
@@ -254,10 +255,12 @@ class WeightSet:
         """Whether any layer's float weight is gone."""
         return any(layer.copy.freed for layer in self.layers)
 
-    def check_not_freed(self) -> None:
-        """Raise FreedWeightsError if any is, so that the float graph cannot run."""
+    def check_not_freed(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise FreedWeightsError if one of ``parameters`` is, so that the float graph cannot run."""
+        ids = set(map(id, parameters))
         for layer in self.layers:
-            layer.copy.check_not_freed()
+            if layer.copy.freed and id(layer.copy.source) in ids:
+                layer.copy.check_not_freed()
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,

@@ -454,7 +454,7 @@ def test_moved_weights_are_not_calibrated_anew(inductor: EagerInductor) -> None:
 
 
 class Interrupting:
-    """Has ``name`` of 8-bit copies raise KeyboardInterrupt at its second call, having written half of what it should."""
+    """Has ``name`` raise KeyboardInterrupt after its second call: half of what is to be written is written."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, of: Any, name: str) -> None:
         self._left = 2

@@ -74,7 +74,7 @@ def test_at_once_each_draws_its_own_picture(inductor: EagerInductor) -> None:  #
     calls = in_8_bit(model, variant(model), variant(model, 2.0))
     pictures = [call() for call in calls]
     assert relative_error(pictures[0], pictures[1]) > 3 * CLOSE
-    wrong = at_once(*(functools.partial(differing, call, picture) for call, picture in zip(calls, pictures, strict=True)))
+    wrong = at_once(*map(functools.partial, [differing] * 3, calls, pictures))
     assert [int(number) for number in wrong] == [0, 0, 0]
 
 
@@ -99,9 +99,9 @@ def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> 
     models.append(variant(models[0]))
     calls = in_8_bit(*models)
     pictures = [call() for call in calls]
-    originals = [(model, name, weight) for model in models for name, weight in model.named_parameters() if weight.dim() > 1]
-    for model, name, weight in originals[::3]:
-        module = model.get_submodule(name.removesuffix(".weight"))
+    layers = [layer for model in models for layer in model.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))]
+    for module in layers[::3]:
+        weight = module.weight
         module.weight = nn.Parameter(weight.flip(0), requires_grad=False)
         for each, call in zip(models, calls, strict=True):
             assert 0 < relative_error(call(), each(X)) < CLOSE
@@ -125,10 +125,12 @@ def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, 
                 layer.weight.copy_(patched if is_on else weight)
 
     layers = [
-        [(layer, layer.weight if change == "replaced" else layer.weight.clone(), layer.weight + delta)
-         for layer, delta in deltas(model)]
-        for model in models
-    ]  # fmt: skip
+        [
+            (each, each.weight if change == "replaced" else each.weight.clone(), each.weight + delta)
+            for each, delta in found
+        ]
+        for found in map(deltas, models)
+    ]
     pictures = []
     for number, call in enumerate(calls):
         lora(number, True)
@@ -211,7 +213,9 @@ def outlying(x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize(("change", "number"), [(lambda y: y * 1e-3, 1), (outlying, 2)], ids=["small", "smoothed"])
 def test_a_weight_that_is_used_twice_has_two_ranges(
-    change: Callable[[torch.Tensor], torch.Tensor], number: int, inductor: EagerInductor  # noqa: F811
+    change: Callable[[torch.Tensor], torch.Tensor],
+    number: int,
+    inductor: EagerInductor,  # noqa: F811
 ) -> None:
     """And one copy, unless one of the inputs is smoothed in another way."""
     torch.manual_seed(0)

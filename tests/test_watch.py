@@ -95,9 +95,7 @@ def test_a_number_beyond_those_before_is_checked_at_once(strength: float, induct
 @torch.no_grad()
 def test_a_number_beyond_those_observed_is_checked_at_once(inductor: EagerInductor) -> None:
     model = net()
-    step = torch.compile(
-        lambda x, strength: model(x * strength), backend=oq.onlinequant, options=OPTIONS, dynamic=True
-    )
+    step = torch.compile(lambda x, strength: model(x * strength), backend=oq.onlinequant, options=OPTIONS, dynamic=True)
     for number in (1.0, 1.1, 6.0, 6.0):
         picture = step(X, number)
         assert relative_error(picture, model(X * number)) < CLOSE
