@@ -368,6 +368,10 @@ class QuantizedGraph:
         fingerprint = self._fingerprint(weights, parameters)
         self._entry(weights, parameters).publish(weights.layers, fingerprint, report, autotuning)
         self._report.key, self._report.stats_path = report.key, report.stats_path
+        named = dict(zip(self._names, parameters, strict=True))
+        for other in list(self._entries):  # of weights that were in the model while it was observed
+            if other is not weights and registry.is_successor(named, other):
+                self._entries.pop(other).release()
         if self._places is None:
             self._say(phase, reason)
         else:

@@ -164,6 +164,27 @@ def test_weights_that_change_while_compiling(replace: bool, inductor: SlowInduct
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_weights_of_larger_activations_that_come_beside_a_compile(when: str, inductor: SlowInductor) -> None:
+    """They were not observed, so the first call in 8 bit looks at the ranges."""
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(2):
+        step(X)
+    if when == "before":
+        model.conv_in.weight.mul_(8)
+    step(X)
+    assert inductor.begun.wait(60)
+    if when == "meanwhile":
+        model.conv_in.weight.mul_(8)
+    inductor.finish()
+    for _ in range(2):
+        picture = step(X)
+        assert relative_error(picture, model(X)) < CLOSE
+    assert not torch.equal(picture, model(X))
+
+
+@torch.no_grad()
 def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     step = compiled(model, ASIDE)
