@@ -31,7 +31,7 @@ from benchmarks.gpu_step import require_cuda
 from benchmarks.models import relative_error
 from onlinequant_backend import formats, ops, selection
 from onlinequant_backend.calibration import ActivationRange, freeze
-from onlinequant_backend.layers import quantize_weight
+from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.passes import ConvGeometry, LayerInfo
 
 FORMATS = {"fp8": formats.FP8, "int8": formats.INT8}

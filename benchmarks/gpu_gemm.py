@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_conv import FORMATS, Result, input_qparams, run
 from benchmarks.models import relative_error
 from onlinequant_backend import ops, selection
-from onlinequant_backend.layers import quantize_weight
+from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.passes import LayerInfo
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 import logging
+import operator
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,22 +19,25 @@ import torch.fx as fx
 from . import agreement, graph, wire
 from .compiler import Job, NotNowError, compile_job, is_refused, job_name, refuse
 from .config import QuantConfig
+from .copies import copies_lock
 from .cuda_graphs import GraphedCall
 from .drift import CountingCall
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
 from .shapes import FixedInputs, SymbolicInputs
-from .weights import WeightSet, copies_lock, getter
+from .weights import WeightSet, getter
 
 _log = logging.getLogger("onlinequant")
 
 
 class Prepared(NamedTuple):
-    """A compiled function for one set of weights, the same with counting, and the inputs that rewriting has added."""
+    """A compiled function for one set of weights, the same with counting, and the inputs that rewriting has added, as
+    they were at the set's ``generation``."""
 
     function: Callable[..., Any]
     counting: CountingCall
     extras: tuple[torch.Tensor, ...]
+    generation: int
 
     def release(self) -> None:
         """Give back the memory of CUDA graphs."""
@@ -84,13 +88,18 @@ class CompiledGraph:
     def prepare(self, weights: WeightSet) -> Prepared:
         """How this is called with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
         known: Prepared | None = weights.extras.get(self)
-        if known is None:
+        if known is None or known.generation != weights.generation:
             with copies_lock:  # else those that are released meanwhile would stay
-                extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
-                # A CUDA graph is made for certain addresses, so every set of weights has its own.
-                function = self.function if self._graphed is None else self._graphed(self.function)
-                known = weights.extras[self] = Prepared(function, CountingCall(self.function, self._graphed), extras)
+                known = weights.extras[self] = self._prepared(weights, known)
         return known
+
+    def _prepared(self, weights: WeightSet, known: Prepared | None) -> Prepared:
+        extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
+        if known is not None and all(map(operator.is_, extras, known.extras)):
+            return known._replace(generation=weights.generation)
+        # A CUDA graph is made for certain addresses, so every set of weights has its own.
+        function = self.function if self._graphed is None else self._graphed(self.function)
+        return Prepared(function, CountingCall(self.function, self._graphed), extras, weights.generation)
 
     @property
     def is_symbolic(self) -> bool:

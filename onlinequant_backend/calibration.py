@@ -51,6 +51,12 @@ class ActivationRange:
         if with_histogram:
             self.histograms.append(_histogram(x, low.float(), high.float()))
 
+    def copied(self) -> ActivationRange:
+        """The same, that goes on by itself."""
+        other = ActivationRange()
+        other.histograms, other._bounds = list(self.histograms), list(self._bounds)
+        return other
+
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been seen."""
@@ -246,7 +252,7 @@ class Observation:
             if layer.refusal() is None:
                 layer.measure_sensitivity(x, bias, y)
             if index not in self.kept:
-                layer.drop_copy()
+                layer.copy.drop()
         return y
 
     def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:

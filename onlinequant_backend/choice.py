@@ -45,7 +45,7 @@ class Choice:
             unusable={
                 info.name: why for info, why in zip(self._traced.infos, refusals, strict=True) if why is not None
             },
-            freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.freed),
+            freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.copy.freed),
             device=self._traced.device,
         )
         if context.measures_speed:

@@ -59,6 +59,25 @@ class Schedule:
         return True
 
 
+class Bounds:
+    """Between which bounds the numbers among a model's inputs have been: activations may grow with each of them."""
+
+    def __init__(self) -> None:
+        self._last: tuple[float, ...] = ()
+        self._lowest: tuple[float, ...] | None = None
+        self._highest: tuple[float, ...] = ()
+
+    def widen(self, numbers: tuple[float, ...]) -> bool:
+        """Have the bounds cover the numbers of a call; returns whether they did not."""
+        if numbers == self._last:
+            return False
+        self._last = numbers
+        before = self._lowest, self._highest
+        self._lowest = tuple(map(min, numbers, self._lowest or numbers))
+        self._highest = tuple(map(max, numbers, self._highest or numbers))
+        return (self._lowest, self._highest) != before
+
+
 class CountingCall:
     """A compiled function whose calls also say what its 8-bit layers clip.
 

@@ -1,46 +1,31 @@
-"""The state of one weight in this process: what was observed of its layer's inputs, and its 8-bit copy."""
+"""The state of one layer in this process: what was observed of its inputs, and the 8-bit copy that it runs on."""
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import dataclasses
 import math
 import threading
-import weakref
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from . import ops
 from .calibration import ActivationRange, clipped_share, freeze, widened
-from .changes import Stamp
+from .copies import Copy, Generation, copies_lock, read_elsewhere
 from .entry import LayerCalibration
-from .errors import FreedWeightsError
-from .formats import ONEDNN, Format
-from .kernels import cpu
-from .layout import CHANNELS_LAST
+from .formats import Format
 from .smoothing import smoothing_factors
 
 if TYPE_CHECKING:
-    from .merged import MergedWeight
     from .passes.layer import ConvGeometry
 
 
-# Values of a weight that are quantized at a time: 4 MiB as float32.
-_BLOCK = 2**20
 # Values of outputs that are compared at a time, of one image at least: all of a video model's take more than its step.
 _MOST_COMPARED = 2**26
 # On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
-# No weight is taken for smaller than this, so that scales are normal numbers.
-_LEAST = torch.finfo(torch.float32).tiny * 2**20
-
-
-class Generation:
-    """Counts how often any 8-bit copy in this process was made or marked as stale."""
-
-    number = 0
 
 
 @dataclasses.dataclass
@@ -61,14 +46,14 @@ class Sensitivity:
 
 
 class Layer:
-    """One conv or linear weight: what was observed of its inputs, and its 8-bit copy.
+    """A conv or linear layer: one place at which a model uses a weight.
+
+    ``first``: the layer of the same weight at its first place, whose copy may do for both.
 
     Attributes:
         geometry, format, method, device: what its state depends on beside the weight.
         calls: how many calls its input was observed for.
         frozen: whether observing is over and the input's quantization parameters are fixed for good.
-        freed: whether the float weight is gone, so that the 8-bit copy cannot be made anew.
-        in_use: whether a graph runs on the 8-bit copy.
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
         lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
@@ -76,12 +61,16 @@ class Layer:
             divided by; None for nothing. See ``smoothing_factors``.
         clipped: the largest share of an observed call's input that the frozen range clips.
         growth: by how much the range was widened since it was frozen; 1 if it was not.
-        weight, weight_scale: the 8-bit copy, or None.
-        merged: what the 8-bit copy is a part of, or None.
+        copy: the 8-bit copy of its weight.
     """
 
     def __init__(
-        self, geometry: ConvGeometry | None, format: Format, method: str, device: torch.device | str = "cpu"
+        self,
+        geometry: ConvGeometry | None,
+        format: Format,
+        method: str,
+        device: torch.device | str = "cpu",
+        first: Layer | None = None,
     ) -> None:
         self.geometry = geometry
         self.format = format
@@ -89,8 +78,6 @@ class Layer:
         self.device = torch.device(device)
         self.calls = 0
         self.frozen = False
-        self.freed = False
-        self.in_use = False
         self.calibrated_for = ""
         self.lock = threading.RLock()
         self.observed = ActivationRange()
@@ -98,11 +85,8 @@ class Layer:
         self.smoothing: torch.Tensor | None = None
         self.clipped = 0.0
         self.growth = 1.0
-        self.weight: torch.Tensor | None = None
-        self.weight_scale: torch.Tensor | None = None
-        self.merged: MergedWeight | None = None
-        self._source: Callable[[], torch.Tensor | None] = lambda: None
-        self._stamp: Stamp | None = None
+        self.copy = Copy(geometry, format)
+        self._first = first
         self._qparams: torch.Tensor | None = None
         self._ranged = False  # whether _qparams are of what was observed
 
@@ -116,12 +100,15 @@ class Layer:
         return self._qparams
 
     def _set_qparams(self, qparams: torch.Tensor) -> None:
-        # Into the same tensor as before, if there is one: compiled graphs were given it.
-        if self._qparams is None:
-            # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
-            self._qparams = torch.empty(5, device=qparams.device)[2:]
-        self._qparams.copy_(qparams)
-        self._ranged = True
+        # Into the same tensor as before, which compiled graphs were given, unless a call is reading it.
+        with copies_lock:
+            if self._qparams is not None:
+                Generation.number += 1
+            if self._qparams is None or any(layer is self for layer in read_elsewhere()):
+                # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
+                self._qparams = torch.empty(5, dtype=torch.float32, device=qparams.device)[2:]
+            self._qparams.copy_(qparams)
+            self._ranged = True
 
     def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
         """Take note of an input. The first one decides which channels are smoothed. ``turn``: tells layers apart whose
@@ -209,40 +196,55 @@ class Layer:
 
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
-        known = self.weight is not None and self._source() is weight
-        if known and self._stamp is not None and self._stamp.matches(Stamp.of(weight)):
+        if self.is_current(weight):
             return False
-        self.check_not_freed()
         self.requantize(weight)
         return True
 
-    def requantize(self, weight: torch.Tensor) -> None:
-        """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change."""
-        stamp = Stamp.of(weight)  # before that: another thread may change the weight meanwhile
-        with torch.inference_mode(False), torch.no_grad():
-            shared = None
-            if self.merged is not None and self.merged.shares_scale:
-                shared = self.merged.lay(self, float(scale_of(weight, self.format)))
-            q, scale = quantize_weight(weight, self.format, shared, self.smoothing)
-            if self.weight is None or self.weight_scale is None:
-                self.weight, self.weight_scale = self._new_copy(q), scale
-            elif shared is None:
-                self.weight_scale.copy_(scale)
-            geometry = self.geometry
-            if not self.format.is_packed:
-                self.weight.copy_(q)
-            elif geometry is None:
-                cpu.pack(self.weight, q)
-            else:
-                cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
-        self._source = weakref.ref(weight)
-        self._stamp = stamp
-        Generation.number += 1
+    def is_current(self, weight: torch.Tensor) -> bool:
+        """Whether the 8-bit copy is that of ``weight`` as it is now."""
+        self._choose_copy()
+        return self.copy.is_current(weight)
 
-    def _new_copy(self, q: torch.Tensor) -> torch.Tensor:
-        if self.format.is_packed:
-            return cpu.new_handle(q.shape)
-        return torch.empty_like(q, memory_format=CHANNELS_LAST.get(q.dim(), torch.contiguous_format))
+    def requantize(self, weight: torch.Tensor) -> None:
+        """Quantize ``weight``; see ``Copy.requantize``."""
+        self.copy.requantize(weight, self.smoothing)
+
+    def _choose_copy(self) -> None:
+        """Layers of one weight run on one copy where their inputs are smoothed alike."""
+        if self._first is None:
+            return
+        mine, other = self.smoothing, self._first.smoothing
+        if mine is other or (mine is not None and other is not None and torch.equal(mine, other)):
+            self.copy = self._first.copy
+        elif self.copy is self._first.copy:
+            self.copy = Copy(self.geometry, self.format)
+
+    def parted(self, first: Layer | None = None) -> Layer:
+        """The same layer with a copy of its own, for another weight; see ``Registry.part``."""
+        other = copy.copy(self)
+        other.copy, other._first = Copy(self.geometry, self.format), first
+        other.observed = self.observed.copied()
+        if self._qparams is not None:
+            other._qparams = None
+            other._set_qparams(self._qparams)
+            other._ranged = self._ranged
+        return other
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """What its state depends on beside the weight."""
+        return self.geometry, self.format, self.method, self.device
+
+    @property
+    def weight(self) -> torch.Tensor | None:
+        """The 8-bit copy, or None."""
+        return self.copy.weight
+
+    @property
+    def weight_scale(self) -> torch.Tensor | None:
+        """Its scales, or None."""
+        return self.copy.weight_scale
 
     def refusal(self) -> str | None:
         """What rules 8 bit out, or None."""
@@ -258,49 +260,11 @@ class Layer:
             return "its input was always zero while observing, so its range is not known"
         return None
 
-    def restamp(self, weight: torch.Tensor) -> None:
-        """Take ``weight`` as it is now for what the 8-bit copy was made of."""
-        self._source = weakref.ref(weight)
-        self._stamp = Stamp.of(weight)
-
-    def check_not_freed(self) -> None:
-        """Raise FreedWeightsError if the float weight that an 8-bit copy would be made of is gone."""
-        if self.freed:
-            raise FreedWeightsError(
-                "A weight was changed or asked for after its float values were given up (free_float_weights=True). "
-                "Load the model again; to change weights, as a LoRA does, compile with free_float_weights=False."
-            )
-
-    def drop_copy(self) -> None:
-        """Free the 8-bit copy, unless a graph runs on it."""
-        if not self.in_use:
-            self.weight = self.weight_scale = None
-
-    def release(self) -> int:
-        """Give up the 8-bit copy although graphs run on it; returns its bytes. What shares its memory goes as well."""
-        sharing = (self,) if self.merged is None else self.merged.layers
-        if any(layer.freed for layer in sharing):  # there is nothing that it could be made of again
-            return 0
-        freed = sum(layer.copied_bytes() for layer in sharing)
-        for layer in sharing:
-            layer.weight = layer.weight_scale = layer.merged = None
-            layer.forget()
-        return freed
-
-    def copied_bytes(self) -> int:
-        """The memory of the 8-bit copy."""
-        return 0 if self.weight is None else self.weight.nbytes
-
     def restore_copy(self) -> None:
         """Make a copy that was released meanwhile again, of the weight that it was made of."""
-        weight = self._source()
+        weight = self.copy.source
         if self.weight is None and weight is not None:
             self.requantize(weight)
-
-    def forget(self) -> None:
-        """Drop the 8-bit copy's claim to be up to date."""
-        self._stamp = None
-        Generation.number += 1
 
     def quantized_output(self, x: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
         """The layer's 8-bit output for float input ``x``, in the dtype of its float output ``y``."""
@@ -325,60 +289,3 @@ class Layer:
             sums.append(torch.stack([error.abs().sum(), error.square().sum(), y_part.abs().sum(dtype=torch.float32)]))
         mae, mse, magnitude = (torch.stack(sums).sum(0, dtype=torch.float64) / y.numel()).tolist()
         self.sensitivity = Sensitivity(mae / max(magnitude, torch.finfo(torch.float32).tiny), mae, mse)
-
-
-def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
-    """The scale of a whole weight, a 0-d float32 power of two: rounding stays the same as with any other, and small
-    changes of the weight leave it alone. Not finite if the weight is not."""
-    low, high = (bound.float() for bound in torch.aminmax(weight.detach()))
-    exact = torch.maximum(-low, high).clamp_(min=_LEAST) / format.weight_limit
-    return torch.exp2(torch.ceil(torch.log2(exact)))
-
-
-def _has_one_scale(shape: Sequence[int], format: Format) -> bool:
-    return format.linear_per_tensor and math.prod(shape[2:]) == 1
-
-
-def scales_in(shape: Sequence[int], format: Format) -> int:
-    """How many scales ``quantize_weight`` gives a weight of such a shape."""
-    return 1 if _has_one_scale(shape, format) else shape[0]
-
-
-def quantize_weight(
-    weight: torch.Tensor,
-    format: Format = ONEDNN,
-    scale_of_all: float | None = None,
-    smoothing: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
-
-    ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
-    [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
-    infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
-    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``. ``smoothing``: what the weight
-    is divided by first, see ``smoothing_factors``.
-    """
-    weight = weight.detach()
-    q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
-    per_tensor = _has_one_scale(weight.shape, format)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
-    if per_tensor:
-        scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
-    # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
-    rows = max(1, (_BLOCK if weight.device.type == "cpu" else 64 * _BLOCK) // weight.shape[1:].numel())
-    scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
-    for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
-        block = scratch[: len(source)].copy_(source)  # any dtype and memory format
-        if smoothing is not None:
-            block.div_(smoothing)
-        flat = block.flatten(1)
-        if not per_tensor:
-            largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
-            scale_block.copy_(largest.clamp_(min=_LEAST).div_(format.weight_limit))
-        # No clamping: with such a scale nothing rounds to more than the limit.
-        flat.div_(scale_block[:, None])
-        q_block.copy_(block if format.weight.is_floating_point else block.round_())
-    finite = torch.isfinite(scale)
-    if not finite.all():
-        q.view(torch.uint8)[~finite] = 0
-    return q, scale[:1].clone() if per_tensor else scale

@@ -25,6 +25,7 @@ from .changes import addresses_and_versions
 from .choice import Choice
 from .compile_times import CompileTimes
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
+from .copies import Call
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .garbage import uncollected
@@ -38,7 +39,7 @@ from .sizes import CompiledGraphs, Key
 from .traced import TracedGraph
 from .trouble import going_on
 from .watch import Watch
-from .weights import WeightSet, getter, registry
+from .weights import WeightSet, getter, places, registry
 
 _log = logging.getLogger("onlinequant")
 
@@ -68,8 +69,9 @@ class QuantizedGraph:
         self._parameters = getter(parameters)
         self._names = [graph.qualified_name(inputs[position]) for position in parameters]
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
+        self._places_of_weights = places(self._candidates)
         self._grad_enabled = torch.is_grad_enabled()
-        self._sets: dict[int, WeightSet] = {}
+        self._sets: dict[tuple[int, ...], WeightSet] = {}  # by the parameters' identities
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
         self._rests: weakref.WeakKeyDictionary[WeightSet, str] = weakref.WeakKeyDictionary()
         self._fingerprints: weakref.WeakKeyDictionary[WeightSet, tuple[Any, str]] = weakref.WeakKeyDictionary()
@@ -103,15 +105,28 @@ class QuantizedGraph:
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
             return self._run_float(args)
+        with Call() as call:
+            return self._run(args, call)
+
+    def _run(self, args: Sequence[Any], call: Call) -> Any:
+        """A call that may be in 8 bit, or the float one of one that is not yet, or cannot be."""
         try:
             parameters = self._parameters(args)
             weights = self._set(parameters)
-            if weights.selection is not None and not weights.is_current(parameters):
-                self._follow(parameters, weights)
-            if weights.selection is None:
-                result = self._calibrate(args, parameters, weights)
+            for _ in range(_MOST_TRIES):
+                call.layers = weights.layers  # before it is asked whether they are current, see ``copies``
                 if weights.selection is None:
-                    return result
+                    result = self._calibrate(args, parameters, weights)
+                    if weights.selection is None:
+                        return result
+                elif weights.is_current(parameters):
+                    break
+                else:
+                    self._follow(parameters, weights)
+            else:
+                raise RuntimeError("weights change faster than they can be quantized")
+            if weights.numbers.widen(self._compiled.numbers(args)):
+                weights.schedule.restart()
             key = self._compiled.key(args, weights)
             known = self._compiled.known
             if key not in known and self._may_work_aside() and self._compiled.needs_build(key, args, weights):
@@ -143,7 +158,7 @@ class QuantizedGraph:
 
     def _run_float(self, args: Sequence[Any]) -> Any:
         for weights in list(self._sets.values()):  # another thread may find one
-            weights.check_not_freed()
+            weights.check_not_freed(self._parameters(args))
         with self._turn() if self._background.is_busy() else contextlib.nullcontext():
             return self._graph(*args)
 
@@ -152,10 +167,8 @@ class QuantizedGraph:
         return lane_of(self._device).turn() if self._device.type == "cuda" else contextlib.nullcontext()
 
     def _set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
-        weights = self._sets.get(id(parameters[0]))
-        if weights is None or not weights.alive or weights.ids != list(map(id, parameters)):
-            weights = self._find_set(parameters)
-        return weights
+        weights = self._sets.get(tuple(map(id, parameters)))
+        return weights if weights is not None and weights.alive else self._find_set(parameters)
 
     def _find_set(self, parameters: Sequence[torch.Tensor]) -> WeightSet:
         """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
@@ -168,9 +181,10 @@ class QuantizedGraph:
                     info.geometry,
                     self._precision.format,
                     self._config.calibration_method,
-                    old=known.layer(self._names[candidate]) if known else None,
+                    old=known.layer(self._names[candidate], place) if known else None,
+                    place=place,
                 )
-                for info, candidate in zip(self._infos, self._candidates, strict=True)
+                for info, candidate, place in zip(self._infos, self._candidates, self._places_of_weights, strict=True)
             ]
             layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
             number = self._layouts.setdefault(layout, len(self._layouts))
@@ -179,13 +193,20 @@ class QuantizedGraph:
             if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
                 weights.schedule.restart()
             registry.add(weights)
-            for key, old in list(self._sets.items()):
+            for old in list(self._sets.values()):
                 if old.is_dead() or registry.is_successor(named, old):
-                    del self._sets[key]
-                    if old in self._entries:
-                        self._entries.pop(old).release()
-            self._sets[id(parameters[0])] = weights
+                    self._retire(old)
+            self._sets[weights.ids] = weights
             return weights
+
+    def _retire(self, old: WeightSet) -> None:
+        """Give up what a set holds that another one now takes the place of. It stays known for as long as it can be
+        called: its weights may be put back, or another model may have them as well."""
+        if not old.alive:
+            del self._sets[old.ids]
+        old.extras.clear()
+        if old in self._entries:
+            self._entries.pop(old).release()
 
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
@@ -224,6 +245,7 @@ class QuantizedGraph:
             last = step >= self._config.calibration_steps
             self._show_progress(step, self._config.calibration_steps)
         result = self._call_observed(args, parameters, weights, last)
+        weights.numbers.widen(self._compiled.numbers(args))
         weights.count_call(self._fingerprint(weights, parameters, again=last))
         self._report.calls_observed = max(self._report.calls_observed, weights.calls())
         if last:
@@ -234,7 +256,7 @@ class QuantizedGraph:
         self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet, last: bool
     ) -> Any:
         candidates = [index for index, info in enumerate(self._infos) if info.quantized]
-        weights.check_not_freed()
+        weights.check_not_freed(parameters)
         if last and self._device.type == "cuda":  # it calls the kernels of every layer
             selection.compile_ahead(self._graph, self._precision.format, self._device)
         turn = self._turn() if self._places is not None else contextlib.nullcontext()
@@ -286,11 +308,12 @@ class QuantizedGraph:
         ``aside``: then nobody hears of a user's mistake, and the model may be moved meanwhile.
         """
         parameters = self._parameters(args)
-        places = _places(parameters)
+        where = _places(parameters)
         try:
-            with self._lock:
-                self._places = places if aside else None
+            with self._lock, Call() as call:
+                self._places = where if aside else None
                 weights = self._set(parameters)
+                call.layers = weights.layers
                 if self._gave_up:
                     return
                 if weights.selection is None:
@@ -347,6 +370,10 @@ class QuantizedGraph:
         fingerprint = self._fingerprint(weights, parameters)
         self._entry(weights, parameters).publish(weights.layers, fingerprint, report, autotuning)
         self._report.key, self._report.stats_path = report.key, report.stats_path
+        named = dict(zip(self._names, parameters, strict=True))
+        for other in list(self._entries):  # of weights that were in the model while it was observed
+            if other is not weights and registry.is_successor(named, other):
+                self._entries.pop(other).release()
         if self._places is None:
             self._say(phase, reason)
         else:
@@ -387,8 +414,12 @@ class QuantizedGraph:
         alike = list(weights.smoothing().values())
         pattern = tuple((i, alike.index(factors)) for i, factors in weights.smoothing().items())
         weights.kind = self._kinds.setdefault((weights.layout, chosen, pattern), len(self._kinds))
-        weights.select(parameters, chosen)
         self._rests[weights] = keys.fingerprint(weights.rest(parameters))
+        weights.select(parameters, chosen)
+        # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
+        fingerprint = self._fingerprint(weights, parameters)
+        if any(layer.calibrated_for != fingerprint for layer in weights.layers):
+            weights.schedule.restart()
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
             self._settle(*_standing(weights), parameters, weights)
 
@@ -398,21 +429,33 @@ class QuantizedGraph:
             if weights.selection is None:
                 return
             start = time.perf_counter()
-            changed = weights.follow(parameters)
-            if not weights.is_calibrated():  # another graph of this model has come to the conclusion below
-                weights.selection = None
-            elif changed == len({weights.layers[index] for index in weights.selection}) and changed:
-                # A LoRA leaves biases and norms as they are; moving the model changes no value.
-                rest = keys.fingerprint(weights.rest(parameters))
-                if rest != self._rests[weights]:
-                    _log.info("another checkpoint was loaded, so it is calibrated anew")
-                    weights.start_over()
-                    self._entries.pop(weights, None)
-                    self._choice.is_made = False
-                    self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
-            if changed:
-                weights.schedule.restart()
-                _log.info("quantized %d changed weights again in %.2f s", changed, time.perf_counter() - start)
+            try:
+                weights.follow(parameters)
+                self._heed(parameters, weights)
+            except BaseException:  # an interrupt, say: what is left to do is done at the next call
+                weights.generation = -1
+                raise
+            seconds = time.perf_counter() - start
+            if weights.changed:
+                _log.info("quantized %d changed weights again in %.2f s", len(weights.changed), seconds)
+            weights.changed.clear()
+
+    def _heed(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+        """Look at what weights that have changed do to the activations, and observe another checkpoint's."""
+        if weights.changed:
+            weights.schedule.restart()
+        assert weights.selection is not None
+        if not weights.is_calibrated():  # another graph of this model has come to the conclusion below
+            weights.selection = None
+        elif weights.selection and weights.changed >= {weights.layers[index].copy for index in weights.selection}:
+            # A LoRA leaves biases and norms as they are; moving the model changes no value.
+            rest = keys.fingerprint(weights.rest(parameters))
+            if rest != self._rests[weights]:
+                _log.info("another checkpoint was loaded, so it is calibrated anew")
+                weights.start_over()
+                self._entries.pop(weights, None)
+                self._choice.is_made = False
+                self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
 
     def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
         """The 8-bit graph for these sizes; None, with a reason in the report, if it cannot be built."""
@@ -553,7 +596,7 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
 
 
 _background_compiles = threading.RLock()
-_MOST_MOVES, _MOST_FAILURES = 2, 2
+_MOST_MOVES, _MOST_FAILURES, _MOST_TRIES = 2, 2, 10
 _Places = list[tuple[Any, ...]]
 
 

@@ -18,10 +18,10 @@ import torch.nn.functional as F
 
 from . import ahead, cuda_graphs, graph
 from .compile_process import done_elsewhere
+from .copies import quantize_weight, scales_in
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
-from .layers import quantize_weight, scales_in
 from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress

@@ -24,6 +24,7 @@ _SAME_PICTURE = 0.3
 _MOST_KINDS = 8
 
 Key = tuple[tuple[Any, ...], tuple[Any, ...]]
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class CompiledGraphs:
@@ -46,11 +47,17 @@ class CompiledGraphs:
         inputs = graph.placeholders(self._graph)
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
         self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
+        examples = {i: inputs[i].meta.get("example_value") for i in self._others}
+        self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = self._which_shapes != "static" and shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | None] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
+
+    def numbers(self, args: Sequence[Any]) -> tuple[float, ...]:
+        """The numbers among a call's inputs, such as a LoRA's strength."""
+        return tuple([float(args[position]) for position in self._numbers])
 
     def key(self, args: Sequence[Any], weights: WeightSet) -> Key:
         """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""

@@ -1,8 +1,8 @@
 """8-bit copies of a model's weights, and whether the float weights have changed since.
 
-A ``Layer`` is the state of one weight in this process. Layers live in a registry keyed by the weight's identity,
-because one model reaches the backend as several graphs (another shape, ``no_grad`` then ``inference_mode``), and all of
-them must share one calibration.
+A ``Layer`` is the state of one place at which a weight is used in this process. Layers live in a registry keyed by the
+weight's identity and the number of the place, because one model reaches the backend as several graphs (another shape,
+``no_grad`` then ``inference_mode``), and all of them must share one calibration.
 
 A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
 changed is in ``changes``.
@@ -13,7 +13,8 @@ from __future__ import annotations
 import operator
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections import Counter
+from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,9 +22,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from . import drift
 from .changes import Snapshot
+from .copies import Copy, Generation, copies_lock
 from .formats import Format
 from .hollow import hollow_out
-from .layers import Generation, Layer
+from .layers import Layer
 from .merged import MergedWeight
 
 if TYPE_CHECKING:
@@ -31,16 +33,21 @@ if TYPE_CHECKING:
     from .passes.layer import ConvGeometry
 
 
-# Held while 8-bit copies are made, handed to a compiled graph or released. A call in another thread keeps those that it
-# was given for as long as it runs.
-copies_lock = threading.RLock()
-
-
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     """``operator.itemgetter``, the quickest there is, that gives a tuple for any number of positions."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda sequence: tuple(sequence[position] for position in positions)
+
+
+def places(candidates: Sequence[int]) -> list[int]:
+    """Of each layer, how many before it have the same weight; ``candidates`` says which weight each layer has."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for candidate in candidates:
+        numbers.append(seen[candidate])
+        seen[candidate] += 1
+    return numbers
 
 
 class WeightSet:
@@ -51,8 +58,11 @@ class WeightSet:
         schedule: which calls look whether activations have outgrown their ranges.
         layout: stands for the strides and dtypes of all parameters.
         kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
+        numbers: of a call's inputs, how far they have been from each other.
         selection: indices of the layers that run in 8 bit; None until they do.
         extras: of each compiled graph, how it is called with these weights, and its extra inputs.
+        generation: stands for the copies and ranges that this set has been brought up to date with last.
+        changed: the copies that ``follow`` has made again.
         ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
             references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
     """
@@ -66,18 +76,23 @@ class WeightSet:
         layout: int,
         drift_check_every: int = 0,
     ) -> None:
-        self.layers = layers
+        self.layers = tuple(layers)
         self.schedule = drift.Schedule(drift_check_every)
         self.layout = self.kind = layout
+        self.numbers = drift.Bounds()
         self.selection: tuple[int, ...] | None = None
         self.extras: dict[object, Prepared] = {}
-        self.ids = list(map(id, parameters))
+        self.generation = -1
+        self.changed: set[Copy] = set()
+        self.ids = tuple(map(id, parameters))
         self.alive = True
         self._candidates = candidates
         self._guards = {
             name: weakref.ref(parameter, self._expire) for name, parameter in zip(names, parameters, strict=True)
         }
-        self._by_name = {names[position]: layer for position, layer in zip(candidates, layers, strict=True)}
+        self._places = places(candidates)
+        keys = zip((names[candidate] for candidate in candidates), self._places, strict=True)
+        self._index = {key: index for index, key in enumerate(keys)}
 
     def _expire(self, _guard: object) -> None:
         self.alive = False
@@ -90,9 +105,10 @@ class WeightSet:
         """Whether any parameter with one of these identities is in this set."""
         return any(id(guard()) in ids for guard in self._guards.values())  # None is no parameter
 
-    def layer(self, name: str) -> Layer | None:
-        """The layer whose weight has this name."""
-        return self._by_name.get(name)
+    def layer(self, name: str, place: int = 0) -> Layer | None:
+        """The layer whose weight has this name, at so many places after its first."""
+        index = self._index.get((name, place))
+        return None if index is None else self.layers[index]
 
     def is_dead(self) -> bool:
         """Whether no parameter is left."""
@@ -143,26 +159,45 @@ class WeightSet:
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
-        stale: set[Layer] = set()
+        stale: set[Copy] = set()
         with copies_lock:
             # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
-            for some in (indices, [index for index in indices if self.layers[index].merged is not None]):
+            for some in (indices, [index for index in indices if self.layers[index].copy.merged is not None]):
                 for index in some:
-                    if self.layers[index].refresh(parameters[self._candidates[index]]):
-                        stale.add(self.layers[index])
+                    weight = parameters[self._candidates[index]]
+                    self._claim(index, weight)
+                    layer = self.layers[index]
+                    if not layer.is_current(weight):
+                        self.changed.add(layer.copy)  # first: an interrupt may come meanwhile
+                        stale.add(layer.copy)
+                        layer.requantize(weight)
         return len(stale)
+
+    def _claim(self, index: int, weight: torch.Tensor) -> None:
+        """Have a layer's copy be one that ``weight`` may be quantized into."""
+        if self.layers[index].copy.source is weight:
+            return
+        layer = registry.known(self.layers[index], weight, self._places[index])
+        if layer.copy.is_claimed(weight):
+            layer = registry.part(layer, weight, self._places[index])
+        if layer is not self.layers[index]:
+            self._replace(index, layer)
+
+    def _replace(self, index: int, layer: Layer) -> None:
+        # As a whole: calls in other threads go on reading the layers that they began with.
+        self.layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
 
     def merge(self, indices: Sequence[int]) -> MergedWeight | None:
         """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
-        layers = [self.layers[index] for index in indices]
-        known = layers[0].merged
-        if known is not None and list(known.layers) == layers:
+        copies = [self.layers[index].copy for index in indices]
+        known = copies[0].merged
+        if known is not None and list(known.copies) == copies:
             return known
-        if layers[0].format.is_packed:  # these are handles, of one byte
+        if copies[0].format.is_packed:  # these are handles, of one byte
             return None
-        if len(set(layers)) < len(layers) or any(layer.merged is not None for layer in layers):
+        if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
             return None
-        merged = MergedWeight(layers)
+        merged = MergedWeight(copies)
         registry.forget_extras()  # compiled graphs were given the tensors that the merged one has replaced
         return merged
 
@@ -173,54 +208,73 @@ class WeightSet:
         if isinstance(of, int):
             found = getattr(self.layers[of], what)
         else:
-            merged = self.merge(of)
-            if merged is None:
-                raise RuntimeError("a layer shares its weight with one that is merged with others than itself")
+            merged = self.merge(of) or self._merge_apart(of)
             found = getattr(merged, what.removeprefix("merged_"))
         assert isinstance(found, torch.Tensor)
         return found
+
+    def _merge_apart(self, indices: Sequence[int]) -> MergedWeight:
+        """``merge`` of copies of their own: another model with some of these weights has merged those with others."""
+        for index in indices:
+            weight = self.layers[index].copy.source
+            assert weight is not None
+            self._replace(index, self.layers[index].parted())
+            self.layers[index].requantize(weight)
+            self.layers[index].copy.in_use = True
+        merged = self.merge(indices)
+        assert merged is not None
+        return merged
 
     def select(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
         """Run the layers at ``indices`` in 8 bit from now on; the others' 8-bit copies are freed."""
         self._bring_up_to_date(parameters, indices)
         for index in indices:
-            self.layers[index].in_use = True
+            self.layers[index].copy.in_use = True
         for layer in self.layers:
-            layer.drop_copy()
+            layer.copy.drop()
+        self.changed.clear()
         self.selection = tuple(indices)  # last: from now on other threads may run
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
         """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""
         assert self.selection is not None
-        full = {self.layers[i]: parameters[self._candidates[i]] for i in self.selection if not self.layers[i].freed}
-        freed = hollow_out(list(full.values()))
-        for layer, weight in full.items():
-            layer.freed = True
-            layer.restamp(weight)
+        in_float = {candidate for i, candidate in enumerate(self._candidates) if i not in self.selection}
+        full = {
+            self.layers[i].copy: parameters[self._candidates[i]]
+            for i in self.selection
+            if not self.layers[i].copy.freed and self._candidates[i] not in in_float
+        }
+        freed = hollow_out(list({id(weight): weight for weight in full.values()}.values()))
+        for copy, weight in full.items():
+            copy.freed = True
+            copy.restamp(weight)
         self._bring_up_to_date(parameters, self.selection)
         return freed
 
     def has_freed(self) -> bool:
         """Whether any layer's float weight is gone."""
-        return any(layer.freed for layer in self.layers)
+        return any(layer.copy.freed for layer in self.layers)
 
-    def check_not_freed(self) -> None:
-        """Raise FreedWeightsError if any is, so that the float graph cannot run."""
+    def check_not_freed(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise FreedWeightsError if one of ``parameters`` is, so that the float graph cannot run."""
+        ids = set(map(id, parameters))
         for layer in self.layers:
-            layer.check_not_freed()
+            if layer.copy.freed and id(layer.copy.source) in ids:
+                layer.copy.check_not_freed()
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Quantize what has changed again, in place; returns how many layers that were."""
+        """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,
+        which whoever has done all that is to be done about it clears."""
         assert self.selection is not None
         return self._bring_up_to_date(parameters, self.selection)
 
     def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
         watched = getter([self._candidates[index] for index in selection])
-        # Taken before quantizing, so that what another thread changes meanwhile is noticed at the next call; put in
-        # place after it, so that no thread takes for current what is not quantized yet.
-        snapshot = Snapshot(watched(parameters), [self.layers[index].freed for index in selection])
-        changed = self.quantize(parameters, selection)
-        self._watched, self._snapshot, self._generation = watched, snapshot, Generation.number
+        with copies_lock:
+            # Taken before quantizing, so that what another thread changes meanwhile is noticed at the next call.
+            snapshot = Snapshot(watched(parameters), [self.layers[index].copy.freed for index in selection])
+            changed = self.quantize(parameters, selection)
+            self._watched, self._snapshot, self.generation = watched, snapshot, Generation.number
         return changed
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
@@ -229,7 +283,7 @@ class WeightSet:
         Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
         the generation tells.
         """
-        return self._generation == Generation.number and self._snapshot.is_current(self._watched(parameters))
+        return self.generation == Generation.number and self._snapshot.is_current(self._watched(parameters))
 
     def begin_check(self) -> bool:
         """See ``Snapshot``: values on a GPU are looked at apart from ``is_current``."""
@@ -244,14 +298,15 @@ class Registry:
     """Every layer of this process, by weight and by what its state depends on, and every set of weights in use."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[object, ...], WeakIdKeyDictionary] = {}
+        self._layers: dict[tuple[Any, ...], WeakIdKeyDictionary] = {}
         self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
         self._lock = threading.Lock()  # models may run in threads of their own
 
     def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
         """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""
         with self._lock:
-            known = max(self._sets, key=lambda weights: weights.overlap(parameters), default=None)
+            # Rather one that cannot be called any more: nobody else needs its copies.
+            known = max(self._sets, key=lambda each: (each.overlap(parameters), not each.alive), default=None)
         return known if known is not None and self.is_successor(parameters, known) else None
 
     @staticmethod
@@ -274,17 +329,35 @@ class Registry:
         format: Format,
         method: str,
         old: Layer | None = None,
+        place: int = 0,
     ) -> Layer:
-        """The layer of ``weight``. Where there is none, ``weight`` takes over ``old``, the layer of the weight
-        whose place in the model it has taken, if that fits, or else gets a new one."""
+        """The layer of ``weight``, at the place of this number. Where there is none, it takes over ``old``, the layer
+        of the weight whose place in the model it has taken, if that fits, or else gets a new one."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
-            layers = self._layers.setdefault(kind, WeakIdKeyDictionary())
-            if weight not in layers:
-                fits = old is not None and (old.geometry, old.format, old.method, old.device) == kind
-                layers[weight] = old if fits else Layer(*kind)
-            found: Layer = layers[weight]
-            return found
+            layers = self._layers_of(kind).setdefault(weight, {})
+            if place not in layers:
+                first = next(iter(layers.values()), None)
+                layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
+            return layers[place]
+
+    def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
+        """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
+        with self._lock:
+            return self._layers_of(layer.kind).get(weight, {}).get(place, layer)
+
+    def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
+        """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
+        with self._lock:
+            layers = self._layers_of(layer.kind)
+            parted: dict[int, Layer] = {}
+            for number, each in {**layers.get(weight, {}), place: layer}.items():
+                parted[number] = each.parted(next(iter(parted.values()), None))
+            layers[weight] = parted
+            return parted[place]
+
+    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[torch.Tensor, dict[int, Layer]]:
+        return self._layers.setdefault(kind, WeakIdKeyDictionary())
 
     def forget_extras(self) -> None:
         """Have all sets look their compiled graphs' extra inputs up again."""
@@ -295,36 +368,37 @@ class Registry:
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
         with self._lock:
-            found = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
-        for layer in found:
-            layer.forget()
-        return sum(layer.weight is not None for layer in found)
+            known = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
+            found = {layer.copy for places in known for layer in places.values()}
+        for copy in found:
+            copy.forget()
+        return sum(copy.weight is not None for copy in found)
 
     def copied_bytes(self, weights: Sequence[torch.Tensor]) -> int:
         """The memory of the 8-bit copies that models with any of ``weights`` run on."""
         with self._lock:
-            return sum(layer.copied_bytes() for layer in self._layers_beside(weights))
+            return sum(copy.nbytes() for copy in self._copies_beside(weights))
 
     def release(self, weights: Sequence[torch.Tensor]) -> int:
         """Give up the 8-bit copies that models with any of ``weights`` run on, and what was captured with them;
         returns the copies' bytes."""
         with copies_lock:
             with self._lock:
-                layers = self._layers_beside(weights)
-                sets = [known for known in self._sets if not layers.isdisjoint(known.layers)]
+                copies = self._copies_beside(weights)
+                sets = [known for known in self._sets if any(layer.copy in copies for layer in known.layers)]
             prepared = [one for known in sets for one in known.extras.values()]
             for known in sets:
                 known.extras.clear()
-            freed = sum(layer.release() for layer in layers)
+            freed = sum(copy.release() for copy in copies)
         for one in prepared:
             one.release()
         return freed
 
-    def _layers_beside(self, weights: Sequence[torch.Tensor]) -> set[Layer]:
+    def _copies_beside(self, weights: Sequence[torch.Tensor]) -> set[Copy]:
         # By biases and norms too: a LoRA's weights may be gone already, and the model's own never seen.
         ids = set(map(id, weights))
         running = [known for known in self._sets if known.selection is not None and known.has_any_of(ids)]
-        return {layer for known in running for layer in known.layers}
+        return {layer.copy for known in running for layer in known.layers}
 
     def observe_again(self, weights: Sequence[torch.Tensor]) -> int:
         """Have the sets with any of ``weights`` observed anew at their next calls; returns how many there were. Not to

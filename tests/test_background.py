@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import onlinequant_backend as oq
 from onlinequant_backend import compat
 from onlinequant_backend.background import Background
+from onlinequant_backend.copies import Copy
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.persistence import Entry
 from onlinequant_backend.progress import told_to
@@ -163,6 +164,27 @@ def test_weights_that_change_while_compiling(replace: bool, inductor: SlowInduct
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_weights_of_larger_activations_that_come_beside_a_compile(when: str, inductor: SlowInductor) -> None:
+    """They were not observed, so the first call in 8 bit looks at the ranges."""
+    model = small()
+    step = compiled(model, ASIDE)
+    for _ in range(2):
+        step(X)
+    if when == "before":
+        model.conv_in.weight.mul_(8)
+    step(X)
+    assert inductor.begun.wait(60)
+    if when == "meanwhile":
+        model.conv_in.weight.mul_(8)
+    inductor.finish()
+    for _ in range(2):
+        picture = step(X)
+        assert relative_error(picture, model(X)) < CLOSE
+    assert not torch.equal(picture, model(X))
+
+
+@torch.no_grad()
 def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small()
     step = compiled(model, ASIDE)
@@ -170,22 +192,22 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
     changed = threading.Event()
 
     def change_afterwards(layer: Layer, given: torch.Tensor) -> None:
-        new_copy = Layer._new_copy
+        new_tensor = Copy._new_tensor
 
-        def change(of: Layer, q: torch.Tensor) -> torch.Tensor:
+        def change(of: Copy, q: torch.Tensor) -> torch.Tensor:
             if threading.current_thread() is not threading.main_thread() and given is weight and not changed.is_set():
                 weight.copy_(-weight)  # after it was read, before anybody could take note of it
                 changed.set()
-            return new_copy(of, q)
+            return new_tensor(of, q)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Layer, "_new_copy", change)
+            patch.setattr(Copy, "_new_tensor", change)
             requantize(layer, given)
 
     for _ in range(2):
         step(X)
     for layer in oq.runtime.registry._sets:
-        layer.layers[1].drop_copy()
+        layer.layers[1].copy.drop()
     monkeypatch.setattr(Layer, "requantize", change_afterwards)
     step(X)
     inductor.finish()

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
-from onlinequant_backend.layers import Layer, quantize_weight
+from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
@@ -173,7 +174,7 @@ def test_refresh_quantizes_only_what_changed() -> None:
     assert layer.refresh(weight)
     assert not layer.refresh(weight)
     assert layer.refresh(weight.clone())
-    layer.forget()
+    layer.copy.forget()
     assert layer.refresh(weight)
 
 
@@ -201,8 +202,8 @@ def test_quantizing_again_goes_into_the_same_tensors(geometry: ConvGeometry | No
 def test_copy_is_freed_unless_a_graph_runs_on_it(in_use: bool) -> None:
     layer = Layer(None, FORMAT, "minmax")
     layer.refresh(noise(8, 24))
-    layer.in_use = in_use
-    layer.drop_copy()
+    layer.copy.in_use = in_use
+    layer.copy.drop()
     assert (layer.weight is not None, layer.weight_scale is not None) == (in_use, in_use)
 
 

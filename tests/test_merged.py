@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 import unittest.mock
 from collections.abc import Sequence
 from typing import Any
@@ -14,8 +15,9 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import build, formats, ops
+from onlinequant_backend.copies import Call, quantize_weight
 from onlinequant_backend.formats import FP8, INT8, Format
-from onlinequant_backend.layers import Layer, quantize_weight
+from onlinequant_backend.layers import Layer
 from onlinequant_backend.merged import MergedWeight
 from onlinequant_backend.weights import WeightSet, registry
 from tests.graph_probe import host_precision
@@ -61,7 +63,7 @@ def dequantized(weight: torch.Tensor | None, scale: torch.Tensor | None) -> torc
 def assert_near(merged: MergedWeight, weights: Sequence[torch.Tensor]) -> None:
     """The merged weight is what quantizing each alone would give, up to what a larger scale loses."""
     parts = dequantized(merged.weight, merged.weight_scale).split([len(weight) for weight in weights])
-    for layer, part, weight in zip(merged.layers, parts, weights, strict=True):
+    for layer, part, weight in zip(merged.copies, parts, weights, strict=True):
         assert torch.equal(dequantized(layer.weight, layer.weight_scale), part)
         assert relative_error(part, weight) < 0.04
 
@@ -92,7 +94,7 @@ def test_layers_have_views_of_the_merged_tensors(format: Format) -> None:
     merged = merge(made)
     assert merge(made) is merged
     for layer, (weight, scale) in zip(made.layers, before, strict=True):
-        assert layer.merged is merged
+        assert layer.copy.merged is merged
         assert storage(layer.weight) == storage(merged.weight) != storage(weight)
         assert storage(layer.weight_scale) == storage(merged.weight_scale) != storage(scale)
         if format is INT8:
@@ -123,14 +125,14 @@ def test_scale_that_grows_only_moves_the_exponents_of_the_others() -> None:
     made = selected(weights)
     merged = merge(made)
     others = [dequantized(layer.weight, layer.weight_scale) for layer in made.layers]
-    stamps = [layer._stamp for layer in made.layers]
+    stamps = [layer.copy._stamp for layer in made.layers]
     scale = float(merged.weight_scale)
     weights[1].mul_(16)
     made.follow(weights)
     assert float(merged.weight_scale) == 16 * scale
     for i in (0, 2):
         layer = made.layers[i]
-        assert layer._stamp is stamps[i]  # not quantized again
+        assert layer.copy._stamp is stamps[i]  # not quantized again
         now = dequantized(layer.weight, layer.weight_scale)
         normal = others[i].abs() >= 16 * scale * 2**-6
         assert torch.equal(now[normal], others[i][normal])
@@ -234,10 +236,55 @@ def test_weights_that_cannot_be_merged_are_refused() -> None:
     assert made.merge((1, 2)) is None
     assert made.merge((1, 0)) is None
     assert made.merge((0, 1)) is merged
-    assert made.layers[2].merged is None
+    assert made.layers[2].copy.merged is None
     tied = new_weights()
     assert selected([tied[0], tied[0]]).merge((0, 1)) is None
     assert selected(new_weights(), host_precision().format).merge((0, 1)) is None
+
+
+def test_another_model_that_shares_one_of_merged_weights_has_copies_of_its_own() -> None:
+    """A compiled graph that has them merged serves both."""
+    weights = new_weights()
+    made = selected(weights)
+    merged = merge(made)
+    others = [*new_weights((3, 2, 1))[:2], weights[2]]
+    other = selected(others)
+    assert (other.layers[2], other.merge((0, 1, 2))) == (made.layers[2], None)
+    graph = build.CompiledGraph(lambda weight: weight, [], [("merged_weight", (0, 1, 2))])
+    assert graph([], other).shape == merged.weight.shape == graph([], made).shape
+    for each, its in ((made, weights), (other, others)):
+        each.follow(its)
+        assert each.follow(its) == 0
+        assert_near(merge(each), its)
+    assert merge(made) is merged
+
+
+def test_what_another_thread_reads_is_not_written() -> None:
+    weights = new_weights()
+    made = selected(weights)
+    merged = merge(made)
+    read = merged.weight, merged.weight_scale, made.layers[0].qparams
+    kept = [tensor.clone() for tensor in read]
+    is_reading, is_over = threading.Event(), threading.Event()
+
+    def call() -> None:
+        with Call() as reading:
+            reading.layers = made.layers
+            is_reading.set()
+            assert is_over.wait(60)
+
+    thread = threading.Thread(target=call)
+    thread.start()
+    assert is_reading.wait(60)
+    weights[1].mul_(8)
+    assert made.follow(weights) == 1
+    made.layers[0].widen(X * 5)
+    is_over.set()
+    thread.join()
+    assert all(torch.equal(tensor.float(), before.float()) for tensor, before in zip(read, kept, strict=True))
+    assert merged.weight is not read[0] and made.layers[0].qparams is not read[2]
+    assert merge(made) is merged
+    assert_near(merged, weights)
 
 
 def test_extras_are_looked_up_again_after_merging() -> None:
@@ -375,7 +422,7 @@ def test_blocks_of_one_graph_have_merged_weights_of_their_own(
             assert relative_error(block(*INPUTS), block.forward(*INPUTS)) < CLOSE
     assert (len(inductor.graphs), dynamo_graphs(), len(changes)) == (1, 1, 1)
     merged = [
-        {id(registry.layer(getattr(block, name).weight, None, formats.FP8, "mse").merged) for name in QKV}
+        {id(registry.layer(getattr(block, name).weight, None, formats.FP8, "mse").copy.merged) for name in QKV}
         for block in blocks
     ]
     assert len(merged[0]) == len(merged[1]) == 1

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, ops
+from onlinequant_backend import compat, copies, merged, ops
 from onlinequant_backend.kernels import cpu as kernels_cpu
 from onlinequant_backend.weights import registry
 from tests.tiny import OPTIONS, Net, net, noise, relative_error
@@ -451,6 +451,72 @@ def test_moved_weights_are_not_calibrated_anew(inductor: EagerInductor) -> None:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     assert 0 < relative_error(step(X), model(X)) < CLOSE
+
+
+class Interrupting:
+    """Has ``name`` raise KeyboardInterrupt after its second call: half of what is to be written is written."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, of: Any, name: str) -> None:
+        self._left = 2
+        self._function = getattr(of, name)
+        monkeypatch.setattr(of, name, lambda *args, **kwargs: self(*args, **kwargs))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self._left -= 1
+        result = self._function(*args, **kwargs)
+        if self._left == 0:
+            raise KeyboardInterrupt
+        return result
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("precision", "where"),
+    [
+        ("int8", (copies.Copy, "_write")),
+        ("fp8", (copies.Copy, "_write")),
+        ("fp8", (copies, "quantize_weight")),
+        ("fp8", (merged, "_rescale")),
+    ],
+)
+def test_a_change_that_is_undone_after_an_interrupt_is_undone(
+    precision: str, where: tuple[Any, str], inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C while weights are quantized, when the copies are what neither the old nor the new weights give."""
+    model = net()
+    step = compiled(model, precision=precision)
+    pictures = [step(X) for _ in range(4)]
+    block = model.blocks[0]
+    weights = [block.conv.weight, block.to_q.weight, block.to_k.weight, block.to_v.weight]
+    originals = [weight.clone() for weight in weights]
+    with monkeypatch.context() as patched:
+        Interrupting(patched, *where)
+        for weight in weights:
+            weight.data.mul_(64)
+        with pytest.raises(KeyboardInterrupt):
+            step(X)
+    for weight, original in zip(weights, originals, strict=True):
+        weight.data.copy_(original)
+    assert torch.equal(step(X), pictures[-1])
+    assert len(inductor.graphs) == 1
+
+
+@torch.no_grad()
+def test_another_checkpoint_is_calibrated_although_it_was_interrupted(
+    inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = net(), net(seed=5)
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    model.load_state_dict(other.state_dict())
+    with monkeypatch.context() as patched:
+        Interrupting(patched, copies.Copy, "_write")
+        with pytest.raises(KeyboardInterrupt):
+            step(X)
+    for _ in range(2):
+        assert torch.equal(step(X), other(X))
+    assert 0 < relative_error(step(X), other(X)) < CLOSE
 
 
 @torch.no_grad()

@@ -11,8 +11,9 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend.watch import Watch
+from onlinequant_backend.weights import registry
 from tests.test_runtime import CLOSE, EagerInductor, compiled, inductor
-from tests.tiny import net, noise, relative_error
+from tests.tiny import OPTIONS, net, noise, relative_error
 
 __all__ = ["inductor"]
 
@@ -59,6 +60,46 @@ def test_changed_weights_are_checked_at_once(inductor: EagerInductor) -> None:
     assert relative_error(step(X), model(X)) == 0
     assert 0 < relative_error(step(X), model(X)) < CLOSE
     assert len(inductor.graphs) == 1
+
+
+@torch.no_grad()
+def test_weights_that_change_after_the_last_observed_call_are_checked_at_once(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model, drift_check_every=64)
+    for _ in range(2):
+        step(X)
+    model.conv_in.weight.mul_(6)
+    for _ in range(3):
+        picture = step(X)
+        assert relative_error(picture, model(X)) < CLOSE
+    assert not torch.equal(picture, model(X))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("strength", [6.0, -6.0])
+def test_a_number_beyond_those_before_is_checked_at_once(strength: float, inductor: EagerInductor) -> None:
+    model = net()
+    step = torch.compile(lambda x, strength: model(x * strength), backend=oq.onlinequant, options=OPTIONS)
+    for number in (1.0, 1.0, 1.0, *[1.1] * 8, *[1.0] * 2):  # the second one makes it an input of the graph
+        step(X, number)
+    for _ in range(3):
+        picture = step(X, strength)
+        assert relative_error(picture, model(X * strength)) < CLOSE
+    assert not torch.equal(picture, model(X * strength))
+    checks = {known: known.schedule.checks for known in registry._sets}
+    for number in (strength / 2, 1.0, strength):
+        step(X, number)
+    assert sum(known.schedule.checks - before for known, before in checks.items()) <= 1  # as often as ever
+
+
+@torch.no_grad()
+def test_a_number_beyond_those_observed_is_checked_at_once(inductor: EagerInductor) -> None:
+    model = net()
+    step = torch.compile(lambda x, strength: model(x * strength), backend=oq.onlinequant, options=OPTIONS, dynamic=True)
+    for number in (1.0, 1.1, 6.0, 6.0):
+        picture = step(X, number)
+        assert relative_error(picture, model(X * number)) < CLOSE
+    assert not torch.equal(picture, model(X * number))
 
 
 @torch.no_grad()

@@ -310,10 +310,10 @@ def test_what_was_merged_is_released_as_a_whole_and_merged_again() -> None:
     known = selected(weights_of(module))
     registry.add(known)
     for layer in known.layers:  # as on a GPU: on a CPU weights are packed and never merged
-        layer.format = FP8
+        layer.format = layer.copy.format = FP8
     oq.invalidate(module)
     for layer in known.layers:
-        layer.weight = layer.weight_scale = None
+        layer.copy.weight = layer.copy.weight_scale = None
     known.follow(weights_of(module))
     x = noise(4, 24)
     merged = known.extra("merged_weight", (0, 1))

@@ -1,0 +1,272 @@
+"""The 8-bit copies of weights, and which of them are being read.
+
+Threads may run models that have weights in common, so two rules hold wherever something is written that calls read:
+``copies_lock`` is held and ``Generation.number`` moves before anybody asks what is read elsewhere. A call says what it
+reads before it looks at the number. So either the writer knows of the call, or the call waits for the writer.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .changes import Stamp
+from .errors import FreedWeightsError
+from .formats import ONEDNN, Format
+from .kernels import cpu
+from .layout import CHANNELS_LAST
+
+if TYPE_CHECKING:
+    from .layers import Layer
+    from .merged import MergedWeight
+    from .passes.layer import ConvGeometry
+
+
+# Values of a weight that are quantized at a time: 4 MiB as float32.
+_BLOCK = 2**20
+# No weight is taken for smaller than this, so that scales are normal numbers.
+_LEAST = torch.finfo(torch.float32).tiny * 2**20
+
+
+# Held while 8-bit copies and ranges are written, handed to a compiled graph or released. A call in another thread keeps
+# those that it was given for as long as it runs.
+copies_lock = threading.RLock()
+_running: list[Call] = []
+
+
+class Generation:
+    """Counts how often anything that calls read was written or marked as stale; moved with ``copies_lock`` held."""
+
+    number = 0
+
+
+class Call:
+    """Within the block, this thread runs a call.
+
+    Attributes:
+        layers: whose 8-bit copies and ranges it reads.
+    """
+
+    __slots__ = ("layers", "thread")
+
+    def __enter__(self) -> Call:
+        self.layers: Sequence[Layer] = ()
+        self.thread = threading.get_ident()
+        _running.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _running.remove(self)
+
+
+def read_elsewhere() -> Iterator[Layer]:
+    """The layers that calls in other threads read."""
+    this_thread = threading.get_ident()
+    return (layer for call in list(_running) if call.thread != this_thread for layer in call.layers)
+
+
+class Copy:
+    """The 8-bit copy of a weight. It may become that of another one, which has taken the weight's place in the model.
+
+    Attributes:
+        geometry, format: what it depends on beside the weight.
+        weight, weight_scale: the copy, or None.
+        merged: what it is a part of, or None.
+        in_use: whether a graph runs on it.
+        freed: whether the float weight is gone, so that it cannot be made anew.
+    """
+
+    def __init__(self, geometry: ConvGeometry | None, format: Format) -> None:
+        self.geometry = geometry
+        self.format = format
+        self.weight: torch.Tensor | None = None
+        self.weight_scale: torch.Tensor | None = None
+        self.merged: MergedWeight | None = None
+        self.in_use = False
+        self.freed = False
+        self._source: Callable[[], torch.Tensor | None] = lambda: None
+        self._former: list[Callable[[], torch.Tensor | None]] = []
+        self._stamp: Stamp | None = None
+
+    @property
+    def source(self) -> torch.Tensor | None:
+        """The weight that this is a copy of; None if there is none, or not any more."""
+        return self._source()
+
+    def is_current(self, weight: torch.Tensor) -> bool:
+        """Whether this is the copy of ``weight`` as it is now."""
+        if self.weight is None or self.source is not weight or self._stamp is None:
+            return False
+        return self._stamp.matches(Stamp.of(weight))
+
+    def is_claimed(self, weight: torch.Tensor) -> bool:
+        """Whether another weight than ``weight`` goes on needing this copy, so that it cannot be taken over.
+
+        Another model's does that runs in another thread, or has taken this copy from ``weight`` itself. Otherwise the
+        other weight most likely is put aside for as long as ``weight`` is in its place, as ComfyUI does.
+        """
+        if self.source is None or self.source is weight:
+            return False
+        with copies_lock:
+            Generation.number += 1
+            return self.freed or any(former() is weight for former in self._former) or self._is_read_elsewhere()
+
+    def _is_read_elsewhere(self) -> bool:
+        sharing = self._sharing()
+        return any(layer.copy in sharing for layer in read_elsewhere())
+
+    def _sharing(self) -> Sequence[Copy]:
+        return (self,) if self.merged is None else self.merged.copies
+
+    def requantize(self, weight: torch.Tensor, smoothing: torch.Tensor | None = None) -> None:
+        """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change; into
+        new ones while a call in another thread reads these. ``smoothing``: see ``quantize_weight``."""
+        self.check_not_freed()
+        stamp = Stamp.of(weight)  # before that: another thread may change the weight meanwhile
+        with copies_lock, torch.inference_mode(False), torch.no_grad():
+            self.forget()  # before that: an interrupt may leave it half written
+            if self._is_read_elsewhere():
+                self._renew()
+            self._remember(weight)
+            shared = None
+            if self.merged is not None and self.merged.shares_scale:
+                shared = self.merged.lay(self, float(scale_of(weight, self.format)))
+            q, scale = quantize_weight(weight, self.format, shared, smoothing)
+            if self.weight is None or self.weight_scale is None:
+                self.weight, self.weight_scale = self._new_tensor(q), scale
+            elif shared is None:
+                self.weight_scale.copy_(scale)
+            self._write(self.weight, q)
+            self._stamp = stamp
+
+    def _remember(self, weight: torch.Tensor) -> None:
+        """Note which weight this is the copy of, and of which ones it was."""
+        if self.source is not weight:
+            known = [former for former in (*self._former, self._source) if former() is not None]
+            self._former = list({id(former()): former for former in known if former() is not weight}.values())
+            self._source = weakref.ref(weight)
+
+    def _renew(self) -> None:
+        if self.merged is not None:
+            self.merged.renew()
+        else:
+            self.weight = self.weight_scale = None
+
+    def _new_tensor(self, q: torch.Tensor) -> torch.Tensor:
+        if self.format.is_packed:
+            return cpu.new_handle(q.shape)
+        return torch.empty_like(q, memory_format=CHANNELS_LAST.get(q.dim(), torch.contiguous_format))
+
+    def _write(self, weight: torch.Tensor, q: torch.Tensor) -> None:
+        if not self.format.is_packed:
+            weight.copy_(q)
+        elif self.geometry is None:
+            cpu.pack(weight, q)
+        else:
+            cpu.pack(weight, q, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+
+    def forget(self) -> Stamp | None:
+        """Drop the claim to be up to date; returns what it was based on."""
+        with copies_lock:
+            stamp, self._stamp = self._stamp, None
+            Generation.number += 1
+            return stamp
+
+    def recall(self, stamp: Stamp | None) -> None:
+        """Take back what ``forget`` has returned: this still is what the weight, as it was then, gives."""
+        self._stamp = stamp
+
+    def restamp(self, weight: torch.Tensor) -> None:
+        """Take ``weight`` as it is now for what this was made of."""
+        self._source = weakref.ref(weight)
+        self._stamp = Stamp.of(weight)
+
+    def check_not_freed(self) -> None:
+        """Raise FreedWeightsError if the float weight that this would be made of is gone."""
+        if self.freed:
+            raise FreedWeightsError(
+                "A weight was changed or asked for after its float values were given up (free_float_weights=True). "
+                "Load the model again; to change weights, as a LoRA does, compile with free_float_weights=False."
+            )
+
+    def drop(self) -> None:
+        """Free it, unless a graph runs on it."""
+        if not self.in_use:
+            self.weight = self.weight_scale = None
+
+    def release(self) -> int:
+        """Give it up although graphs run on it; returns its bytes. What shares its memory goes as well."""
+        sharing = self._sharing()
+        if any(copy.freed for copy in sharing):  # there is nothing that it could be made of again
+            return 0
+        freed = sum(copy.nbytes() for copy in sharing)
+        for copy in sharing:
+            copy.weight = copy.weight_scale = copy.merged = None
+            copy.forget()
+        return freed
+
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return 0 if self.weight is None else self.weight.nbytes
+
+
+def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
+    """The scale of a whole weight, a 0-d float32 power of two: rounding stays the same as with any other, and small
+    changes of the weight leave it alone. Not finite if the weight is not."""
+    low, high = (bound.float() for bound in torch.aminmax(weight.detach()))
+    exact = torch.maximum(-low, high).clamp_(min=_LEAST) / format.weight_limit
+    return torch.exp2(torch.ceil(torch.log2(exact)))
+
+
+def _has_one_scale(shape: Sequence[int], format: Format) -> bool:
+    return format.linear_per_tensor and math.prod(shape[2:]) == 1
+
+
+def scales_in(shape: Sequence[int], format: Format) -> int:
+    """How many scales ``quantize_weight`` gives a weight of such a shape."""
+    return 1 if _has_one_scale(shape, format) else shape[0]
+
+
+def quantize_weight(
+    weight: torch.Tensor,
+    format: Format = ONEDNN,
+    scale_of_all: float | None = None,
+    smoothing: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
+
+    ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
+    [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
+    infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
+    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``. ``smoothing``: what the weight
+    is divided by first, see ``smoothing_factors``.
+    """
+    weight = weight.detach()
+    q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
+    per_tensor = _has_one_scale(weight.shape, format)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    if per_tensor:
+        scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
+    # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
+    rows = max(1, (_BLOCK if weight.device.type == "cpu" else 64 * _BLOCK) // weight.shape[1:].numel())
+    scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
+    for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
+        block = scratch[: len(source)].copy_(source)  # any dtype and memory format
+        if smoothing is not None:
+            block.div_(smoothing)
+        flat = block.flatten(1)
+        if not per_tensor:
+            largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
+            scale_block.copy_(largest.clamp_(min=_LEAST).div_(format.weight_limit))
+        # No clamping: with such a scale nothing rounds to more than the limit.
+        flat.div_(scale_block[:, None])
+        q_block.copy_(block if format.weight.is_floating_point else block.round_())
+    finite = torch.isfinite(scale)
+    if not finite.all():
+        q.view(torch.uint8)[~finite] = 0
+    return q, scale[:1].clone() if per_tensor else scale
