@@ -203,14 +203,14 @@ class Layer:
 
     def is_current(self, weight: torch.Tensor) -> bool:
         """Whether the 8-bit copy is that of ``weight`` as it is now."""
-        self._choose_copy()
+        self.choose_copy()
         return self.copy.is_current(weight)
 
     def requantize(self, weight: torch.Tensor) -> None:
         """Quantize ``weight``; see ``Copy.requantize``."""
         self.copy.requantize(weight, self.smoothing)
 
-    def _choose_copy(self) -> None:
+    def choose_copy(self) -> None:
         """Layers of one weight run on one copy where their inputs are smoothed alike."""
         if self._first is None:
             return

@@ -123,8 +123,8 @@ class QuantizedGraph:
                     break
                 else:
                     self._follow(parameters, weights)
-            else:
-                raise RuntimeError("weights change faster than they can be quantized")
+            else:  # another thread changes them faster than they can be quantized
+                return self._run_float(args)
             if weights.numbers.widen(self._compiled.numbers(args)):
                 weights.schedule.restart()
             key = self._compiled.key(args, weights)

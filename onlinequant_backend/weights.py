@@ -175,6 +175,7 @@ class WeightSet:
 
     def _claim(self, index: int, weight: torch.Tensor) -> None:
         """Have a layer's copy be one that ``weight`` may be quantized into."""
+        self.layers[index].choose_copy()
         if self.layers[index].copy.source is weight:
             return
         layer = registry.known(self.layers[index], weight, self._places[index])

@@ -17,6 +17,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import copies
+from onlinequant_backend.weights import registry
 from tests.small import forget_everything
 from tests.test_runtime import EagerInductor, compiled, deltas, inductor  # noqa: F401
 from tests.test_threads import CLOSE, X, at_once
@@ -108,6 +109,29 @@ def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> 
         module.weight = weight
     assert [torch.equal(call(), picture) for call, picture in zip(calls, pictures, strict=True)] == [True, True]
     assert len(inductor.graphs) == 1
+
+
+def test_originals_that_are_put_aside_need_no_copies_of_their_own(inductor: EagerInductor) -> None:  # noqa: F811
+    """As ComfyUI does for a sampling run with a LoRA. Nor is anything observed again."""
+    model = net()
+    (call,) = in_8_bit(model)
+    picture, made = call(), all_copies()
+    for factor in (1.0, 2.0, -1.0):
+        originals = [(layer, layer.weight) for layer, _ in deltas(model)]
+        for layer, delta in deltas(model):
+            layer.weight = nn.Parameter((layer.weight + delta) * factor, requires_grad=False)
+        assert relative_error(call(), model(X)) < CLOSE
+        assert 0 < relative_error(call(), model(X)) < CLOSE
+        assert all_copies() == made
+        for layer, weight in originals:
+            layer.weight = weight
+        assert relative_error(call(), picture) < CLOSE
+        assert all_copies() == made
+    assert (oq.reports()[-1].calls_observed, len(inductor.graphs)) == (2, 1)
+
+
+def all_copies() -> set[copies.Copy]:
+    return {layer.copy for known in registry._sets for layer in known.layers}
 
 
 @pytest.mark.parametrize("change", ["replaced", "in place"])

@@ -10,6 +10,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import build
+from onlinequant_backend.errors import FreedWeightsError
 from onlinequant_backend.formats import FP8
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
@@ -168,6 +169,23 @@ def test_weights_of_float_layers_are_not_watched() -> None:
     weights[1].add_(1)
     assert made.is_current(weights)
     assert (made.layers[1].weight, made.selection) == (None, (0, 2))
+
+
+@torch.no_grad()
+def test_a_weight_that_another_place_needs_in_float_is_not_freed() -> None:
+    weights = weights_of(linears(2))
+    layers = [registry.layer(weights[0], None, FORMAT, "minmax", place=place) for place in range(2)]
+    layers.append(registry.layer(weights[1], None, FORMAT, "minmax"))
+    for layer in layers:
+        layer.observed.update(noise(16, 24))
+    made = set_of(weights, layers, [0, 0, 1])
+    made.select(weights, [0, 2])
+    made.free(weights)
+    assert [layer.copy.freed for layer in layers] == [False, False, True]
+    assert [bool(weight.isnan().any()) for weight in weights] == [False, True]
+    made.check_not_freed(weights[:1])
+    with pytest.raises(FreedWeightsError):
+        made.check_not_freed(weights)
 
 
 @torch.no_grad()
