@@ -15,7 +15,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_origin
 
 import torch
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
@@ -227,11 +227,15 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
-def inductor_option_names() -> frozenset[str]:
-    """Every option name that Inductor accepts, with underscores."""
+def inductor_option_types() -> dict[str, type | None]:
+    """What each of Inductor's options must be, by its name with underscores; None where torch does not check it."""
     from torch._inductor import config
 
-    return frozenset(name.replace("-", "_") for name in config.get_config_copy())
+    types: dict[str, type | None] = {}
+    for name in config.get_config_copy():
+        kind: Any = config.get_type(name)  # type: ignore[attr-defined]
+        types[name.replace("-", "_")] = kind if isinstance(kind, type) and get_origin(kind) is None else None
+    return types
 
 
 def compile_lock() -> Any:
