@@ -286,7 +286,7 @@ class QuantizedGraph:
         parameters = self._parameters(args)
         places = _places(parameters)
         try:
-            with self._lock:
+            with self._lock, self._traced.state.autocasting():
                 self._places = places if aside else None
                 weights = self._set(parameters)
                 if self._gave_up:
@@ -331,7 +331,8 @@ class QuantizedGraph:
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:
             known = self._fingerprint(weights, parameters)
-            key = keys.entry_key(self._graph, self._infos, known, self._config, self._precision, self._device)
+            how = self._config, self._precision, self._device, self._traced.state
+            key = keys.entry_key(self._graph, self._infos, known, *how)
             self._report.key = key
             entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
             weakref.finalize(parameters[0], entry.release).atexit = False  # the model was dropped
