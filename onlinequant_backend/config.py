@@ -42,7 +42,7 @@ class QuantConfig:
         calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
             10**-4 of the values; "minmax" keeps all of it.
-        exclude: glob patterns of layer names that stay in float.
+        exclude: glob patterns of layer names that stay in float, with all that an adapter (PEFT) puts around them.
         sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
             model's output, by one backward pass, only made where it decides something), "local" (its own output's
             error) or "end_to_end" (the model's, measured; one forward per layer).

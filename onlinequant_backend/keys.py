@@ -170,9 +170,3 @@ def source_digest() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def named_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """A call's parameters by their qualified names."""
-    pairs = zip(graph.placeholders(graph_module), arguments, strict=True)
-    return {graph.qualified_name(node): value for node, value in pairs if graph.is_parameter(node)}

@@ -66,7 +66,7 @@ class QuantizedGraph:
         positions = {name: position for position, name in enumerate(self._inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
         self._parameters = getter(parameters)
-        self._names = [graph.qualified_name(inputs[position]) for position in parameters]
+        self._names = list(graph.parameter_names(self._graph).values())
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[int, WeightSet] = {}
