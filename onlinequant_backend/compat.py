@@ -276,6 +276,26 @@ def inductor_option_types() -> dict[str, type | None]:
     return types
 
 
+def watch_swaps(before: Callable[[torch.Tensor], None], after: Callable[[torch.Tensor], None]) -> None:
+    """Have ``before`` and ``after`` called with both tensors around each of torch's swaps from now on."""
+    swap: Any = torch.utils.swap_tensors
+    if getattr(swap, "_before", None) is before:
+        return
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> None:
+        before(t1)
+        before(t2)
+        try:
+            swap(t1, t2)
+        finally:
+            after(t1)
+            after(t2)
+
+    swap_tensors._before = before  # type: ignore[attr-defined]
+    torch.utils.swap_tensors = swap_tensors
+
+
 def compile_lock() -> Any:
     """Dynamo's lock, a reentrant one: neither Dynamo nor Inductor compiles in two threads at once."""
     return torch._dynamo.convert_frame.compile_lock

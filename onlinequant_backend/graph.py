@@ -37,6 +37,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         if hasattr(graph_module, attribute):
             setattr(copy, attribute, getattr(graph_module, attribute))
     for original, node in copies.items():
+        node.meta.pop("grapharg", None)  # refers to the user's tensor, which Dynamo soon does no more
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
     return copy

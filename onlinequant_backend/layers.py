@@ -21,6 +21,7 @@ from .formats import ONEDNN, Format
 from .kernels import cpu
 from .layout import CHANNELS_LAST
 from .smoothing import smoothing_factors
+from .stand_ins import StandIn, stand_in
 
 if TYPE_CHECKING:
     from .merged import MergedWeight
@@ -101,7 +102,7 @@ class Layer:
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
         self.merged: MergedWeight | None = None
-        self._source: Callable[[], torch.Tensor | None] = lambda: None
+        self._source: Callable[[], StandIn | None] = lambda: None
         self._stamp: Stamp | None = None
         self._qparams: torch.Tensor | None = None
         self._ranged = False  # whether _qparams are of what was observed
@@ -211,7 +212,7 @@ class Layer:
 
     def refresh(self, weight: torch.Tensor) -> bool:
         """Quantize ``weight`` unless its 8-bit copy is up to date; returns whether it had to."""
-        known = self.weight is not None and self._source() is weight
+        known = self.weight is not None and self._source() is stand_in(weight)
         if known and self._stamp is not None and self._stamp.matches(Stamp.of(weight)):
             return False
         self.check_not_freed()
@@ -237,7 +238,7 @@ class Layer:
                 cpu.pack(self.weight, q)
             else:
                 cpu.pack(self.weight, q, geometry.stride, geometry.padding, geometry.dilation)
-        self._source = weakref.ref(weight)
+        self._source = weakref.ref(stand_in(weight))
         self._stamp = stamp
         Generation.number += 1
 
@@ -262,7 +263,7 @@ class Layer:
 
     def restamp(self, weight: torch.Tensor) -> None:
         """Take ``weight`` as it is now for what the 8-bit copy was made of."""
-        self._source = weakref.ref(weight)
+        self._source = weakref.ref(stand_in(weight))
         self._stamp = Stamp.of(weight)
 
     def check_not_freed(self) -> None:
@@ -295,7 +296,8 @@ class Layer:
 
     def restore_copy(self) -> None:
         """Make a copy that was released meanwhile again, of the weight that it was made of."""
-        weight = self._source()
+        source = self._source()
+        weight = None if source is None else source()
         if self.weight is None and weight is not None:
             self.requantize(weight)
 

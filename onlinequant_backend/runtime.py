@@ -35,6 +35,7 @@ from .report import clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
+from .stand_ins import stand_in
 from .traced import TracedGraph
 from .trouble import going_on
 from .watch import Watch
@@ -335,7 +336,7 @@ class QuantizedGraph:
             key = keys.entry_key(self._graph, self._infos, known, *how)
             self._report.key = key
             entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
-            weakref.finalize(parameters[0], entry.release).atexit = False  # the model was dropped
+            weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
     def _settle(self, phase: str, reason: str, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import drift
 from .changes import Snapshot
@@ -25,6 +24,7 @@ from .formats import Format
 from .hollow import hollow_out
 from .layers import Generation, Layer
 from .merged import MergedWeight
+from .stand_ins import StandIn, stand_in
 
 if TYPE_CHECKING:
     from .build import Prepared
@@ -75,7 +75,8 @@ class WeightSet:
         self.alive = True
         self._candidates = candidates
         self._guards = {
-            name: weakref.ref(parameter, self._expire) for name, parameter in zip(names, parameters, strict=True)
+            name: weakref.ref(stand_in(parameter), self._expire)
+            for name, parameter in zip(names, parameters, strict=True)
         }
         self._by_name = {names[position]: layer for position, layer in zip(candidates, layers, strict=True)}
 
@@ -84,11 +85,14 @@ class WeightSet:
 
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
         """How many of these parameters, by qualified name, are in this set under the same name."""
-        return sum(name in self._guards and self._guards[name]() is weight for name, weight in parameters.items())
+        return sum(
+            name in self._guards and self._guards[name]() is stand_in(weight) for name, weight in parameters.items()
+        )
 
     def has_any_of(self, ids: Set[int]) -> bool:
         """Whether any parameter with one of these identities is in this set."""
-        return any(id(guard()) in ids for guard in self._guards.values())  # None is no parameter
+        known = (guard() for guard in self._guards.values())
+        return any(id(parameter()) in ids for parameter in known if parameter is not None)
 
     def layer(self, name: str) -> Layer | None:
         """The layer whose weight has this name."""
@@ -244,7 +248,7 @@ class Registry:
     """Every layer of this process, by weight and by what its state depends on, and every set of weights in use."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[object, ...], WeakIdKeyDictionary] = {}
+        self._layers: dict[tuple[object, ...], weakref.WeakKeyDictionary[StandIn, Layer]] = {}
         self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
         self._lock = threading.Lock()  # models may run in threads of their own
 
@@ -279,12 +283,12 @@ class Registry:
         whose place in the model it has taken, if that fits, or else gets a new one."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
-            layers = self._layers.setdefault(kind, WeakIdKeyDictionary())
-            if weight not in layers:
+            layers = self._layers.setdefault(kind, weakref.WeakKeyDictionary())
+            known = stand_in(weight)
+            if known not in layers:
                 fits = old is not None and (old.geometry, old.format, old.method, old.device) == kind
-                layers[weight] = old if fits else Layer(*kind)
-            found: Layer = layers[weight]
-            return found
+                layers[known] = old if old is not None and fits else Layer(*kind)
+            return layers[known]
 
     def forget_extras(self) -> None:
         """Have all sets look their compiled graphs' extra inputs up again."""
@@ -295,7 +299,8 @@ class Registry:
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
         with self._lock:
-            found = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
+            known = list(map(stand_in, weights))
+            found = [layers[weight] for layers in self._layers.values() for weight in known if weight in layers]
         for layer in found:
             layer.forget()
         return sum(layer.weight is not None for layer in found)
