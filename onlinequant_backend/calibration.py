@@ -98,11 +98,12 @@ def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[
     width = (high - low) / BINS
     # Bounds that are equal or not finite give NaN. torch.histc is slower, and wants the bounds as numbers.
     bins = ((flat - low) / width).nan_to_num_(0).clamp_(0, BINS - 1).long()
-    counts = torch.zeros(BINS, device=x.device).scatter_add_(0, bins, torch.ones_like(flat))
+    counts = torch.zeros(BINS, dtype=torch.float32, device=x.device).scatter_add_(0, bins, torch.ones_like(flat))
     # The sample misses what occurs once in a million values, and that may be what a picture hangs on. The bounds, which
     # are exact, count like two values more, so that nothing clips them for next to nothing.
     counts[:: BINS - 1].add_(1)
-    return counts / (flat.numel() + 2), low + (torch.arange(BINS, device=x.device) + 0.5) * width
+    centres = low + (torch.arange(BINS, dtype=torch.float32, device=x.device) + 0.5) * width
+    return counts / (flat.numel() + 2), centres
 
 
 def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:
@@ -141,7 +142,7 @@ def _qparams(low: float, high: float, format: Format, device: torch.device) -> t
     # A layer that only ever saw zeros still needs a scale that is positive.
     scale = max((high - low) / (highest - lowest), 1e-30)
     zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
-    return torch.tensor([1 / scale, zero_point, scale], device=device)
+    return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device=device)
 
 
 def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:

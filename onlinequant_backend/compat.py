@@ -16,9 +16,10 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, cast, get_origin
 
 import torch
+from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.exc import ShortenTraceback
@@ -70,6 +71,42 @@ def hint(size: int | torch.SymInt) -> int:
     if getattr(node, "hint", None) is not None:
         return int(node.hint)
     return int(node.shape_env.size_hint(node.expr))
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalState:
+    """What a graph computes depends on beside its inputs, and what Dynamo traces anew for when it changes.
+
+    Attributes:
+        guarded: all of that, as text: autocast, the default dtype, determinism, precision of products, threads.
+        default_dtype: of new tensors.
+        autocast: the dtype for each type of device that it is on for.
+    """
+
+    guarded: str
+    default_dtype: torch.dtype
+    autocast: dict[str, torch.dtype]
+
+    @classmethod
+    def now(cls) -> GlobalState:
+        """As it is in this thread."""
+        guard: Any = GlobalStateGuard()
+        return cls(str(guard.__getstate__()), torch.get_default_dtype(), autocast_dtypes())
+
+    @contextlib.contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """Within the block autocast, which belongs to a thread and a ``with``, is on and off as it was."""
+        with contextlib.ExitStack() as stack:
+            for device in sorted({*self.autocast, *autocast_dtypes()}):
+                is_on = device in self.autocast
+                stack.enter_context(torch.autocast(device, dtype=self.autocast.get(device), enabled=is_on))
+            yield
+
+
+def autocast_dtypes() -> dict[str, torch.dtype]:
+    """The dtype of autocast for each type of device that it is on for in this thread."""
+    devices = torch._C._autocast_supported_devices()
+    return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
 
 
 class Compilation(NamedTuple):
@@ -260,11 +297,35 @@ def inductor_mode_options(mode: str) -> dict[str, Any]:
     return dict(list_mode_options(mode))
 
 
-def inductor_option_names() -> frozenset[str]:
-    """Every option name that Inductor accepts, with underscores."""
+def inductor_option_types() -> dict[str, type | None]:
+    """What each of Inductor's options must be, by its name with underscores; None where torch does not check it."""
     from torch._inductor import config
 
-    return frozenset(name.replace("-", "_") for name in config.get_config_copy())
+    types: dict[str, type | None] = {}
+    for name in config.get_config_copy():
+        kind: Any = config.get_type(name)  # type: ignore[attr-defined]
+        types[name.replace("-", "_")] = kind if isinstance(kind, type) and get_origin(kind) is None else None
+    return types
+
+
+def watch_swaps(before: Callable[[torch.Tensor], None], after: Callable[[torch.Tensor], None]) -> None:
+    """Have ``before`` and ``after`` called with both tensors around each of torch's swaps from now on."""
+    swap: Any = torch.utils.swap_tensors
+    if getattr(swap, "_before", None) is before:
+        return
+
+    @functools.wraps(swap)
+    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> None:
+        before(t1)
+        before(t2)
+        try:
+            swap(t1, t2)
+        finally:
+            after(t1)
+            after(t2)
+
+    swap_tensors._before = before  # type: ignore[attr-defined]
+    torch.utils.swap_tensors = swap_tensors
 
 
 def compile_lock() -> Any:
@@ -350,7 +411,7 @@ def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
     import torch._inductor.config as inductor_config
 
     names = ("_sdpa_kernel", "_sdpa_kernel_variadic", "_cur_sdpa_kernel_backends", "_backend_from_string")
-    digest = f"{tag} {settings()[1]}"
+    digest = f"{tag} {settings()[1]} {autocast_dtypes()}"
     known: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
     safe = {**known, **{f"torch.nn.attention.{name}": digest for name in names}}
     patched: Any = inductor_config.patch(unsafe_marked_cacheable_functions=safe)
@@ -377,6 +438,16 @@ _FLAGS = (
     "backends.cudnn.allow_tf32",
     "backends.cudnn.benchmark",
     "backends.cudnn.deterministic",
+    # After the older ones for the same, and the general before the particular.
+    "backends.fp32_precision",
+    "backends.cudnn.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.mkldnn.fp32_precision",
+    "backends.mkldnn.conv.fp32_precision",
+    "backends.mkldnn.rnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
 )
 # What is asked for with the first function and set with the second one, and the order in which attention is tried.
 _SWITCHES = (
@@ -413,7 +484,7 @@ def settings() -> Settings:
     held = _held_settings.get()
     if held is not None:
         return held
-    flags = {name: operator.attrgetter(name)(torch) for name in _FLAGS}
+    flags = {name: value for name in _FLAGS if (value := _flag(name)) is not None}
     plain = (bool, int, float, str, type(None))
     configs = [
         {name: value for name, value in config.save_config_portable().items() if isinstance(value, plain)}
@@ -422,12 +493,20 @@ def settings() -> Settings:
     return flags, [ask() for ask, _ in _SWITCHES], configs
 
 
+def _flag(name: str) -> Any:
+    """A setting of torch's by its name; None where it cannot be told, since a newer one for the same is set."""
+    try:
+        return operator.attrgetter(name)(torch)
+    except RuntimeError:
+        return None
+
+
 def apply_settings(settings: Settings) -> None:
     """Set all that differs."""
     flags, switches, configs = settings
     for name, value in flags.items():
         owner, _, attribute = name.rpartition(".")
-        if operator.attrgetter(name)(torch) != value:
+        if _flag(name) != value:
             setattr(operator.attrgetter(owner)(torch), attribute, value)
     change: Any
     for (ask, change), value in zip(_SWITCHES, switches, strict=True):

@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import math
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +22,9 @@ SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
 # Options that change nothing of what is in the cache.
 _HOUSEKEEPING = ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout")
+
+# Characters of a wrong value that a message shows.
+_LONGEST = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +42,7 @@ class QuantConfig:
         calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
             10**-4 of the values; "minmax" keeps all of it.
-        exclude: glob patterns of layer names that stay in float.
+        exclude: glob patterns of layer names that stay in float, with all that an adapter (PEFT) puts around them.
         sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
             model's output, by one backward pass, only made where it decides something), "local" (its own output's
             error) or "end_to_end" (the model's, measured; one forward per layer).
@@ -99,18 +102,18 @@ class QuantConfig:
                     object.__setattr__(self, name, float(getattr(self, name)))
         if not _is_choice(self.precision, PRECISIONS):
             raise errors.UnknownPrecisionError(_choose_from("precision", self.precision, PRECISIONS))
-        steps = self.calibration_steps
-        if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        if not _is_count(self.calibration_steps, least=1):
             raise errors.InvalidCalibrationStepsError(
-                f"calibration_steps is {steps!r}, but it counts observed calls: give an integer of at least 1."
+                f"calibration_steps is {_shown(self.calibration_steps)}, but it counts observed calls: give an "
+                f"integer of at least 1 and at most {sys.maxsize}."
             )
         if self.max_error is not None:
             _check_amount("max_error", self.max_error, "||result - float|| / ||float||")
             object.__setattr__(self, "max_error", float(self.max_error))
-        every = self.drift_check_every
-        if isinstance(every, bool) or not isinstance(every, int) or every < 0:
+        if not _is_count(self.drift_check_every, least=0):
             raise errors.InvalidOptionError(
-                f"drift_check_every is {every!r}, but it counts calls: give an integer, or 0 for never."
+                f"drift_check_every is {_shown(self.drift_check_every)}, but it counts calls: give an integer of "
+                f"at most {sys.maxsize}, or 0 for never."
             )
         _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
         _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
@@ -126,9 +129,10 @@ class QuantConfig:
         object.__setattr__(self, "exclude", _checked_patterns(self.exclude))
         if isinstance(self.cache_dir, os.PathLike):
             object.__setattr__(self, "cache_dir", os.fspath(self.cache_dir))
-        if self.cache_dir is not None and not (isinstance(self.cache_dir, str) and self.cache_dir):
-            raise errors.InvalidOptionError(f"cache_dir is {self.cache_dir!r}: give a directory's path, or None.")
-        object.__setattr__(self, "inductor", _checked_inductor_options(self.inductor, self.mode))
+        if self.cache_dir is not None and not _is_path(self.cache_dir):
+            raise errors.InvalidOptionError(f"cache_dir is {_shown(self.cache_dir)}: give a directory's path, or None.")
+        _check_mode(self.mode)
+        object.__setattr__(self, "inductor", _checked_inductor_options(self.inductor))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> QuantConfig:
@@ -137,10 +141,10 @@ class QuantConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         for name in given:
             if name not in known:
-                close = difflib.get_close_matches(str(name), known, n=1)
+                close = difflib.get_close_matches(_shown(name).strip("'"), known, n=1)
                 meant = f" Did you mean {close[0]!r}?" if close else ""
                 raise errors.UnknownOptionError(
-                    f"Unknown option {name!r}.{meant} Known options: {', '.join(known)}. "
+                    f"Unknown option {_shown(name)}.{meant} Known options: {', '.join(known)}. "
                     "Inductor's own options go into options={'inductor': {...}}."
                 )
         if mode is not None:
@@ -167,7 +171,7 @@ def _is_choice(value: object, allowed: tuple[object, ...]) -> bool:
 
 
 def _choose_from(name: str, value: object, allowed: tuple[object, ...]) -> str:
-    return f"{name} is {value!r}, but it must be one of: {', '.join(map(repr, allowed))}."
+    return f"{name} is {_shown(value)}, but it must be one of: {', '.join(map(repr, allowed))}."
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
@@ -175,50 +179,83 @@ def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None
         raise errors.InvalidOptionError(_choose_from(name, value, allowed))
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _shown(value: object) -> str:
+    """A wrong value for a message: Python refuses to write integers of more than 4300 digits."""
+    try:
+        text = repr(value)
+    except Exception:
+        return f"a value of type {type(value).__name__}"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
+
+
+def _is_number(value: object, most: float = sys.float_info.max) -> bool:
+    """Whether a value is a number in [0, most] that a float can hold."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def _is_count(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= sys.maxsize
+
+
+def _is_path(value: object) -> bool:
+    return isinstance(value, str) and value != "" and "\0" not in value
 
 
 def _check_percentage(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0 <= value <= 100):
-        raise errors.InvalidPercentageError(f"{name} is {value!r}, but a percentage is a number in [0, 100].")
+    if not _is_number(value, most=100):
+        raise errors.InvalidPercentageError(f"{name} is {_shown(value)}, but a percentage is a number in [0, 100].")
 
 
 def _check_threshold(name: str, value: Any) -> None:
-    if not (_is_number(value) and 0 <= value < math.inf):
+    if not _is_number(value):
         raise errors.InvalidThresholdError(
-            f"{name} is {value!r}, but a density threshold is a number of FLOPs per byte in [0, inf), or None."
+            f"{name} is {_shown(value)}, but a density threshold is a number of FLOPs per byte in [0, inf), or None."
         )
 
 
 def _check_amount(name: str, value: Any, unit: str) -> None:
-    if not (_is_number(value) and 0 <= value < math.inf):
-        raise errors.InvalidOptionError(f"{name} is {value!r}: give a number of {unit} in [0, inf).")
+    if not _is_number(value):
+        raise errors.InvalidOptionError(f"{name} is {_shown(value)}: give a number of {unit} in [0, inf).")
+
+
+def _check_mode(mode: Any) -> None:
+    if mode is None:
+        return
+    try:
+        if not (isinstance(mode, str) and mode):  # torch takes all that is false for no mode
+            raise TypeError("it must be one of torch.compile's modes, or None")
+        compat.inductor_mode_options(mode)
+    except (RuntimeError, TypeError) as error:
+        raise errors.InvalidOptionError(f"mode is {_shown(mode)}, which torch.compile does not know: {error}") from None
 
 
 def _checked_patterns(exclude: Any) -> tuple[str, ...]:
     if isinstance(exclude, str) or not isinstance(exclude, (tuple, list)):
         raise errors.InvalidOptionError(
-            f"exclude is {exclude!r}: give a tuple of glob patterns, for instance ('*.to_out.0', 'conv_in')."
+            f"exclude is {_shown(exclude)}: give a tuple of glob patterns, for instance ('*.to_out.0', 'conv_in')."
         )
     for pattern in exclude:
         if not isinstance(pattern, str):
-            raise errors.InvalidOptionError(f"exclude holds {pattern!r}, but every pattern must be a string.")
+            raise errors.InvalidOptionError(f"exclude holds {_shown(pattern)}, but every pattern must be a string.")
     return tuple(exclude)
 
 
-def _checked_inductor_options(options: Any, mode: Any) -> dict[str, Any]:
+def _checked_inductor_options(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
-        raise errors.InvalidOptionError(f"inductor is {options!r}: give a dict of Inductor options.")
-    names = compat.inductor_option_names() if options else frozenset()
-    for name in options:
-        if str(name).replace("-", "_") not in names:
+        raise errors.InvalidOptionError(f"inductor is {_shown(options)}: give a dict of Inductor options.")
+    types = compat.inductor_option_types() if options else {}
+    checked: dict[str, Any] = {}
+    for given, value in options.items():
+        name = given.replace("-", "_") if isinstance(given, str) else ""
+        if name not in types:
             raise errors.UnknownOptionError(
-                f"Inductor has no option {name!r}; torch._inductor.list_options() lists what it has."
+                f"Inductor has no option {_shown(given)}; torch._inductor.list_options() lists what it has."
             )
-    if mode is not None:
-        try:
-            compat.inductor_mode_options(mode)
-        except (RuntimeError, TypeError) as error:
-            raise errors.InvalidOptionError(f"mode is {mode!r}, which torch.compile does not know: {error}") from None
-    return {str(name).replace("-", "_"): value for name, value in options.items()}
+        kind = types[name]
+        if kind is not None and not isinstance(value, kind):
+            raise errors.InvalidOptionError(
+                f"Inductor's option {name} is {_shown(value)}, of type {type(value).__name__}, but it must be of type "
+                f"{kind.__name__}."
+            )
+        checked[name] = value
+    return checked

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -20,6 +19,7 @@ from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
 from .kernels import cpu
 from .layout import CHANNELS_LAST
+from .stand_ins import weakly
 
 if TYPE_CHECKING:
     from .layers import Layer
@@ -149,7 +149,7 @@ class Copy:
         if self.source is not weight:
             known = [former for former in (*self._former, self._source) if former() is not None]
             self._former = list({id(former()): former for former in known if former() is not weight}.values())
-            self._source = weakref.ref(weight)
+            self._source = weakly(weight)
 
     def _renew(self) -> None:
         if self.merged is not None:
@@ -183,7 +183,7 @@ class Copy:
 
     def restamp(self, weight: torch.Tensor) -> None:
         """Take ``weight`` as it is now for what this was made of."""
-        self._source = weakref.ref(weight)
+        self._source = weakly(weight)
         self._stamp = Stamp.of(weight)
 
     def check_not_freed(self) -> None:

@@ -302,7 +302,7 @@ class _Lane:
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.synchronize(self.device)
             # The default generator believes that it is still being captured, until a capture ends well.
-            something, healthy = torch.zeros(1, device=self.device), torch.cuda.CUDAGraph()
+            something, healthy = torch.zeros(1, dtype=torch.float32, device=self.device), torch.cuda.CUDAGraph()
             healthy.capture_begin(capture_error_mode="thread_local")
             something.zero_()
             healthy.capture_end()

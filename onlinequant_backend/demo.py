@@ -123,8 +123,10 @@ def _draw(
 def _race(contestants: Sequence[Contestant], model: ScenesModel, pictures: int, rounds: int) -> None:
     """Time everyone's step once a round, so that whatever else the machine does slows all of them alike."""
     texts = model.encode([""] * 2 * pictures)
-    latents = model.placed(torch.randn(len(texts), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE))
-    time_step = torch.full((len(texts),), 500.0)
+    latents = model.placed(
+        torch.randn(len(texts), LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, dtype=torch.float32, device="cpu")
+    )
+    time_step = torch.full((len(texts),), 500.0, dtype=torch.float32, device="cpu")
     with torch.no_grad(), Progress("timing round", rounds) as progress:
         for _ in range(rounds):
             progress.advance()

@@ -139,7 +139,7 @@ def clipped(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
 
 def _shares(clipped: torch.Tensor, lengths: Mapping[int, int]) -> dict[int, float]:
     """The share of each tensor's values, less a handful; ``clipped`` holds them one tensor after the other."""
-    ends = torch.tensor(list(lengths.values()), device=clipped.device).cumsum(0) - 1
+    ends = torch.tensor(list(lengths.values()), dtype=torch.int64, device=clipped.device).cumsum(0) - 1
     totals = clipped.cumsum(0, dtype=torch.int32)[ends].tolist()
     counts = [total - before for before, total in itertools.pairwise([0, *totals])]
     shares = (max(0, count - _HANDFUL) / length for count, length in zip(counts, lengths.values(), strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 from . import compat
 
 # Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
-_PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod"})
+_PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__self__"})
 
 _IN_PLACE_OPERATORS = frozenset(
     [operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand]
@@ -36,6 +37,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         if hasattr(graph_module, attribute):
             setattr(copy, attribute, getattr(graph_module, attribute))
     for original, node in copies.items():
+        node.meta.pop("grapharg", None)  # refers to the user's tensor, which Dynamo soon does no more
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
     return copy
@@ -69,18 +71,50 @@ def is_parameter(node: Any) -> bool:
     )
 
 
-def qualified_name(node: fx.Node) -> str:
-    """The fully qualified name of a parameter input, as in ``model.named_parameters()``."""
-    parts: list[str] = []
+def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
+    """The names of all parameter inputs, no two alike.
+
+    Of one model they are those of ``model.named_parameters()``. Of several, which a function calls, each begins with
+    what its model is called there.
+    """
+    nodes = [node for node in placeholders(graph_module) if is_parameter(node)]
+    sources = {node: list(_sources(node)) for node in nodes}
+    roots = {node: _called(sources[node]) for node in nodes}
+    are_several = len(set(roots.values())) > 1
+    names: dict[fx.Node, str] = {}
+    known: Counter[str] = Counter()
+    for node in nodes:
+        parts = [part for part in map(_part, sources[node]) if part is not None]
+        if parts and are_several and roots[node] not in ("", "self"):
+            parts.insert(0, roots[node])
+        name = ".".join(parts) or node.name
+        known[name] += 1
+        names[node] = name if known[name] == 1 else f"{name}#{known[name]}"
+    return names
+
+
+def _sources(node: fx.Node) -> Iterator[Any]:
+    """Where Dynamo has an input from: what the function knows first, then what that is asked for, and so on."""
+    chain = []
     source = getattr(node, "_dynamo_source", None)
     while source is not None:
-        part = getattr(source, "member", None)
-        if part is None:
-            part = getattr(source, "index", None)
-        if isinstance(part, (str, int)) and part not in _PLUMBING:
-            parts.append(str(part))
+        chain.append(source)
         source = getattr(source, "base", None)
-    return ".".join(reversed(parts)) or node.name
+    return reversed(chain)
+
+
+def _called(sources: Sequence[Any]) -> str:
+    """What the traced function calls the object at the beginning of ``sources``; "" where it has no name."""
+    first = sources[0] if sources else None
+    return str(getattr(first, "local_name", None) or getattr(first, "global_name", None) or "")
+
+
+def _part(source: Any) -> str | None:
+    """The part of a parameter's name that one source adds."""
+    part = getattr(source, "member", None)
+    if part is None:
+        part = getattr(source, "index", None)
+    return str(part) if isinstance(part, (str, int)) and part not in _PLUMBING else None
 
 
 def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torch.Tensor | None = None) -> fx.Node:

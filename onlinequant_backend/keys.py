@@ -6,7 +6,7 @@ A key is 64 hex digits, four parts of 16 each, so that entries that may share so
 portable  the layers with their geometry, and how they are calibrated: the same on every machine
 weights   a fingerprint of the parameters: two checkpoints of one architecture never share an entry
 machine   this package's sources, torch, triton, and what the device can do
-graph     the FX graph with arguments, shapes, strides and dtypes, and the options
+graph     the FX graph with arguments, shapes, strides and dtypes, autocast, and the options
 ========  ========================================================================================
 
 Two graphs of one model, at two resolutions, differ in the last part only and share one calibration.
@@ -47,13 +47,15 @@ def entry_key(
     config: QuantConfig,
     precision: Precision,
     device: torch.device,
+    state: compat.GlobalState,
 ) -> str:
-    """The key of ``graph_module`` with weights of this ``fingerprint``, of which ``infos`` may be quantized."""
+    """The key of ``graph_module``, which was traced in this ``state``, with weights of this ``fingerprint``, of which
+    ``infos`` may be quantized."""
     return (
         _part(_portable(infos, config, precision))
         + weights
         + _part(_machine(precision, device))
-        + _part(_graph(graph_module, config))
+        + _part(_graph(graph_module, config, state))
     )
 
 
@@ -112,8 +114,8 @@ def _triton_version() -> str:
         return "none"
 
 
-def _graph(graph_module: fx.GraphModule, config: QuantConfig) -> str:
-    lines = [config.cache_key()]
+def _graph(graph_module: fx.GraphModule, config: QuantConfig, state: compat.GlobalState) -> str:
+    lines = [config.cache_key(), f"{state.default_dtype} {state.autocast}"]
     for node in graph_module.graph.nodes:
         text = f"{node.op} {_target(node.target)} {node.args} {node.kwargs} {_layout(node.meta.get('example_value'))}"
         lines.append(_ADDRESS.sub("", text))
@@ -127,7 +129,7 @@ def identity(
 
     Dynamo traces again when anything changes that the code has looked at, a dict's length, say; it may find the same.
     """
-    lines = [repr(config.to_dict()), precision.name, str(device), str(torch.is_grad_enabled())]
+    lines = [repr(config.to_dict()), precision.name, str(device), compat.GlobalState.now().guarded]
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):  # values that the text does not show
             return None
@@ -168,9 +170,3 @@ def source_digest() -> str:
         for path in sorted(folder.rglob("*.py")):
             digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def named_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> dict[str, torch.Tensor]:
-    """A call's parameters by their qualified names."""
-    pairs = zip(graph.placeholders(graph_module), arguments, strict=True)
-    return {graph.qualified_name(node): value for node, value in pairs if graph.is_parameter(node)}

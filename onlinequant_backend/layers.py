@@ -141,7 +141,7 @@ class Layer:
     def widen(self, x: torch.Tensor | None = None) -> None:
         """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered."""
         with torch.inference_mode(False), torch.no_grad():
-            other = self.qparams * torch.tensor([0.5, 1, 2], device=self.qparams.device)
+            other = self.qparams * torch.tensor([0.5, 1, 2], dtype=torch.float32, device=self.qparams.device)
             seen = ActivationRange()
             if x is not None:
                 seen.update(self._smoothed(x))
@@ -157,14 +157,16 @@ class Layer:
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""
         with torch.inference_mode(False):
-            low, high = (torch.tensor(bound, device=self.device) for bound in (saved.minimum, saved.maximum))
+            low, high = (
+                torch.tensor(bound, dtype=torch.float32, device=self.device) for bound in (saved.minimum, saved.maximum)
+            )
             self.observed = ActivationRange(low, high)
             if saved.qparams is not None:
-                self._set_qparams(torch.tensor(saved.qparams, device=self.device))
+                self._set_qparams(torch.tensor(saved.qparams, dtype=torch.float32, device=self.device))
             self.smoothing = None
             if saved.smoothing is not None:
                 shape = [1, -1, *[1] * (len(saved.weight_shape) - 2)] if self.geometry is not None else [-1]
-                self.smoothing = torch.tensor(saved.smoothing, device=self.device).view(shape)
+                self.smoothing = torch.tensor(saved.smoothing, dtype=torch.float32, device=self.device).view(shape)
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
         self.clipped = saved.clipped
         self.calls = calls

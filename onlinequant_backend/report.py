@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import fnmatch
 import json
 import math
 import os
 import sys
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import cache, errors
+from . import cache, errors, exclusion
 from .entry import STATS_FILE as STATS_FILE
 from .table import render_table
 
@@ -157,7 +156,7 @@ class Report:
 
     def unmatched(self) -> list[str]:
         """The patterns of the option ``exclude`` that no layer's name matches."""
-        return unmatched(self.config.get("exclude", ()), [decision.name for decision in self.decisions])
+        return exclusion.unmatched(self.config.get("exclude", ()), [decision.name for decision in self.decisions])
 
     def copy(self) -> Report:
         """The report as it is now, which stays so."""
@@ -218,11 +217,6 @@ class Report:
         from .plot import plot_layers
 
         plot_layers(self, path)
-
-
-def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
-    """The glob patterns that match none of the names."""
-    return [pattern for pattern in patterns if not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
 
 
 _reports: list[Report] = []

@@ -36,6 +36,7 @@ from .report import clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
+from .stand_ins import stand_in
 from .traced import TracedGraph
 from .trouble import going_on
 from .watch import Watch
@@ -67,7 +68,7 @@ class QuantizedGraph:
         positions = {name: position for position, name in enumerate(self._inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
         self._parameters = getter(parameters)
-        self._names = [graph.qualified_name(inputs[position]) for position in parameters]
+        self._names = list(graph.parameter_names(self._graph).values())
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._places_of_weights = places(self._candidates)
         self._grad_enabled = torch.is_grad_enabled()
@@ -310,7 +311,7 @@ class QuantizedGraph:
         parameters = self._parameters(args)
         where = _places(parameters)
         try:
-            with self._lock, Call() as call:
+            with self._lock, self._traced.state.autocasting(), Call() as call:
                 self._places = where if aside else None
                 weights = self._set(parameters)
                 call.layers = weights.layers
@@ -356,10 +357,11 @@ class QuantizedGraph:
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:
             known = self._fingerprint(weights, parameters)
-            key = keys.entry_key(self._graph, self._infos, known, self._config, self._precision, self._device)
+            how = self._config, self._precision, self._device, self._traced.state
+            key = keys.entry_key(self._graph, self._infos, known, *how)
             self._report.key = key
             entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
-            weakref.finalize(parameters[0], entry.release).atexit = False  # the model was dropped
+            weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
     def _settle(self, phase: str, reason: str, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:

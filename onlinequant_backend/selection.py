@@ -209,12 +209,13 @@ class _Trial:
         self._weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
         if device == ahead.NOWHERE:
             self._q = torch.empty_like(self._weight, dtype=format.weight)
-            self._scale = torch.empty(scales_in(info.weight_shape, format), device=device)
+            self._scale = torch.empty(scales_in(info.weight_shape, format), dtype=torch.float32, device=device)
         else:
             self._q, self._scale = quantize_weight(self._weight, format)
         # Triton compiles kernels with and without a bias apart, and most layers have one.
         self._bias = torch.zeros(info.weight_shape[0], device=device, dtype=info.dtype)
-        self._qparams = torch.empty(5, device=device)[2:].copy_(torch.tensor([16.0, 0.0, 1 / 16]))
+        qparams = torch.tensor([16.0, 0.0, 1 / 16], dtype=torch.float32, device="cpu")
+        self._qparams = torch.empty(5, dtype=torch.float32, device=device)[2:].copy_(qparams)
         self._format = format.activation
         if info.geometry is None:
             self._x = self._x.flatten(0, -2)

@@ -38,7 +38,7 @@ def outcome(check: Check, format: Format, device: torch.device) -> Outcome:
 
 
 def _quantize(format: Format, device: torch.device) -> float:
-    x = torch.linspace(-1, 1, 64, device=device)
+    x = torch.linspace(-1, 1, 64, dtype=torch.float32, device=device)
     qparams = _qparams(format, device)
     error = (reference.dequantize(ops.quantize(x, qparams, format.activation, False), qparams) - x).abs().max()
     return 0.0 if error <= qparams[2] else float(error)
@@ -91,7 +91,7 @@ def _operands(
     generator = torch.Generator().manual_seed(0)
 
     def stored(shape: tuple[int, ...], low: float, high: float, dtype: torch.dtype) -> torch.Tensor:
-        values = torch.empty(shape).uniform_(low, high, generator=generator)
+        values = torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(low, high, generator=generator)
         layout = CHANNELS_LAST.get(len(shape), torch.contiguous_format)
         return (values if dtype.is_floating_point else values.round()).to(dtype).to(device, memory_format=layout)
 
@@ -102,8 +102,8 @@ def _operands(
         stored(x_shape, *format.limits, format.activation),
         _qparams(format, device),
         stored(weight_shape, -limit, limit, format.weight),
-        ((torch.rand(scales, generator=generator) + 0.5) / limit).to(device),
-        torch.randn(outputs, generator=generator).to(device),
+        ((torch.rand(scales, generator=generator, dtype=torch.float32, device="cpu") + 0.5) / limit).to(device),
+        torch.randn(outputs, generator=generator, dtype=torch.float32, device="cpu").to(device),
     )
 
 
@@ -112,11 +112,11 @@ def _qparams(format: Format, device: torch.device, largest: float = 1) -> torch.
     low, high = format.limits
     scale = 2 * largest / (high - low)
     # cuBLAS wants the scale at an address that is a multiple of 16 bytes.
-    return torch.tensor([0, 0, 1 / scale, 128 if low == 0 else 0, scale], device=device)[2:]
+    return torch.tensor([0, 0, 1 / scale, 128 if low == 0 else 0, scale], dtype=torch.float32, device=device)[2:]
 
 
 def _noise(*shape: int) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).half()
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").half()
 
 
 def _on_cpu(operands: _Operands) -> _Operands:

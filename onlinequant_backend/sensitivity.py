@@ -46,7 +46,8 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
         with torch.inference_mode(False), torch.enable_grad():
             copies = [_without_gradient(x) if isinstance(x, torch.Tensor) else x for x in args]
             output = _flat(observed(*copies, observation))
-            mixture = torch.randn(output.numel(), generator=torch.Generator().manual_seed(_SEED)).to(output)
+            seeded = torch.Generator().manual_seed(_SEED)
+            mixture = torch.randn(output.numel(), generator=seeded, dtype=torch.float32, device="cpu").to(output)
             (output * mixture).sum().backward()
         mean_square = float(output.detach().square().mean())
     except Exception as error:

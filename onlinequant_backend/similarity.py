@@ -45,6 +45,6 @@ def _checked(picture: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tens
 
 
 def _gaussian(size: int) -> torch.Tensor:
-    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    places = torch.arange(size, dtype=torch.float64, device="cpu") - (size - 1) / 2
     weights = torch.exp(-(places**2) / (2 * 1.5**2))
     return weights / weights.sum()

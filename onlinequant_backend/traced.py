@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.fx as fx
 
-from . import graph
+from . import compat, graph
 from .config import QuantConfig
 from .passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from .precision import Precision
@@ -25,6 +25,7 @@ class TracedGraph:
         precision: what these are on this device.
         device: where the graph runs.
         report: what is told of it.
+        state: of the process and the thread when it was traced.
     """
 
     module: fx.GraphModule
@@ -32,6 +33,7 @@ class TracedGraph:
     precision: Precision
     device: torch.device
     report: Report
+    state: compat.GlobalState = field(default_factory=compat.GlobalState.now)
 
     @functools.cached_property
     def infos(self) -> list[LayerInfo]:

@@ -18,7 +18,6 @@ from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.weak import WeakIdKeyDictionary
 
 from . import drift
 from .changes import Snapshot
@@ -27,6 +26,7 @@ from .formats import Format
 from .hollow import hollow_out
 from .layers import Layer
 from .merged import MergedWeight
+from .stand_ins import StandIn, stand_in
 
 if TYPE_CHECKING:
     from .build import Prepared
@@ -88,7 +88,8 @@ class WeightSet:
         self.alive = True
         self._candidates = candidates
         self._guards = {
-            name: weakref.ref(parameter, self._expire) for name, parameter in zip(names, parameters, strict=True)
+            name: weakref.ref(stand_in(parameter), self._expire)
+            for name, parameter in zip(names, parameters, strict=True)
         }
         self._places = places(candidates)
         keys = zip((names[candidate] for candidate in candidates), self._places, strict=True)
@@ -99,11 +100,14 @@ class WeightSet:
 
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
         """How many of these parameters, by qualified name, are in this set under the same name."""
-        return sum(name in self._guards and self._guards[name]() is weight for name, weight in parameters.items())
+        return sum(
+            name in self._guards and self._guards[name]() is stand_in(weight) for name, weight in parameters.items()
+        )
 
     def has_any_of(self, ids: Set[int]) -> bool:
         """Whether any parameter with one of these identities is in this set."""
-        return any(id(guard()) in ids for guard in self._guards.values())  # None is no parameter
+        known = (guard() for guard in self._guards.values())
+        return any(id(parameter()) in ids for parameter in known if parameter is not None)
 
     def layer(self, name: str, place: int = 0) -> Layer | None:
         """The layer whose weight has this name, at so many places after its first."""
@@ -299,7 +303,7 @@ class Registry:
     """Every layer of this process, by weight and by what its state depends on, and every set of weights in use."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[Any, ...], WeakIdKeyDictionary] = {}
+        self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[StandIn, dict[int, Layer]]] = {}
         self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
         self._lock = threading.Lock()  # models may run in threads of their own
 
@@ -336,7 +340,7 @@ class Registry:
         of the weight whose place in the model it has taken, if that fits, or else gets a new one."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
-            layers = self._layers_of(kind).setdefault(weight, {})
+            layers = self._layers_of(kind).setdefault(stand_in(weight), {})
             if place not in layers:
                 first = next(iter(layers.values()), None)
                 layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
@@ -345,20 +349,20 @@ class Registry:
     def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
         """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
         with self._lock:
-            return self._layers_of(layer.kind).get(weight, {}).get(place, layer)
+            return self._layers_of(layer.kind).get(stand_in(weight), {}).get(place, layer)
 
     def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
         """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
         with self._lock:
             layers = self._layers_of(layer.kind)
             parted: dict[int, Layer] = {}
-            for number, each in {**layers.get(weight, {}), place: layer}.items():
+            for number, each in {**layers.get(stand_in(weight), {}), place: layer}.items():
                 parted[number] = each.parted(next(iter(parted.values()), None))
-            layers[weight] = parted
+            layers[stand_in(weight)] = parted
             return parted[place]
 
-    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[torch.Tensor, dict[int, Layer]]:
-        return self._layers.setdefault(kind, WeakIdKeyDictionary())
+    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[StandIn, dict[int, Layer]]:
+        return self._layers.setdefault(kind, weakref.WeakKeyDictionary())
 
     def forget_extras(self) -> None:
         """Have all sets look their compiled graphs' extra inputs up again."""
@@ -369,7 +373,8 @@ class Registry:
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
         with self._lock:
-            known = [layers[weight] for layers in self._layers.values() for weight in weights if weight in layers]
+            given = list(map(stand_in, weights))
+            known = [layers[weight] for layers in self._layers.values() for weight in given if weight in layers]
             found = {layer.copy for places in known for layer in places.values()}
         for copy in found:
             copy.forget()

@@ -141,7 +141,7 @@ class _Values:
         self._values, self._dtype = tensor.tolist(), tensor.dtype
 
     def tensor(self) -> torch.Tensor:
-        return torch.tensor(self._values, dtype=self._dtype)
+        return torch.tensor(self._values, dtype=self._dtype, device="cpu")
 
 
 def _described(module: fx.GraphModule) -> tuple[Any, ...]:

@@ -47,7 +47,7 @@ def _memory_format(node: fx.Node) -> torch.memory_format | None:
         return None
     # The traced strides may be symbolic, so ask a tensor of the same strides that has no memory.
     sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
-    traced = torch.empty_strided(sizes, strides, device="meta")
+    traced = torch.empty_strided(sizes, strides, dtype=torch.float32, device="meta")
     for memory_format in (torch.contiguous_format, CHANNELS_LAST[value.dim()]):
         if traced.is_contiguous(memory_format=memory_format):
             return memory_format

@@ -24,6 +24,7 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
     A weight that is computed inside the graph has no name of its own; its layer takes the module's.
     """
     named = 0
+    names = graph.parameter_names(graph_module)
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or node.target not in _KINDS or info_of(node) is not None:
             continue
@@ -31,7 +32,7 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
         if parameter is None:
             info = LayerInfo(_module_name(node), _KINDS[node.target])
         else:
-            name = graph.qualified_name(parameter).removesuffix(".weight")
+            name = names[parameter].removesuffix(".weight")
             info = LayerInfo(name, _KINDS[node.target], weight=parameter.name)
         node.meta["onlinequant"] = info
         named += 1

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fnmatch
 import functools
 import logging
 import operator
@@ -8,9 +7,8 @@ import operator
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph
-from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.report import CANDIDATE, unmatched
+from onlinequant_backend import exclusion, graph
+from onlinequant_backend.report import CANDIDATE
 
 from .layer import (
     CASTS,
@@ -46,7 +44,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
-    for unknown in unmatched(context.config.exclude, before):
+    for unknown in exclusion.unmatched(context.config.exclude, before):
         _say_unmatched(unknown)
     possible = 0
     work = sum(info.flops for _, info in layer_nodes(graph_module))
@@ -64,7 +62,7 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
         for kind in ("conv", "linear"):
             _apply_percentage(graph_module, kind, context)
     for _, info in layer_nodes(graph_module):
-        pattern = _excluding_pattern(info.name, context.config)
+        pattern = exclusion.matching(info.name, context.config.exclude)
         if info.quantized and pattern is not None:
             info.quantized, info.reason = False, f"excluded by {pattern!r}"
         if info.index in context.freed:
@@ -148,10 +146,6 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
 def _say_unmatched(pattern: str) -> None:
     """Once: a model may be several graphs."""
     _log.warning("exclude: %r matches no layer of a graph; report.table() has the names", pattern)
-
-
-def _excluding_pattern(name: str, config: QuantConfig) -> str | None:
-    return next((pattern for pattern in config.exclude if fnmatch.fnmatchcase(name, pattern)), None)
 
 
 def _impossible(node: fx.Node, info: LayerInfo) -> str | None:

@@ -270,7 +270,7 @@ def test_settings_reach_it(idle: CompileProcess) -> None:
         changed = compat.settings()
         assert idle.run(compat.settings) == changed
     assert changed != before and all(there != here for there, here in zip(changed, before, strict=True))
-    assert idle.run(compat.settings) == before  # what differs no more is set back
+    assert idle.run(compat.settings) == compat.settings() != changed  # what differs no more is set back
 
 
 @contextlib.contextmanager

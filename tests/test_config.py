@@ -63,6 +63,8 @@ OTHER_VALUES = {
 PERCENTAGES = [f"quantized_{kind}_percentage" for kind in ("conv", "linear")]
 THRESHOLDS = [f"{kind}_compute_density_threshold" for kind in ("conv", "linear")]
 NAN, INF = float("nan"), float("inf")
+# Too large for a float, and too long to be written.
+HUGE = (10**400, 10**5000)
 
 
 def test_defaults() -> None:
@@ -74,29 +76,44 @@ def test_defaults() -> None:
     ("option", "values", "error", "allowed"),
     [
         *(
-            (name, [-1, 100.5, NAN, "50", True, None], errors.InvalidPercentageError, "[0, 100]")
+            (name, [-1, 100.5, NAN, "50", True, None, *HUGE], errors.InvalidPercentageError, "[0, 100]")
             for name in PERCENTAGES
         ),
-        *((name, [-0.1, INF, NAN, "high", True], errors.InvalidThresholdError, "[0, inf)") for name in THRESHOLDS),
-        ("precision", ["int4", "INT8", 8, None], errors.UnknownPrecisionError, "'auto', 'int8', 'fp8', 'float'"),
-        ("calibration_steps", [0, -3, 2.0, True, "20"], errors.InvalidCalibrationStepsError, "at least 1"),
+        *(
+            (name, [-0.1, INF, NAN, "high", True, *HUGE], errors.InvalidThresholdError, "[0, inf)")
+            for name in THRESHOLDS
+        ),
+        ("precision", ["int4", "INT8", 8, None, *HUGE], errors.UnknownPrecisionError, "'auto', 'int8', 'fp8', 'float'"),
+        ("calibration_steps", [0, -3, 2.0, True, "20", *HUGE], errors.InvalidCalibrationStepsError, "at least 1"),
         ("calibration_method", ["entropy", None, ["mse"]], errors.InvalidOptionError, "'mse', 'percentile', 'minmax'"),
-        ("max_error", [-0.1, INF, NAN, "low", True], errors.InvalidOptionError, "[0, inf)"),
-        ("drift_check_every", [-1, 2.0, True, None, "64"], errors.InvalidOptionError, "0 for never"),
+        ("max_error", [-0.1, INF, NAN, "low", True, *HUGE], errors.InvalidOptionError, "[0, inf)"),
+        ("drift_check_every", [-1, 2.0, True, None, "64", *HUGE], errors.InvalidOptionError, "0 for never"),
         ("sensitivity", ["global", None], errors.InvalidOptionError, "'gradient', 'local', 'end_to_end'"),
         ("cuda_graphs", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
         ("regional_compilation", ["on", 1, 0, None], errors.InvalidOptionError, "'auto', True, False"),
         ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
         ("compile_in_background", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("free_float_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
-        ("cache_size_limit", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
-        ("lock_timeout", [-1, INF, NAN, "20", True, None], errors.InvalidOptionError, "[0, inf)"),
+        ("cache_size_limit", [-1, INF, NAN, "20", True, None, *HUGE], errors.InvalidOptionError, "[0, inf)"),
+        ("lock_timeout", [-1, INF, NAN, "20", True, None, *HUGE], errors.InvalidOptionError, "[0, inf)"),
         ("exclude", ["conv_in", None, {"a"}], errors.InvalidOptionError, "tuple of glob patterns"),
-        ("exclude", [("a", 1), (None,)], errors.InvalidOptionError, "must be a string"),
-        ("cache_dir", ["", 5], errors.InvalidOptionError, "a directory's path, or None"),
+        ("exclude", [("a", 1), (None,), HUGE], errors.InvalidOptionError, "must be a string"),
+        ("cache_dir", ["", "a\0b", 5, *HUGE], errors.InvalidOptionError, "a directory's path, or None"),
         ("inductor", [None, "max_autotune", [("max_autotune", True)]], errors.InvalidOptionError, "a dict"),
-        ("inductor", [{"max_autotoon": True}, {1: 2}], errors.UnknownOptionError, "torch._inductor.list_options()"),
-        ("mode", ["fast", 3, ["default"]], errors.InvalidOptionError, "torch.compile does not know"),
+        (
+            "inductor",
+            [{"max_autotoon": True}, {1: 2}, {HUGE[1]: 2}],
+            errors.UnknownOptionError,
+            "torch._inductor.list_options()",
+        ),
+        ("inductor", [{"max-autotune": 3}, {"max_autotune": "yes"}], errors.InvalidOptionError, "must be of type bool"),
+        ("inductor", [{"cpp.threads": "2"}, {"cpp.threads": None}], errors.InvalidOptionError, "must be of type int"),
+        (
+            "mode",
+            ["fast", 3, ["default"], 0, False, "", [], {}, *HUGE],
+            errors.InvalidOptionError,
+            "torch.compile does not know",
+        ),
     ],
 )
 def test_wrong_value_names_the_option_and_what_is_allowed(
@@ -119,6 +136,8 @@ def test_wrong_value_names_the_option_and_what_is_allowed(
         *(("mode", value) for value in (None, "default", "reduce-overhead", "max-autotune-no-cudagraphs")),
         ("calibration_steps", 1),
         ("exclude", ["a", "b.*"]),
+        ("inductor", {"max_autotune": True, "cpp.threads": 2, "triton.cudagraphs": False}),
+        ("inductor", {"post_grad_custom_pre_pass": None, "cpp.min_chunk_size": 1}),
         ("cache_dir", "relative/path"),
     ],
 )
@@ -138,6 +157,19 @@ def test_unknown_option_lists_the_known_ones(wrong: str, meant: str | None) -> N
     assert all(name in message for name in DEFAULTS)
     assert "options={'inductor': {...}}" in message
     assert (f"Did you mean {meant!r}?" in message) is (meant is not None)
+
+
+def test_option_whose_name_is_no_text_is_unknown() -> None:
+    options: list[Any] = [{1: 1}, {None: 1}, {HUGE[1]: 1}]
+    for given in options:
+        with pytest.raises(errors.UnknownOptionError, match="Unknown option"):
+            QuantConfig.from_options(given)
+
+
+def test_a_long_value_is_cut_in_the_message() -> None:
+    with pytest.raises(errors.InvalidOptionError) as raised:
+        QuantConfig.from_options({"cache_dir": list(range(10**5))})
+    assert len(str(raised.value)) < 300
 
 
 def test_mistake_reaches_the_user_of_torch_compile_as_it_is() -> None:

@@ -47,21 +47,48 @@ def test_copy_keeps_what_dynamo_knows() -> None:
     original.meta["note"] = "kept"
     copy = graph.copy_graph(graph.copy_graph(original))
     assert copy.meta["note"] == "kept"
-    names = [
-        [graph.qualified_name(node) for node in graph.placeholders(module) if graph.is_parameter(node)]
-        for module in (original, copy)
-    ]
+    names = [list(graph.parameter_names(module).values()) for module in (original, copy)]
     assert names[0] == names[1]
     assert sorted(names[1]) == sorted(name for name, _ in net().named_parameters())
     with torch.no_grad():
         assert torch.equal(copy(*args)[0], original(*args)[0])
 
 
-def test_name_of_an_input_that_is_no_parameter_is_its_own() -> None:
+def test_only_parameters_have_names() -> None:
     probe = GraphProbe(WithWeight(F.linear, 4, 4), noise(2, 4))
-    (x,) = [node for node in graph.placeholders(probe.graph_module) if not graph.is_parameter(node)]
-    assert graph.qualified_name(x) == x.name
+    assert list(graph.parameter_names(probe.graph_module).values()) == ["weight"]
     assert not graph.is_parameter(probe.nodes(LINEAR)[0])
+
+
+def linear() -> nn.Linear:
+    return nn.Linear(4, 4, bias=False)
+
+
+BASE = linear()
+
+
+def closure() -> Callable[..., Any]:
+    first, second = linear(), linear()
+    return lambda x: second(first(x))
+
+
+@pytest.mark.parametrize(
+    ("function", "models", "names"),
+    [
+        (lambda base, refiner, x: refiner(base(x)), (linear(), linear()), ["base.weight", "refiner.weight"]),
+        (lambda base, x: base(x), (nn.Sequential(linear(), linear()),), ["0.weight", "1.weight"]),
+        (lambda model, x: BASE(model[1](x)), (nn.Sequential(linear(), linear()),), ["model.1.weight", "BASE.weight"]),
+        (lambda models, x: models[1](models[0](x)), ([linear(), linear()],), ["0.weight", "1.weight"]),
+        (closure(), (), ["first.weight", "second.weight"]),
+        (lambda forward, x: forward(x), (linear().forward,), ["weight"]),
+        (lambda v, w, x: F.linear(F.linear(x, v), w), (linear().weight, linear().weight), ["l_v_", "l_w_"]),
+    ],
+)
+def test_no_two_parameters_have_one_name(
+    function: Callable[..., Any], models: tuple[Any, ...], names: list[str]
+) -> None:
+    traced, _ = capture(function, *models, noise(2, 4))
+    assert sorted(graph.parameter_names(traced).values()) == sorted(names)
     assert not graph.is_parameter(None)
 
 

@@ -29,7 +29,7 @@ def has_vnni() -> bool:
 
 def new_handle(shape: torch.Size) -> torch.Tensor:
     """An int8 tensor of ``shape`` that stands for a packed weight."""
-    handle = torch.zeros(1, dtype=torch.int8).expand(shape)
+    handle = torch.zeros(1, dtype=torch.int8, device="cpu").expand(shape)
     weakref.finalize(handle, _packed_weights.pop, handle.data_ptr(), None)
     return handle
 
@@ -220,7 +220,7 @@ def _pack_conv(
     weight: torch.Tensor, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
 ) -> torch.Tensor:
     # Scales and zero points are given anew at every call; here they only tell oneDNN that there will be some.
-    scales = torch.ones(weight.shape[0])
+    scales = torch.ones(weight.shape[0], dtype=torch.float32, device="cpu")
     return torch.ops.onednn.qconv_prepack(
         weight.contiguous(), scales, 1.0, 128, list(stride), list(padding), list(dilation), 1, None
     )
@@ -234,4 +234,4 @@ def _fused_dtype(dtype: torch.dtype) -> torch.dtype:
 @lru_cache(maxsize=256)
 def _zero_points(channels: int) -> torch.Tensor:
     with torch.inference_mode(False):
-        return torch.zeros(channels, dtype=torch.int64)
+        return torch.zeros(channels, dtype=torch.int64, device="cpu")

@@ -34,7 +34,7 @@ class Samples:
         ]
         self._addresses = torch.tensor(offsets, dtype=torch.int64, device=device)
         self._changed = torch.zeros(1, dtype=torch.int32, device=device)
-        self._answer = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+        self._answer = torch.zeros(1, dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
         self._answered = torch.cuda.Event() if device.type == "cuda" else None
 
     def begin(self) -> None:

@@ -51,12 +51,12 @@ def coverage(shape: torch.Tensor, radius: torch.Tensor, centre: torch.Tensor, si
     ``shape``: int64 [N], indices into ``DISTANCES``; ``radius``: float32 [N] and ``centre``: float32 [N, 2], to the
     right and downwards, in pixels.
     """
-    places = torch.arange(size, device=centre.device) + 0.5
+    places = torch.arange(size, dtype=centre.dtype, device=centre.device) + 0.5
     x = places[None, None, :] - centre[:, 0, None, None]
     y = places[None, :, None] - centre[:, 1, None, None]
     radius = radius[:, None, None]
     distances = torch.stack([distance(x, y, radius) for distance in DISTANCES.values()])
-    chosen = distances[shape, torch.arange(len(shape), device=shape.device)]
+    chosen = distances[shape, torch.arange(len(shape), dtype=torch.int64, device=shape.device)]
     return (0.5 - chosen).clamp(0, 1)  # as wide as a pixel, for an edge that is straight within it
 
 

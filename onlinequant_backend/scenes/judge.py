@@ -19,7 +19,9 @@ REST, REST_OF_THING = 5.0, 0.1
 EMPTY, UNREADABLE = -1, -2
 
 _QUARTER = PICTURE_SIZE // 2
-_OFFSETS = torch.arange(-3, 3.5, 0.5)  # pixels from a place's centre; half the step is the largest error
+_OFFSETS = torch.arange(
+    -3, 3.5, 0.5, dtype=torch.float32, device="cpu"
+)  # pixels from a place's centre; half the step is the largest error
 _CHUNK = 250  # pictures; bounds memory
 
 
@@ -78,7 +80,9 @@ def _fit(quarters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     # Least squares: |q - T c|^2 is least for c = <q, T> / <T, T>, and then it is |q|^2 - <q, T>^2 / <T, T>.
     products = quarters @ (templates / templates.norm(dim=0))
     explained, best = products.square().sum(1).max(1)
-    contrast = products[torch.arange(len(best)), :, best] / templates.norm(dim=0)[best, None]
+    contrast = (
+        products[torch.arange(len(best), dtype=torch.int64, device="cpu"), :, best] / templates.norm(dim=0)[best, None]
+    )
     is_empty = contrast.norm(dim=1) < FAINTEST
     explained = explained.masked_fill(is_empty, 0)
     rest = (quarters.square().sum((1, 2)) - explained) / (REST + REST_OF_THING * explained)
@@ -88,22 +92,24 @@ def _fit(quarters: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
 @functools.cache
 def _templates() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """How much of a quarter's pixels things cover, [pixels, T], and their shapes and sizes, int64 [T]."""
-    grid = torch.cartesian_prod(torch.arange(len(SHAPES)), torch.arange(len(SIZES)), *[torch.arange(len(_OFFSETS))] * 2)
+    lengths = (len(SHAPES), len(SIZES), len(_OFFSETS), len(_OFFSETS))
+    grid = torch.cartesian_prod(*[torch.arange(length, dtype=torch.int64, device="cpu") for length in lengths])
     kinds, sizes, across, down = grid.unbind(1)
     centre = _QUARTER / 2 + torch.stack([_OFFSETS[across], _OFFSETS[down]], 1)
-    cover = coverage(kinds, torch.tensor([*SIZES.values()])[sizes], centre, _QUARTER)
+    radii = torch.tensor([*SIZES.values()], dtype=torch.float32, device="cpu")
+    cover = coverage(kinds, radii[sizes], centre, _QUARTER)
     return cover.flatten(1).T.contiguous(), kinds, sizes
 
 
 def _nearest(values: torch.Tensor, palette: Sequence[tuple[float, ...]], tolerance: float) -> torch.Tensor:
     """The index of the colour of ``palette`` nearest to each of ``values`` [N, 3], or ``UNREADABLE``."""
-    distance, index = torch.cdist(values, torch.tensor(palette)).min(1)
+    distance, index = torch.cdist(values, torch.tensor(palette, dtype=torch.float32, device="cpu")).min(1)
     return index.masked_fill(distance > tolerance, UNREADABLE)
 
 
 def _expected(scenes: Sequence[Scene]) -> torch.Tensor:
     """What ``read`` should return."""
-    places = torch.full((len(scenes), len(PLACES), 3), EMPTY)
+    places = torch.full((len(scenes), len(PLACES), 3), EMPTY, dtype=torch.int64, device="cpu")
     code = codes(scenes)
     things = code[:, 1:].view(len(scenes), -1, 4)
     row, index = (things[:, :, 0] >= 0).nonzero(as_tuple=True)

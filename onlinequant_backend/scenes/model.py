@@ -34,7 +34,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.words = nn.Embedding(len(_WORDS) + 1, width)
         nn.init.normal_(self.words.weight, std=0.1)  # so that the phrase is soon heard among its words
-        self.positions = nn.Parameter(0.02 * torch.randn(TOKENS, width))
+        self.positions = nn.Parameter(self.words.weight.new_empty(TOKENS, width).normal_(std=0.02))
         self.phrase = nn.Conv1d(width, 4 * width, kernel_size=9, padding=4)
         self.out = nn.Linear(4 * width, width)
         self.norm = nn.LayerNorm(width)
@@ -108,7 +108,7 @@ def tokenize(captions: Sequence[str]) -> torch.Tensor:
         if unknown or len(words) > TOKENS:
             raise ValueError(f"{text!r}: no word {unknown[0]!r}" if unknown else f"{text!r}: over {TOKENS} words")
         rows.append([_IDS[word] for word in words] + [0] * (TOKENS - len(words)))
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, path: Path = WEIGHTS) -> ScenesModel:
@@ -122,5 +122,6 @@ def load(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
         )
     with safe_open(path, framework="pt") as file:
         model = ScenesModel(json.loads(file.metadata()["config"]))
-        model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118, no mapping
+        weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, no mapping
+        model.load_state_dict(weights, assign=True)
     return model.to(device, dtype).eval().requires_grad_(False)

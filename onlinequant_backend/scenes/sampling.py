@@ -65,7 +65,9 @@ def make_scheduler(sampler: str, model: ScenesModel) -> Any:
 def _noise(seed: int, index: int) -> torch.Tensor:
     """Made on the CPU, so that it is the same for every device."""
     generator = torch.Generator().manual_seed((seed << 24) + index)
-    return torch.randn(LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator)
+    return torch.randn(
+        LATENT_CHANNELS, LATENT_SIZE, LATENT_SIZE, generator=generator, dtype=torch.float32, device="cpu"
+    )
 
 
 def _denoised(
@@ -77,7 +79,7 @@ def _denoised(
         scaled = scheduler.scale_model_input(latents, step)
         inputs = ScenesModel.placed(torch.cat([scaled, scaled])).to(texts.dtype)
         # A float for each latent, whatever a scheduler counts in: one graph serves all of them.
-        time = torch.full((len(inputs),), float(step), device=texts.device)
+        time = torch.full((len(inputs),), float(step), dtype=torch.float32, device=texts.device)
         told, untold = denoise(inputs, time, texts, return_dict=False)[0].float().chunk(2)
         latents = scheduler.step(untold + guidance * (told - untold), step, latents, return_dict=False)[0]
     return latents

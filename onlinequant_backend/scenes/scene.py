@@ -64,9 +64,10 @@ def random_scene(generator: torch.Generator) -> Scene:
     """One thing or, twice as often, two. ``generator``: of the CPU."""
 
     def draw_from(names: Sequence[str]) -> str:
-        return names[int(torch.randint(len(names), (), generator=generator))]
+        return names[int(torch.randint(len(names), (), generator=generator, dtype=torch.int64, device="cpu"))]
 
-    places = torch.randperm(len(PLACES), generator=generator)[: 1 + bool(torch.rand((), generator=generator) < 2 / 3)]
+    order = torch.randperm(len(PLACES), generator=generator, dtype=torch.int64, device="cpu")
+    places = order[: 1 + bool(torch.rand((), generator=generator, dtype=torch.float32, device="cpu") < 2 / 3)]
     things = tuple(
         Thing(draw_from(SHAPES), draw_from([*COLOURS]), draw_from([*SIZES]), [*PLACES][place]) for place in places
     )
@@ -128,7 +129,7 @@ def codes(scenes: Sequence[Scene]) -> torch.Tensor:
             row += [SHAPES.index(thing.shape), [*COLOURS].index(thing.colour)]
             row += [[*SIZES].index(thing.size), [*PLACES].index(thing.place)]
         rows.append(row + [-1] * (9 - len(row)))
-    return torch.tensor(rows)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu")
 
 
 def draw_codes(code: torch.Tensor, generator: torch.Generator | None = None) -> torch.Tensor:
@@ -141,7 +142,7 @@ def draw_codes(code: torch.Tensor, generator: torch.Generator | None = None) -> 
     shape, colour, size, place = things.clamp(min=0).unbind(1)
     centre = centres[place]
     if generator is not None:
-        away = torch.rand(centre.shape, generator=generator, device=code.device)
+        away = torch.rand(centre.shape, generator=generator, dtype=torch.float32, device=code.device)
         centre = centre + JITTER * (2 * away - 1)
     cover = coverage(shape, radii[size], centre) * (things[:, 0] >= 0)[:, None, None]
     pictures = paint(
@@ -153,7 +154,8 @@ def draw_codes(code: torch.Tensor, generator: torch.Generator | None = None) -> 
 @functools.cache  # on a GPU each copy would wait for whatever it is doing
 def _tables(device: torch.device) -> tuple[torch.Tensor, ...]:
     """Colours of backgrounds and things, radii and centres, by index."""
-    return tuple(torch.tensor([*names.values()], device=device) for names in (BACKGROUNDS, COLOURS, SIZES, PLACES))
+    tables = (BACKGROUNDS, COLOURS, SIZES, PLACES)
+    return tuple(torch.tensor([*names.values()], dtype=torch.float32, device=device) for names in tables)
 
 
 def draw(scene: Scene, generator: torch.Generator | None = None) -> torch.Tensor:
