@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from .samples import sample
+
+if TYPE_CHECKING:
+    from .sampling import SamplingRun
 
 # Values that are looked at of each tensor: enough for shares of a thousandth.
 SAMPLES = 16384
@@ -27,11 +32,20 @@ _FACTOR = 4
 # So few values beyond a range say nothing: in a tensor of a thousand one more may do.
 _HANDFUL = 4
 
+# Runs of more steps are rare.
+_LONGEST_RUN = 64
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 _counting = threading.local()
 
 
 class Schedule:
-    """Which calls count: soon after a change, and then ever more seldom, until it is every ``every``-th; 0 is none.
+    """Which calls count: those that a change may have made wrong, and later one of every ``every`` calls; 0 is none.
+
+    After a change every step of a sampling run is looked at within two runs: every second one in the first run, the
+    others in the second. Where nobody says which run a call belongs to, all of the next 64 calls are looked at: fewer
+    would leave a step of some length of run unseen that long. Later the distances between calls are uneven, so that no
+    step of any length of run escapes for good.
 
     Attributes:
         checks: how often it was time.
@@ -40,23 +54,56 @@ class Schedule:
     def __init__(self, every: int) -> None:
         self.checks = 0
         self._every = every
-        # What is new is what has just been observed.
-        self._interval = self._wait = min(8, every)
+        self._is_new = False  # what is new when this begins has just been observed
+        self._calls = 0  # since the last change
+        self._runs = 0  # begun since the last change
+        self._position = 0  # in the run
+        self._run: Callable[[], SamplingRun | None] = lambda: None
+        # Calls are divided into windows, of which each has one that counts.
+        self._window = min(8, every)
+        self._number = 1  # of the window
+        self._left = self._place()
 
     def restart(self) -> None:
         """Something has changed: the next call counts."""
-        self._interval = self._wait = 1
+        self._is_new = True
+        self._calls = self._runs = 0
 
-    def is_due(self) -> bool:
-        """Asked once for each call."""
+    def is_due(self, run: SamplingRun | None = None) -> bool:
+        """Asked once for each call, with the run that it belongs to."""
         if not self._every:
             return False
-        self._wait -= 1
-        if self._wait > 0:
+        if run is not self._run():
+            self._run = (lambda: None) if run is None else weakref.ref(run)
+            self._runs += 1
+            self._position = 0
+        is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
+        self._calls += 1
+        self._position += 1
+        self.checks += is_due
+        return is_due
+
+    def _is_after_change(self, is_run_known: bool) -> bool:
+        if self._runs > 2 if is_run_known else self._calls >= _LONGEST_RUN:
+            self._is_new, self._window = False, self._every
+            return self._is_in_turn()
+        # A run that has begun before the change does not count as one of the two.
+        return not is_run_known or self._calls == 0 or (self._position + self._runs) % 2 == 1
+
+    def _is_in_turn(self) -> bool:
+        if self._left > 0:
+            self._left -= 1
             return False
-        self._interval = self._wait = min(2 * self._interval, self._every)
-        self.checks += 1
+        self._left = self._window - 1 - self._place()
+        self._window = min(2 * self._window, self._every)
+        self._number += 1
+        self._left += self._place()
         return True
+
+    def _place(self) -> int:
+        """Where in the window the call lies that counts. Squares times an irrational number are spread evenly whatever
+        part of them one looks at (Weyl's theorem), and look random: each step of a run of any length has its turn."""
+        return int(self._window * (self._number**2 * _GOLDEN % 1))
 
 
 class CountingCall:

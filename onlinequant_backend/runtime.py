@@ -133,7 +133,7 @@ class QuantizedGraph:
             return self._run_float(args)
         if compiled is None:
             return self._run_float(args)
-        result = self._watch.run(compiled, args, weights)
+        result = self._watch.run(compiled, args, weights, run)
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
         if asked and self._may_repeat and not weights.end_check():

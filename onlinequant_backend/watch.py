@@ -13,6 +13,7 @@ from .calibration import Observation
 
 if TYPE_CHECKING:
     from .build import CompiledGraph
+    from .sampling import SamplingRun
     from .traced import TracedGraph
     from .weights import WeightSet
 
@@ -28,10 +29,15 @@ class Watch:
         self._expects_finite = True
         self._said = False
 
-    def run(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> Any:
-        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges."""
+    def run(
+        self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
+    ) -> Any:
+        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges.
+
+        ``run``: the sampling run that the call belongs to.
+        """
         device = weights.layers[0].device
-        due = weights.schedule.is_due() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        due = weights.schedule.is_due(run) and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
