@@ -208,6 +208,7 @@ class Observation:
         probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
             probing, when there is nothing else to do.
         widening: indices of the frozen layers whose ranges are to cover this call's inputs as well.
+        lost: indices of those whose inputs were not finite, so that no range can.
         gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
             outside of a pass for these, when there is nothing else to do.
         spared: bytes of free memory without which such a pass ends with MemoryError.
@@ -219,6 +220,7 @@ class Observation:
     kept: Container[int] = ()
     probed: Container[int] | None = None
     widening: Container[int] = ()
+    lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
 
@@ -233,8 +235,8 @@ class Observation:
         if self.probed is not None:
             return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
-            if index in self.widening:
-                layer.widen(x)
+            if index in self.widening and not layer.widen(x):
+                self.lost.add(index)
             return y
         shared = self.layers[first]
         if index != first and (layer.observed is shared.observed or layer.observed.is_empty):

@@ -12,7 +12,7 @@ import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -152,16 +152,16 @@ class Counts:
 
 
 def clipped(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range; bool of
-    at most ``SAMPLES``.
+    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range, or not
+    finite; bool of at most ``SAMPLES``.
 
     Where the zero point is 0, the lower end of uint8 is what zeros are stored as, so it does not count.
     """
     values = sample(xq, SAMPLES)
     if xq.dtype is torch.uint8:
-        return values + 1 < 2 if qparams[1] > 0 else values == 255
+        return values + 2 < 3 if qparams[1] > 0 else values >= 254  # a sum of more than 255 begins at 0 again
     if xq.dtype is torch.int8:
-        return values.abs() >= 127
+        return values.view(torch.uint8) + 129 < 3  # -127, -128 and 127
     return values.view(torch.uint8).bitwise_and(0x7F) >= 0x7E
 
 
@@ -204,5 +204,18 @@ def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_finite(result: Any) -> bool:
     """Whether all floats in the tensors of a result are finite; waits for them."""
-    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(bool(torch.isfinite(tensor).all()) for tensor in _floats(result))
+
+
+def lost(result: Any) -> list[torch.Tensor]:
+    """Which floats in the tensors of a result are not finite, tensor by tensor."""
+    return [~torch.isfinite(tensor) for tensor in _floats(result)]
+
+
+def is_alike(lost: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Whether the same is lost in two results."""
+    return len(lost) == len(other) and all(map(torch.equal, lost, other))
+
+
+def _floats(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

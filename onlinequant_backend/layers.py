@@ -151,21 +151,23 @@ class Layer:
             self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
         self.frozen = True
 
-    def widen(self, x: torch.Tensor | None = None) -> None:
-        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered."""
+    def widen(self, x: torch.Tensor | None = None) -> bool:
+        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered; False if no
+        range can."""
         with torch.inference_mode(False), torch.no_grad():
             other = self.qparams * torch.tensor([0.5, 1, 2], device=self.qparams.device)
             seen = ActivationRange()
             if x is not None:
                 seen.update(self._smoothed(x))
                 if not seen.is_finite():
-                    return
+                    return False
                 other = freeze(seen, self.format, self.method)
             before = float(self.qparams[2])
             self._set_qparams(widened(self.qparams, other, self.format))
             self.growth *= float(self.qparams[2]) / before
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
+        return True
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""

@@ -407,6 +407,7 @@ class QuantizedGraph:
                     weights.start_over()
                     self._entries.pop(weights, None)
                     self._choice.is_made = False
+                    self._watch.compare_again()
                     self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
             if changed:
                 weights.schedule.restart()

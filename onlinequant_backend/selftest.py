@@ -112,7 +112,7 @@ def _qparams(format: Format, device: torch.device, largest: float = 1) -> torch.
     low, high = format.limits
     scale = 2 * largest / (high - low)
     # cuBLAS wants the scale at an address that is a multiple of 16 bytes.
-    return torch.tensor([0, 0, 1 / scale, 128 if low == 0 else 0, scale], device=device)[2:]
+    return torch.tensor([0, 0, 1 / scale, round(high / 2) if low == 0 else 0, scale], device=device)[2:]
 
 
 def _noise(*shape: int) -> torch.Tensor:

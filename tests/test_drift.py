@@ -152,7 +152,7 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
     kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
     some, other = (torch.tensor([1.0, 3.0, 1.0]) for _ in range(2))
-    xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(1000)
+    xq = torch.tensor([0, 1, 253, 254], dtype=torch.uint8).repeat(1000)
 
     def step(number: int) -> int:
         kernel(xq, some, number)
@@ -187,17 +187,26 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
     call = drift.CountingCall(lambda xq: kernel(xq, qparams), replayed)
     for size in (1000, 3000, 1000, 500, 3000):
-        assert call(torch.full((size,), 255, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
+        assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
 
 
 @pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
 def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
     xq = torch.full((1000,), 100, dtype=torch.uint8)
-    xq[:beyond] = 255
+    xq[:beyond] = 254
     kernel = drift.counted(lambda xq, qparams: None)
     _, shares = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
     (share,) = shares.values()
     assert drift.has_drifted(share, 0.0) is drifts
+
+
+@FORMATS
+def test_what_is_not_finite_counts(format: Format) -> None:
+    x = torch.zeros(100)
+    qparams = freeze(observed(noise(100, 10)), format, "minmax")
+    x[20:30] = torch.nan
+    x[70:80] = -torch.inf
+    assert float(share_of(quantized(x, qparams, format), qparams)) == pytest.approx(0.2)
 
 
 def test_results_of_any_structure_are_looked_at() -> None:
