@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from .entry import LEAST_SCALE
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -130,10 +131,28 @@ def widened(qparams: torch.Tensor, other: torch.Tensor, format: Format) -> torch
     return _qparams(min(low, other_low), max(high, other_high), format, qparams.device)
 
 
+def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
+    """The observed range that quantization parameters are for, as ``freeze`` makes them."""
+    low, high = _range(qparams, format)
+    return low / format.headroom, high / format.headroom
+
+
+def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: Format, method: str) -> bool:
+    """Whether ``freeze`` can have made these of such a range, from whatever histograms."""
+    whole = _range(freeze(observed, format, "minmax").tolist(), format)
+    method = "minmax" if format.activation.is_floating_point else method
+    least = {"minmax": 1.0, "mse": _CLIP_RATIOS[-1]}.get(method, 0.0)
+    margin = 1.01 * qparams[2]  # the zero point is rounded, which moves both ends
+    return all(
+        least * abs(end) - margin <= abs(of_part) <= abs(end) + margin
+        for end, of_part in zip(whole, _range(qparams, format), strict=True)
+    )
+
+
 def _qparams(low: float, high: float, format: Format, device: torch.device) -> torch.Tensor:
     lowest, highest = format.limits
     # A layer that only ever saw zeros still needs a scale that is positive.
-    scale = max((high - low) / (highest - lowest), 1e-30)
+    scale = max((high - low) / (highest - lowest), LEAST_SCALE)
     zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
     return torch.tensor([1 / scale, zero_point, scale], device=device)
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import ops
-from .calibration import ActivationRange, clipped_share, freeze, widened
+from .calibration import ActivationRange, clipped_share, covered, freeze, is_frozen_from, widened
 from .changes import Stamp
 from .entry import LayerCalibration
 from .errors import FreedWeightsError
@@ -186,6 +186,13 @@ class Layer:
         self.calibrated_for = calibrated_for
         self.freeze()
 
+    def fits(self, saved: LayerCalibration) -> bool:
+        """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
+        if saved.qparams is None:
+            return True
+        observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
+        return is_frozen_from(saved.qparams, observed, self.format, self.method)
+
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""
         self.observed = ActivationRange()
@@ -196,14 +203,20 @@ class Layer:
 
     def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
         """What ``restore`` takes, of a frozen layer."""
-        low, high = self.observed.minimum, self.observed.maximum
+        low, high = (
+            math.nan if bound is None else float(bound) for bound in (self.observed.minimum, self.observed.maximum)
+        )
+        qparams = None if self.range_refusal() is not None else tuple(self.qparams.tolist())
+        if qparams is not None and self.growth > 1:  # larger values were seen later
+            wider = covered(qparams, self.format)
+            low, high = min(low, wider[0]), max(high, wider[1])
         return LayerCalibration(
             name=name,
             kind=kind,
             weight_shape=weight_shape,
-            minimum=math.nan if low is None else float(low),
-            maximum=math.nan if high is None else float(high),
-            qparams=None if self.range_refusal() is not None else tuple(self.qparams.tolist()),
+            minimum=low,
+            maximum=high,
+            qparams=qparams,
             sensitivity=None if self.sensitivity is None else dataclasses.astuple(self.sensitivity),
             clipped=self.clipped,
             smoothing=None if self.smoothing is None else tuple(self.smoothing.flatten().tolist()),

@@ -167,8 +167,8 @@ class Report:
         if self.error is None or self.error < VISIBLE or self.config.get("max_error") is not None:
             return []
         return [
-            f"a step in 8 bit differs by {self.error:.2g} from float, which shows in the picture: set max_error, to 0.1 "
-            "say, to keep the most sensitive layers in float"
+            f"a step in 8 bit differs by {self.error:.2g} from float, which shows in the picture: set max_error, "
+            "to 0.1 say, to keep the most sensitive layers in float"
         ]
 
     def copy(self) -> Report:
