@@ -32,6 +32,8 @@ _FACTOR = 4
 # So few values beyond a range say nothing: in a tensor of a thousand one more may do.
 _HANDFUL = 4
 
+# Noise alone differs by a fifth from call to call.
+_GROWTH = 1.5
 # Runs of more steps are rare.
 _LONGEST_RUN = 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -69,8 +71,8 @@ class Schedule:
         self._is_new = True
         self._calls = self._runs = 0
 
-    def is_due(self, run: SamplingRun | None = None) -> bool:
-        """Asked once for each call, with the run that it belongs to."""
+    def is_due(self, run: SamplingRun | None = None, has_grown: bool = False) -> bool:
+        """Asked once for each call, with the run that it belongs to and whether its inputs alone are a reason."""
         if not self._every:
             return False
         if run is not self._run():
@@ -80,6 +82,7 @@ class Schedule:
         is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
         self._calls += 1
         self._position += 1
+        is_due = is_due or has_grown
         self.checks += is_due
         return is_due
 
@@ -104,6 +107,28 @@ class Schedule:
         """Where in the window the call lies that counts. Squares times an irrational number are spread evenly whatever
         part of them one looks at (Weyl's theorem), and look random: each step of a run of any length has its turn."""
         return int(self._window * (self._number**2 * _GOLDEN % 1))
+
+
+class Extents:
+    """How large the inputs of a graph have been, which is quick to see on a CPU: much larger ones are drift most often.
+
+    ``positions``: of the inputs among a call's arguments.
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._largest = dict.fromkeys(positions, 0.0)
+
+    def have_grown(self, args: Sequence[Any]) -> bool:
+        """Whether one is far larger than in every call before."""
+        grown = False
+        for position, known in self._largest.items():
+            x = args[position]
+            if isinstance(x, torch.Tensor) and x.is_floating_point() and x.numel() and x.itemsize > 1:
+                largest = float(torch.linalg.vector_norm(x, torch.inf))
+                if _GROWTH * known < largest < math.inf:
+                    self._largest[position] = largest
+                    grown = True
+        return grown
 
 
 class CountingCall:

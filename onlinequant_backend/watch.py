@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import drift
+from . import drift, graph
 from .calibration import Observation
 from .sensitivity import relative_error
 
@@ -36,6 +36,8 @@ class Watch:
         self._compares = traced.config.max_error is None
         self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
+        inputs = graph.placeholders(traced.module)
+        self._extents = drift.Extents([i for i, node in enumerate(inputs) if not graph.is_parameter(node)])
 
     def run(
         self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
@@ -46,7 +48,8 @@ class Watch:
         """
         device = weights.layers[0].device
         is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        due = weights.schedule.is_due(run) and not is_capturing
+        has_grown = device.type == "cpu" and self._extents.have_grown(args)
+        due = weights.schedule.is_due(run, has_grown) and not is_capturing
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.

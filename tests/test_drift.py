@@ -78,6 +78,17 @@ def test_zero_switches_the_checks_off() -> None:
     assert not due(schedule, 100)
 
 
+def test_only_much_larger_inputs_have_grown() -> None:
+    extents = drift.Extents([0, 2])
+    weight, text = noise(4), noise(4).half()
+    calls = [(1, True), (1.2, False), (0.1, False), (2, True), (2, False), (torch.inf, False), (torch.nan, False)]
+    assert [extents.have_grown((factor * noise(9), 9 * weight, text)) for factor, _ in calls] == [
+        grown for _, grown in calls
+    ]
+    assert extents.have_grown((noise(9), weight, 2 * text))
+    assert not extents.have_grown((3, weight, torch.ones(0)))
+
+
 def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.Tensor:
     return ops.quantize(x, qparams, format.activation, False)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
+from onlinequant_backend import drift
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.report import VISIBLE
 from onlinequant_backend.sampling import sampling_run
@@ -32,7 +33,14 @@ def started(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tenso
     return step
 
 
+@pytest.fixture
+def unseen_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are not looked at, as on a GPU."""
+    monkeypatch.setattr(drift.Extents, "have_grown", lambda extents, args: False)
+
+
 @torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
 @pytest.mark.parametrize("method", ["minmax", "mse"])
 def test_outgrown_ranges_are_widened_without_a_compile(method: str, inductor: EagerInductor) -> None:
     model = net()
@@ -67,6 +75,20 @@ def test_changed_weights_are_checked_at_once(inductor: EagerInductor) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("calls", [1, 60, 200])
+def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(calls: int, inductor: EagerInductor) -> None:
+    model = small()
+    step = started(model, drift_check_every=64)
+    for _ in range(calls):
+        step(X)
+    large = 8 * noise(1, 4, 8, 8, seed=2)
+    for _ in range(3):
+        assert relative_error(step(large), model(large)) < CLOSE
+    assert oq.reports()[-1].widened["conv_in"] == pytest.approx(8, rel=0.3)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
 @pytest.mark.parametrize(("steps", "large"), [(4, 1), (9, 8)])
 @pytest.mark.parametrize("is_run_known", [False, True])
 def test_a_step_that_a_change_has_made_larger_is_found_within_two_runs(
