@@ -61,10 +61,11 @@ class Snapshot:
         return lines if self.gain is None else [*lines, f"{self.gain:.2g}x"]
 
     def warnings(self) -> list[str]:
-        """What the user should know of: patterns of ``exclude`` that match in none of the graphs."""
+        """What the user should know of: a large error, and patterns of ``exclude`` that match in none of the graphs."""
+        errors = [warning for report in self.reports for warning in report.warnings()]
         unmatched = [report.unmatched() for report in self.reports] or [[]]
         patterns = [pattern for pattern in unmatched[0] if all(pattern in each for each in unmatched)]
-        return [f"exclude: no layer is called {pattern!r}" for pattern in patterns]
+        return [*errors, *(f"exclude: no layer is called {pattern!r}" for pattern in patterns)]
 
 
 class Record:

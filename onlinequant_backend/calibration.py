@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from .entry import LEAST_SCALE
 from .formats import Format
 
 if TYPE_CHECKING:
@@ -137,10 +138,28 @@ def widened(qparams: torch.Tensor, other: torch.Tensor, format: Format) -> torch
     return _qparams(min(low, other_low), max(high, other_high), format, qparams.device)
 
 
+def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
+    """The observed range that quantization parameters are for, as ``freeze`` makes them."""
+    low, high = _range(qparams, format)
+    return low / format.headroom, high / format.headroom
+
+
+def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: Format, method: str) -> bool:
+    """Whether ``freeze`` can have made these of such a range, from whatever histograms."""
+    whole = _range(freeze(observed, format, "minmax").tolist(), format)
+    method = "minmax" if format.activation.is_floating_point else method
+    least = {"minmax": 1.0, "mse": _CLIP_RATIOS[-1]}.get(method, 0.0)
+    margin = 1.01 * qparams[2]  # the zero point is rounded, which moves both ends
+    return all(
+        least * abs(end) - margin <= abs(of_part) <= abs(end) + margin
+        for end, of_part in zip(whole, _range(qparams, format), strict=True)
+    )
+
+
 def _qparams(low: float, high: float, format: Format, device: torch.device) -> torch.Tensor:
     lowest, highest = format.limits
     # A layer that only ever saw zeros still needs a scale that is positive.
-    scale = max((high - low) / (highest - lowest), 1e-30)
+    scale = max((high - low) / (highest - lowest), LEAST_SCALE)
     zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
     return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device=device)
 
@@ -215,6 +234,7 @@ class Observation:
         probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
             probing, when there is nothing else to do.
         widening: indices of the frozen layers whose ranges are to cover this call's inputs as well.
+        lost: indices of those whose inputs were not finite, so that no range can.
         gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
             outside of a pass for these, when there is nothing else to do.
         spared: bytes of free memory without which such a pass ends with MemoryError.
@@ -226,6 +246,7 @@ class Observation:
     kept: Container[int] = ()
     probed: Container[int] | None = None
     widening: Container[int] = ()
+    lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
 
@@ -240,8 +261,8 @@ class Observation:
         if self.probed is not None:
             return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
-            if index in self.widening:
-                layer.widen(x)
+            if index in self.widening and not layer.widen(x):
+                self.lost.add(index)
             return y
         shared = self.layers[first]
         if index != first and (layer.observed is shared.observed or layer.observed.is_empty):

@@ -52,9 +52,9 @@ class QuantConfig:
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
         max_error: largest relative error of a step that 8 bit may cost, measured when observing is over; layers stay in
-            float, most sensitive first, until it holds. None measures nothing and keeps all.
-        drift_check_every: every so many calls it is measured whether activations have outgrown the observed ranges,
-            which are then widened; sooner after a change of weights or sizes. 0 means never.
+            float, most sensitive first, until it holds. None keeps all, and warns of a first step whose error shows.
+        drift_check_every: in one of so many calls it is measured whether activations have outgrown the observed ranges,
+            which are then widened; after a change of weights or sizes in every step of two runs. 0 means never.
         compile_in_background: whether the model goes on in float until it is compiled, in another thread; not
             with ``free_float_weights``, under autocast, or where the graph writes into its inputs.
         free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.

@@ -9,14 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
 
 from .samples import sample
+
+if TYPE_CHECKING:
+    from .sampling import SamplingRun
 
 # Values that are looked at of each tensor: enough for shares of a thousandth.
 SAMPLES = 16384
@@ -27,11 +32,22 @@ _FACTOR = 4
 # So few values beyond a range say nothing: in a tensor of a thousand one more may do.
 _HANDFUL = 4
 
+# Noise alone differs by a fifth from call to call.
+_GROWTH = 1.5
+# Runs of more steps are rare.
+_LONGEST_RUN = 64
+_GOLDEN = (math.sqrt(5) - 1) / 2
+
 _counting = threading.local()
 
 
 class Schedule:
-    """Which calls count: soon after a change, and then ever more seldom, until it is every ``every``-th; 0 is none.
+    """Which calls count: those that a change may have made wrong, and later one of every ``every`` calls; 0 is none.
+
+    After a change every step of a sampling run is looked at within two runs: every second one in the first run, the
+    others in the second. Where nobody says which run a call belongs to, all of the next 64 calls are looked at: fewer
+    would leave a step of some length of run unseen that long. Later the distances between calls are uneven, so that no
+    step of any length of run escapes for good.
 
     Attributes:
         checks: how often it was time.
@@ -40,23 +56,80 @@ class Schedule:
     def __init__(self, every: int) -> None:
         self.checks = 0
         self._every = every
-        # What is new is what has just been observed.
-        self._interval = self._wait = min(8, every)
+        self._is_new = False  # what is new when this begins has just been observed
+        self._calls = 0  # since the last change
+        self._runs = 0  # begun since the last change
+        self._position = 0  # in the run
+        self._run: Callable[[], SamplingRun | None] = lambda: None
+        # Calls are divided into windows, of which each has one that counts.
+        self._window = min(8, every)
+        self._number = 1  # of the window
+        self._left = self._place()
 
     def restart(self) -> None:
         """Something has changed: the next call counts."""
-        self._interval = self._wait = 1
+        self._is_new = True
+        self._calls = self._runs = 0
 
-    def is_due(self) -> bool:
-        """Asked once for each call."""
+    def is_due(self, run: SamplingRun | None = None, has_grown: bool = False) -> bool:
+        """Asked once for each call, with the run that it belongs to and whether its inputs alone are a reason."""
         if not self._every:
             return False
-        self._wait -= 1
-        if self._wait > 0:
+        if run is not self._run():
+            self._run = (lambda: None) if run is None else weakref.ref(run)
+            self._runs += 1
+            self._position = 0
+        is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
+        self._calls += 1
+        self._position += 1
+        is_due = is_due or has_grown
+        self.checks += is_due
+        return is_due
+
+    def _is_after_change(self, is_run_known: bool) -> bool:
+        if self._runs > 2 if is_run_known else self._calls >= _LONGEST_RUN:
+            self._is_new, self._window = False, self._every
+            return self._is_in_turn()
+        # A run that has begun before the change does not count as one of the two.
+        return not is_run_known or self._calls == 0 or (self._position + self._runs) % 2 == 1
+
+    def _is_in_turn(self) -> bool:
+        if self._left > 0:
+            self._left -= 1
             return False
-        self._interval = self._wait = min(2 * self._interval, self._every)
-        self.checks += 1
+        self._left = self._window - 1 - self._place()
+        self._window = min(2 * self._window, self._every)
+        self._number += 1
+        self._left += self._place()
         return True
+
+    def _place(self) -> int:
+        """Where in the window the call lies that counts. Squares times an irrational number are spread evenly whatever
+        part of them one looks at (Weyl's theorem), and look random: each step of a run of any length has its turn."""
+        return int(self._window * (self._number**2 * _GOLDEN % 1))
+
+
+class Extents:
+    """How large the inputs of a graph have been, which is quick to see on a CPU: much larger ones are drift most often.
+
+    ``positions``: of the inputs among a call's arguments.
+    """
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._largest = dict.fromkeys(positions, 0.0)
+
+    def have_grown(self, args: Sequence[Any]) -> bool:
+        """Whether one is far larger than in every call before."""
+        grown = False
+        for position, known in self._largest.items():
+            x = args[position]
+            if isinstance(x, torch.Tensor) and x.is_floating_point():
+                low, high = _bounds(x)
+                largest = max(-low, high)
+                if _GROWTH * known < largest < math.inf:
+                    self._largest[position] = largest
+                    grown = True
+        return grown
 
 
 class Bounds:
@@ -124,16 +197,16 @@ class Counts:
 
 
 def clipped(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range; bool of
-    at most ``SAMPLES``.
+    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range, or not
+    finite; bool of at most ``SAMPLES``.
 
     Where the zero point is 0, the lower end of uint8 is what zeros are stored as, so it does not count.
     """
     values = sample(xq, SAMPLES)
     if xq.dtype is torch.uint8:
-        return values + 1 < 2 if qparams[1] > 0 else values == 255
+        return values + 2 < 3 if qparams[1] > 0 else values >= 254  # a sum of more than 255 begins at 0 again
     if xq.dtype is torch.int8:
-        return values.abs() >= 127
+        return values.view(torch.uint8) + 129 < 3  # -127, -128 and 127
     return values.view(torch.uint8).bitwise_and(0x7F) >= 0x7E
 
 
@@ -176,5 +249,26 @@ def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
 
 def is_finite(result: Any) -> bool:
     """Whether all floats in the tensors of a result are finite; waits for them."""
-    tensors = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
+    return all(math.isfinite(bound) for tensor in _floats(result) for bound in _bounds(tensor))
+
+
+def _bounds(x: torch.Tensor) -> tuple[float, float]:
+    """The least and the largest value, NaN if any is; a tenth of the time of ``torch.isfinite``."""
+    if not x.numel():
+        return 0.0, 0.0
+    low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has none
+    return float(low), float(high)
+
+
+def lost(result: Any) -> list[torch.Tensor]:
+    """Which floats in the tensors of a result are not finite, tensor by tensor."""
+    return [~torch.isfinite(tensor) for tensor in _floats(result)]
+
+
+def is_alike(lost: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Whether the same is lost in two results."""
+    return len(lost) == len(other) and all(map(torch.equal, lost, other))
+
+
+def _floats(result: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()]

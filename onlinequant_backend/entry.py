@@ -22,6 +22,12 @@ FORMAT, VERSION = "onlinequant-calibration", "3"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
 MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
+# Of smoothing: the channel that is shrunk by it is 2**48 times as large as the others.
+LEAST_FACTOR = 2.0**-24
+# The scale of a layer that has seen next to nothing but zeros.
+LEAST_SCALE = 1e-30
+# Of an observed range: what clipping a share of 10**-4 may leave.
+_LEAST_PART = 2.0**-16
 _KINDS = ("conv", "linear")
 _NONE = (math.nan,) * 3
 _METADATA = "__metadata__"  # where safetensors keeps strings
@@ -44,7 +50,8 @@ class LayerCalibration:
         sensitivity: relative, mean absolute and mean squared error that it causes in 8 bit, and whether these are the
             model's output's instead of its own; None if not measured.
         clipped: the largest share of an observed input's values that lie at an end of the quantized range.
-        smoothing: a factor for each channel of its input, in (0, 1]; None for no smoothing.
+        smoothing: a factor for each channel of its input, a power of two that is 1 for half of them at least; None for
+            no smoothing.
     """
 
     name: str
@@ -298,16 +305,14 @@ def _check_layer(layer: LayerCalibration) -> None:
     low, high = layer.minimum, layer.maximum
     if low > high:
         raise InvalidEntryError(f"the range of {layer.name} begins at {low} and ends at {high}")
+    has_range = math.isfinite(low) and math.isfinite(high) and (low, high) != (0, 0)
     if layer.qparams is None:
-        if math.isfinite(low) and math.isfinite(high) and (low, high) != (0, 0):
+        if has_range:
             raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and no scale")
+    elif not has_range:
+        raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and a scale")
     else:
-        inverse, zero_point, scale = layer.qparams
-        # Both are rounded to float32, of 24 bits.
-        if not (0 < scale < math.inf and abs(inverse * scale - 1) < 1e-6):
-            raise InvalidEntryError(f"{layer.name} has the scale {scale} and 1 / scale = {inverse}")
-        if not (0 <= zero_point <= 255 and zero_point == int(zero_point)):
-            raise InvalidEntryError(f"the zero point of {layer.name} is {zero_point}, not a whole number in [0, 255]")
+        _check_qparams(layer.name, min(low, 0.0), max(high, 0.0), *layer.qparams)
     if not 0 <= layer.clipped <= 1:
         raise InvalidEntryError(f"{layer.name} has clipped a share of {layer.clipped}")
     if layer.smoothing is not None:
@@ -315,8 +320,29 @@ def _check_layer(layer: LayerCalibration) -> None:
             raise InvalidEntryError(f"{layer.name} has {len(layer.smoothing)} factors of smoothing")
         if not all(0 < factor <= 1 for factor in layer.smoothing):
             raise InvalidEntryError(f"{layer.name} has factors of smoothing that are not in (0, 1]")
+        if not all(math.frexp(factor)[0] == 0.5 and factor >= LEAST_FACTOR for factor in layer.smoothing):
+            raise InvalidEntryError(f"{layer.name} has factors of smoothing that are no powers of two or too small")
+        if 2 * layer.smoothing.count(1.0) < len(layer.smoothing):
+            raise InvalidEntryError(f"{layer.name} has more than half of its channels smoothed")
     if layer.sensitivity is not None and any(value < 0 for value in layer.sensitivity):
         raise InvalidEntryError(f"{layer.name} has negative errors: {layer.sensitivity}")
+
+
+def _check_qparams(name: str, low: float, high: float, inverse: float, zero_point: float, scale: float) -> None:
+    """Of a range that begins at ``low`` <= 0 and ends at ``high`` >= 0, in any of ``formats``."""
+    # Both are rounded to float32, of 24 bits.
+    if not (0 < scale < math.inf and abs(inverse * scale - 1) < 1e-6):
+        raise InvalidEntryError(f"{name} has the scale {scale} and 1 / scale = {inverse}")
+    if not (0 <= zero_point <= 254 and zero_point == int(zero_point)):
+        raise InvalidEntryError(f"the zero point of {name} is {zero_point}, not a whole number in [0, 254]")
+    largest = max(-low, high)
+    begin, end = -zero_point * scale, (254 - zero_point) * scale
+    # A zero point is rounded, which moves both ends; symmetric formats have none, and the largest value at 127 or 224.
+    fits = low - scale <= begin and end <= high + scale if zero_point else scale <= largest / 126
+    if not (fits or scale < 1.01 * LEAST_SCALE) or end - begin < _LEAST_PART * largest:
+        raise InvalidEntryError(
+            f"{name} has the range [{low}, {high}], but the scale {scale} and the zero point {zero_point}"
+        )
 
 
 def _check_text(what: str, value: object, *, may_be_empty: bool = False) -> None:

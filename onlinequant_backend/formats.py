@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -39,8 +40,9 @@ class Format:
         return self.activation is torch.uint8
 
 
-# Of stored activations. -128 is spared, so that int8 is symmetric.
-LIMITS = {torch.uint8: (0.0, 255.0), torch.int8: (-127.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
+# Of stored activations, and what NaN and infinity are stored as: they must not pass for numbers.
+LIMITS = {torch.uint8: (0.0, 254.0), torch.int8: (-127.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
+NOT_FINITE = {torch.uint8: 255.0, torch.int8: -128.0, torch.float8_e4m3fn: math.nan}
 
 ONEDNN = Format("onednn", torch.uint8, torch.int8, 127)
 # For CPUs without VNNI or AMX, whose multiply-add sums two products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 would

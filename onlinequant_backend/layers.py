@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import ops
-from .calibration import ActivationRange, clipped_share, freeze, widened
+from .calibration import ActivationRange, clipped_share, covered, freeze, is_frozen_from, widened
 from .copies import Copy, Generation, copies_lock, read_elsewhere
 from .entry import LayerCalibration
 from .formats import Format
@@ -138,21 +138,23 @@ class Layer:
             self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
         self.frozen = True
 
-    def widen(self, x: torch.Tensor | None = None) -> None:
-        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered."""
+    def widen(self, x: torch.Tensor | None = None) -> bool:
+        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered; False if no
+        range can."""
         with torch.inference_mode(False), torch.no_grad():
             other = self.qparams * torch.tensor([0.5, 1, 2], dtype=torch.float32, device=self.qparams.device)
             seen = ActivationRange()
             if x is not None:
                 seen.update(self._smoothed(x))
                 if not seen.is_finite():
-                    return
+                    return False
                 other = freeze(seen, self.format, self.method)
             before = float(self.qparams[2])
             self._set_qparams(widened(self.qparams, other, self.format))
             self.growth *= float(self.qparams[2]) / before
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
+        return True
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""
@@ -173,6 +175,13 @@ class Layer:
         self.calibrated_for = calibrated_for
         self.freeze()
 
+    def fits(self, saved: LayerCalibration) -> bool:
+        """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
+        if saved.qparams is None:
+            return True
+        observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
+        return is_frozen_from(saved.qparams, observed, self.format, self.method)
+
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""
         self.observed = ActivationRange()
@@ -183,14 +192,20 @@ class Layer:
 
     def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
         """What ``restore`` takes, of a frozen layer."""
-        low, high = self.observed.minimum, self.observed.maximum
+        low, high = (
+            math.nan if bound is None else float(bound) for bound in (self.observed.minimum, self.observed.maximum)
+        )
+        qparams = None if self.range_refusal() is not None else tuple(self.qparams.tolist())
+        if qparams is not None and self.growth > 1:  # larger values were seen later
+            wider = covered(qparams, self.format)
+            low, high = min(low, wider[0]), max(high, wider[1])
         return LayerCalibration(
             name=name,
             kind=kind,
             weight_shape=weight_shape,
-            minimum=math.nan if low is None else float(low),
-            maximum=math.nan if high is None else float(high),
-            qparams=None if self.range_refusal() is not None else tuple(self.qparams.tolist()),
+            minimum=low,
+            maximum=high,
+            qparams=qparams,
             sensitivity=None if self.sensitivity is None else dataclasses.astuple(self.sensitivity),
             clipped=self.clipped,
             smoothing=None if self.smoothing is None else tuple(self.smoothing.flatten().tolist()),

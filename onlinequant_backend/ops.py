@@ -44,7 +44,8 @@ _library.define(
 def _quantize(
     x: torch.Tensor, qparams: torch.Tensor, dtype: torch.dtype, channels_last: bool, clamp: bool = True
 ) -> torch.Tensor:
-    """Affine quantization: clamp(round(x / scale + zero_point), *limits of the dtype); float8 rounds by itself.
+    """Affine quantization: clamp(round(x / scale + zero_point), *limits of the dtype); float8 rounds by itself. What is
+    not finite becomes ``formats.NOT_FINITE``.
 
     ``x``: any float dtype, any shape. ``qparams``: float32 [3], holding 1 / scale, zero point and scale; the zero point
     of int8 and float8 is 0. ``channels_last``: whether the result (four or five dimensions) is laid out for a
@@ -55,7 +56,8 @@ def _quantize(
         q = q + qparams[1]
     if not dtype.is_floating_point:
         q = torch.round(q)
-    q = (torch.clamp(q, *formats.LIMITS[dtype]) if clamp else q).to(dtype)
+    limited = torch.clamp(q, *formats.LIMITS[dtype]) if clamp else q
+    q = torch.where(q.abs() < torch.inf, limited, formats.NOT_FINITE[dtype]).to(dtype)
     if not channels_last:
         return q.contiguous()
     return q.contiguous(memory_format=CHANNELS_LAST[x.dim()])

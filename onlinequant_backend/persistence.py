@@ -18,7 +18,7 @@ from .layers import Layer
 from .locks import Lock
 from .passes import LayerInfo
 from .report import Report
-from .trouble import going_on
+from .trouble import going_on, warn_once
 
 _log = logging.getLogger("onlinequant")
 
@@ -61,7 +61,7 @@ class Entry:
         if saved is None or not self._cache.has(self.key):
             self.claim()  # which may wait, until there is more to load
             saved = self._cache.load(self.key) or saved
-        if saved is None or not self._matches(saved):
+        if saved is None or not self._matches(saved, layers):
             return False
         for layer, layer_saved in zip(layers, saved.layers, strict=True):
             if not layer.frozen:
@@ -98,9 +98,15 @@ class Entry:
             self._lock.release()
             self._lock = None
 
-    def _matches(self, saved: Calibration) -> bool:
+    def _matches(self, saved: Calibration, layers: Sequence[Layer]) -> bool:
         expected = [(info.name, info.kind, info.weight_shape) for info in self._infos]
-        return [(layer.name, layer.kind, layer.weight_shape) for layer in saved.layers] == expected
+        if [(layer.name, layer.kind, layer.weight_shape) for layer in saved.layers] != expected:
+            return False
+        wrong = [of.name for layer, of in zip(layers, saved.layers, strict=True) if not layer.fits(of)]
+        if wrong:
+            message = "calibrating anew: the cache's calibration has scales that do not belong to its ranges, of %s"
+            warn_once("scales", message, ", ".join(wrong[:3]))
+        return not wrong
 
     def _calibration(self, layers: Sequence[Layer], report: Report) -> Calibration:
         saved = [

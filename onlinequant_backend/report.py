@@ -20,6 +20,8 @@ from .table import render_table
 SCHEMA_VERSION = 3
 KINDS = ("conv", "linear")
 # What is said of a layer that observing has not decided about yet.
+# A step's relative error from which pictures are others: that of whole models is 0.03 to 0.1.
+VISIBLE = 0.2
 CANDIDATE = "candidate: decided when observing is over"
 PHASES = ("calibrating", "compiling", "quantized", "float")
 
@@ -98,7 +100,8 @@ class Report:
         cache_hit: whether the decisions came from the cache.
         decisions: one for each convolution and linear layer, in the graph's order.
         compile_seconds: seconds spent in Inductor after observing.
-        error: relative error of a step in 8 bit when observing was over, with ``max_error``; None if not measured.
+        error: relative error of a step in 8 bit: the first one, or with ``max_error`` one when observing was over; None
+            if not measured.
         widened: by layer name, the factor by which its range has grown since observing, where larger values came.
         sensitivity_kind: what ``sensitivity`` is: "local" is of the layer's own output, the others are of the model's.
         stats_path: where the report was last saved or loaded from; None if nowhere.
@@ -157,6 +160,15 @@ class Report:
     def unmatched(self) -> list[str]:
         """The patterns of the option ``exclude`` that no layer's name matches."""
         return exclusion.unmatched(self.config.get("exclude", ()), [decision.name for decision in self.decisions])
+
+    def warnings(self) -> list[str]:
+        """What is wrong with the result, and what to do."""
+        if self.error is None or self.error < VISIBLE or self.config.get("max_error") is not None:
+            return []
+        return [
+            f"a step in 8 bit differs by {self.error:.2g} from float, which shows in the picture: set max_error, "
+            "to 0.1 say, to keep the most sensitive layers in float"
+        ]
 
     def copy(self) -> Report:
         """The report as it is now, which stays so."""

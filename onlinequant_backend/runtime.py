@@ -107,9 +107,9 @@ class QuantizedGraph:
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
             return self._run_float(args)
         with Call() as call:
-            return self._run(args, call)
+            return self._run(args, call, run)
 
-    def _run(self, args: Sequence[Any], call: Call) -> Any:
+    def _run(self, args: Sequence[Any], call: Call, run: SamplingRun | None) -> Any:
         """A call that may be in 8 bit, or the float one of one that is not yet, or cannot be."""
         try:
             parameters = self._parameters(args)
@@ -149,7 +149,7 @@ class QuantizedGraph:
             return self._run_float(args)
         if compiled is None:
             return self._run_float(args)
-        result = self._watch.run(compiled, args, weights)
+        result = self._watch.run(compiled, args, weights, run)
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
         if asked and self._may_repeat and not weights.end_check():
@@ -457,6 +457,7 @@ class QuantizedGraph:
                 weights.start_over()
                 self._entries.pop(weights, None)
                 self._choice.is_made = False
+                self._watch.compare_again()
                 self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
 
     def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:

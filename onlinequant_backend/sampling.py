@@ -57,7 +57,8 @@ def sampling_run(steps: int) -> Iterator[SamplingRun]:
     """Within the block, models that have not been observed yet are observed for all of its calls, and compiled at its
     end, whatever ``calibration_steps`` says. An exception breaks the run off.
 
-    ``steps`` and ``SamplingRun.step`` serve to show progress, nothing else.
+    ``steps`` and ``SamplingRun.step`` serve to show progress, nothing else. Later runs tell the calls of one picture
+    from those of the next: see ``drift.Schedule``.
     """
     run = SamplingRun(steps)
     with run.current():

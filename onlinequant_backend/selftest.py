@@ -112,7 +112,8 @@ def _qparams(format: Format, device: torch.device, largest: float = 1) -> torch.
     low, high = format.limits
     scale = 2 * largest / (high - low)
     # cuBLAS wants the scale at an address that is a multiple of 16 bytes.
-    return torch.tensor([0, 0, 1 / scale, 128 if low == 0 else 0, scale], dtype=torch.float32, device=device)[2:]
+    zero = round(high / 2) if low == 0 else 0
+    return torch.tensor([0, 0, 1 / scale, zero, scale], dtype=torch.float32, device=device)[2:]
 
 
 def _noise(*shape: int) -> torch.Tensor:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import torch
 
+from .entry import LEAST_FACTOR
+
 # A channel stands out if its largest magnitude is so many times that of the median channel.
 OUTLIER = 8.0
 
@@ -29,7 +31,7 @@ def smoothing_factors(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | N
         return None
     # Equation 4, relative to the median channel, which stays as it is.
     balanced = (largest_weight.clamp(min=typical_weight / 2**10) / typical_weight * typical / largest).sqrt()
-    factors = torch.where(stands_out, torch.exp2(balanced.log2().round()).clamp(max=1), 1.0)
+    factors = torch.where(stands_out, torch.exp2(balanced.log2().round()).clamp(LEAST_FACTOR, 1), 1.0)
     return factors.view(shape)
 
 

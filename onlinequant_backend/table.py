@@ -45,7 +45,9 @@ def _summary(report: Report) -> Table:
     grid.add_row("observed", observed + (", decisions from the cache" if report.cache_hit else ""))
     grid.add_row("compiled in", f"{report.compile_seconds:.1f} s")
     if report.error is not None:
-        grid.add_row("error", f"{report.error:.3g} of a step, measured when observing was over")
+        grid.add_row("error", f"{report.error:.3g} of a step")
+    for warning in report.warnings():
+        grid.add_row("warning", warning)
     if report.widened:
         most = max(report.widened.values())
         grid.add_row("widened", f"the ranges of {len(report.widened)} layers, by up to {most:.2g}x, for larger values")

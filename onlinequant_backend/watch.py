@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import drift
+from . import drift, graph
 from .calibration import Observation
+from .sensitivity import relative_error
 
 if TYPE_CHECKING:
     from .build import CompiledGraph
+    from .sampling import SamplingRun
     from .traced import TracedGraph
     from .weights import WeightSet
 
 _log = logging.getLogger("onlinequant")
+
+
+# Doublings of a range until a call fits.
+_MOST_DOUBLINGS = 32
 
 
 class Watch:
@@ -25,13 +32,24 @@ class Watch:
     def __init__(self, traced: TracedGraph) -> None:
         self._traced = traced
         self._report = traced.report
-        self._expects_finite = True
+        # With ``max_error`` the error was measured when layers were selected.
+        self._compares = traced.config.max_error is None
+        self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
+        inputs = graph.placeholders(traced.module)
+        self._extents = drift.Extents([i for i, node in enumerate(inputs) if not graph.is_parameter(node)])
 
-    def run(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> Any:
-        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges."""
+    def run(
+        self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
+    ) -> Any:
+        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges.
+
+        ``run``: the sampling run that the call belongs to.
+        """
         device = weights.layers[0].device
-        due = weights.schedule.is_due() and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+        is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        has_grown = device.type == "cpu" and self._extents.have_grown(args)
+        due = weights.schedule.is_due(run, has_grown) and not is_capturing
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
@@ -41,31 +59,95 @@ class Watch:
             result, shares = compiled.count(args, weights)
             outgrown = weights.outgrown(shares)
             looks = True
-        is_lost = looks and self._expects_finite and not drift.is_finite(result)
-        if not (outgrown or is_lost):
-            return result
+        is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
+        if outgrown or is_lost:
+            return self._follow(compiled, args, weights, outgrown, is_lost, result)
+        if self._compares and not is_capturing:
+            self._compare(args, weights, result)
+        return result
+
+    def compare_again(self) -> None:
+        """Have the next call compared with float as the first one was: it is calibrated anew."""
+        self._compares = self._traced.config.max_error is None
+
+    def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
+        """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
+        self._compares = False
+        if not self._traced.may_repeat or weights.has_freed() or not weights.selection:
+            return
         try:
-            return self._follow(args, weights, outgrown, is_lost, result)
+            with torch.no_grad():
+                error = relative_error(result, self._traced.module(*args))
         except Exception:  # out of memory, say
-            _log.exception("the observed ranges cannot be widened")
-            return result
+            _log.info("the error of a step is not measured", exc_info=True)
+            return
+        self._report.error = error if math.isfinite(error) else None
+        for warning in self._report.warnings():
+            _log.warning("%s: %s", self._report.model, warning)
 
     def _follow(
-        self, args: Sequence[Any], weights: WeightSet, outgrown: Mapping[int, float], is_lost: bool, result: Any
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightSet,
+        outgrown: Mapping[int, float],
+        is_lost: bool,
+        result: Any,
     ) -> Any:
-        """Widen ranges, in place, so that nothing is compiled again."""
+        """Widen ranges, in place, so that nothing is compiled again, and do the call anew."""
         if is_lost and not self._said:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
+        ways: list[Callable[[], Any]] = [lambda: self._double(compiled, args, weights, outgrown, result)]
+        if self._traced.may_repeat and not weights.has_freed():
+            in_float = [lambda: self._observe(args, weights, outgrown), lambda: self._run_float(args, weights)]
+            ways = in_float + ways
         with weights.layers[0].lock, torch.no_grad():
-            if self._traced.may_repeat and not weights.has_freed():
-                selection = weights.selection or ()
-                result = self._traced.observed(*args, Observation(weights.layers, widening=selection))
-                self._expects_finite = not is_lost or drift.is_finite(result)
-            else:
-                for index in outgrown:
-                    weights.layers[index].widen()
-                self._expects_finite = not is_lost
+            for way in ways:
+                try:
+                    result = way()
+                    break
+                except Exception:  # out of memory, say
+                    _log.exception("a call that has outgrown the observed ranges cannot be done again in this way")
+        self._lost = [] if drift.is_finite(result) else drift.lost(result)
+        return result
+
+    def _observe(self, args: Sequence[Any], weights: WeightSet, outgrown: Mapping[int, float]) -> Any:
+        """The float result; ranges become as wide as this call needs."""
+        observation = Observation(weights.layers, widening=weights.selection or ())
+        result = self._traced.observed(*args, observation)
+        self._note(weights, {i: share for i, share in outgrown.items() if i not in observation.lost})
+        if observation.lost:  # the next call may be no better
+            weights.schedule.restart()
+        return result
+
+    def _run_float(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        """The float result; ranges stay as they are, so that the next call is looked at as well."""
+        result = self._traced.module(*args)
+        weights.schedule.restart()
+        return result
+
+    def _double(
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightSet,
+        outgrown: Mapping[int, float],
+        result: Any,
+    ) -> Any:
+        """The 8-bit result after ranges were doubled until they fit, or once where a call cannot be done twice."""
+        for _ in range(_MOST_DOUBLINGS):
+            for index in outgrown:
+                weights.layers[index].widen()
+            self._note(weights, outgrown)
+            if not outgrown or not self._traced.may_repeat:
+                break
+            result, shares = compiled.count(args, weights)
+            outgrown = weights.outgrown(shares)
+        return result
+
+    def _note(self, weights: WeightSet, outgrown: Mapping[int, float]) -> None:
+        """Say which ranges are wider now."""
         growth = {info.name: layer.growth for info, layer in zip(self._traced.infos, weights.layers, strict=True)}
         known = self._report.widened
         self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
@@ -75,4 +157,3 @@ class Watch:
         else:  # looking again would only make the next call slow as well
             for index, share in outgrown.items():
                 weights.layers[index].clipped = max(weights.layers[index].clipped, share)
-        return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,32 +13,80 @@ from onlinequant_backend import drift, ops
 from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, widened
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.sampling import SamplingRun
 from tests.tiny import noise
 
 FORMATS = pytest.mark.parametrize("format", [ONEDNN, INT8, FP8], ids=["uint8", "int8", "fp8"])
 
 
-def due(schedule: drift.Schedule, calls: int) -> list[int]:
-    return [call for call in range(1, calls + 1) if schedule.is_due()]
+def due(schedule: drift.Schedule, calls: int, run: SamplingRun | None = None) -> list[int]:
+    return [call for call in range(calls) if schedule.is_due(run)]
 
 
-def test_checks_begin_after_eight_calls_and_become_rarer() -> None:
-    schedule = drift.Schedule(64)
-    assert due(schedule, 250) == [8, 24, 56, 120, 184, 248]
-    assert schedule.checks == 6
+@pytest.mark.parametrize("every", [1, 4, 64, 100])
+def test_one_call_of_every_so_many_is_checked(every: int) -> None:
+    schedule = drift.Schedule(every)
+    checked = due(schedule, 1000 * every)
+    assert schedule.checks == len(checked) == pytest.approx(1000, abs=4)
+    assert checked[0] < 8
+    assert max(after - before for before, after in itertools.pairwise(checked)) < 2 * every
 
 
-def test_after_a_change_the_next_call_is_checked() -> None:
-    schedule = drift.Schedule(4)
-    due(schedule, 10)
+@pytest.mark.parametrize("every", [4, 16, 64])
+def test_checks_meet_every_step_of_runs_of_any_length(every: int) -> None:
+    checked = due(drift.Schedule(every), 1000 * every)
+    for steps in range(1, 65):
+        assert {call % steps for call in checked} == set(range(steps)), steps
+
+
+@pytest.mark.parametrize("every", [4, 64])
+@pytest.mark.parametrize("before", [0, 5, 1000])
+def test_after_a_change_every_step_is_checked_within_two_runs(every: int, before: int) -> None:
+    schedule = drift.Schedule(every)
+    due(schedule, before)
     schedule.restart()
-    assert due(schedule, 15) == [1, 3, 7, 11, 15]
+    checked = due(schedule, 64 + 1000 * every)
+    assert checked[0] == 0
+    for steps in range(1, 65):
+        assert {call % steps for call in checked if call < 2 * steps} == set(range(steps)), steps
+    assert len(checked) <= 64 + 1001
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 7, 20, 150])
+def test_a_known_run_is_checked_in_halves_after_a_change(steps: int) -> None:
+    schedule = drift.Schedule(64)
+    schedule.restart()
+    first, second = (due(schedule, steps, SamplingRun(steps)) for _ in range(2))
+    assert first == list(range(0, steps, 2)) and second == list(range(1, steps, 2))
+    later = [call for _ in range(640) for call in due(schedule, steps, SamplingRun(steps))]
+    assert set(later) == set(range(steps))
+    assert len(later) == pytest.approx(10 * steps, abs=2)
+
+
+def test_a_change_within_a_run_is_looked_for_at_once_and_in_two_whole_runs() -> None:
+    schedule, run = drift.Schedule(64), SamplingRun(6)
+    due(schedule, 3, run)
+    schedule.restart()
+    assert due(schedule, 3, run)[0] == 0
+    assert [due(schedule, 6, SamplingRun(6)) for _ in range(2)] == [[0, 2, 4], [1, 3, 5]]
+    assert sum(len(due(schedule, 6, SamplingRun(6))) for _ in range(10)) <= 2
 
 
 def test_zero_switches_the_checks_off() -> None:
     schedule = drift.Schedule(0)
     schedule.restart()
     assert not due(schedule, 100)
+
+
+def test_only_much_larger_inputs_have_grown() -> None:
+    extents = drift.Extents([0, 2])
+    weight, text = noise(4), noise(4).half()
+    calls = [(1, True), (1.2, False), (0.1, False), (2, True), (2, False), (torch.inf, False), (torch.nan, False)]
+    assert [extents.have_grown((factor * noise(9), 9 * weight, text)) for factor, _ in calls] == [
+        grown for _, grown in calls
+    ]
+    assert extents.have_grown((noise(9), weight, 2 * text))
+    assert not extents.have_grown((3, weight, torch.ones(0)))
 
 
 def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.Tensor:
@@ -114,7 +163,7 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
     kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
     some, other = (torch.tensor([1.0, 3.0, 1.0]) for _ in range(2))
-    xq = torch.tensor([0, 1, 254, 255], dtype=torch.uint8).repeat(1000)
+    xq = torch.tensor([0, 1, 253, 254], dtype=torch.uint8).repeat(1000)
 
     def step(number: int) -> int:
         kernel(xq, some, number)
@@ -149,17 +198,26 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
     call = drift.CountingCall(lambda xq: kernel(xq, qparams), replayed)
     for size in (1000, 3000, 1000, 500, 3000):
-        assert call(torch.full((size,), 255, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
+        assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
 
 
 @pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
 def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
     xq = torch.full((1000,), 100, dtype=torch.uint8)
-    xq[:beyond] = 255
+    xq[:beyond] = 254
     kernel = drift.counted(lambda xq, qparams: None)
     _, shares = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
     (share,) = shares.values()
     assert drift.has_drifted(share, 0.0) is drifts
+
+
+@FORMATS
+def test_what_is_not_finite_counts(format: Format) -> None:
+    x = torch.zeros(100)
+    qparams = freeze(observed(noise(100, 10)), format, "minmax")
+    x[20:30] = torch.nan
+    x[70:80] = -torch.inf
+    assert float(share_of(quantized(x, qparams, format), qparams)) == pytest.approx(0.2)
 
 
 def test_results_of_any_structure_are_looked_at() -> None:

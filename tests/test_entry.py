@@ -12,9 +12,12 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import safetensors
+import torch
 
 from onlinequant_backend import entry
-from onlinequant_backend.entry import Calibration, InvalidEntryError, LayerCalibration, decode
+from onlinequant_backend.calibration import ActivationRange, freeze
+from onlinequant_backend.entry import LEAST_SCALE, Calibration, InvalidEntryError, LayerCalibration, decode
+from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from tests.calibrations import CALIBRATION, KEY, LAYER, NEVER_FINITE, calibration
 
 DATA = CALIBRATION.to_bytes(KEY)
@@ -48,16 +51,16 @@ def test_a_calibration_comes_back_as_it_was() -> None:
 
 
 floats = st.floats(width=32)
-finite = st.floats(min_value=2.0**-99, max_value=2.0**99, width=32)
 
 
 @st.composite
 def layers(draw: st.DrawFn) -> LayerCalibration:
     low, high = sorted([draw(st.floats(width=32, allow_nan=False)), draw(st.floats(width=32, allow_nan=False))])
     qparams = None
-    if (math.isfinite(low) and math.isfinite(high) and (low or high)) or draw(st.booleans()):
-        scale = draw(finite)
-        qparams = (1 / scale, float(draw(st.integers(0, 255))), scale)
+    if math.isfinite(low) and math.isfinite(high) and (low or high):
+        begin, end = min(low, 0.0), max(high, 0.0)
+        scale = max((end - begin) / 254, LEAST_SCALE)
+        qparams = (1 / scale, float(round(-begin / scale)), scale)
     errors = [st.floats(min_value=0, width=32) | st.just(math.nan)] * 3
     sensitivity = draw(st.none() | st.tuples(*errors, st.booleans()))
     name = draw(st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1))
@@ -66,7 +69,7 @@ def layers(draw: st.DrawFn) -> LayerCalibration:
     kind = draw(st.sampled_from(["conv", "linear"]))
     smoothing = None
     if len(shape) > 1 and shape[1] < 100 and draw(st.booleans()):
-        smoothing = tuple(draw(st.sampled_from([1.0, 0.5, 2.0**-9])) for _ in range(shape[1]))
+        smoothing = tuple(draw(st.sampled_from([1.0, 0.5, 2.0**-9])) if i % 2 else 1.0 for i in range(shape[1]))
     return LayerCalibration(name, kind, shape, low, high, qparams, sensitivity, clipped, smoothing)
 
 
@@ -246,6 +249,17 @@ def layer(**changes: Any) -> Calibration:
         (layer(qparams=(0.5, 0.5, 2.0)), "zero point"),
         (layer(qparams=(0.5, math.nan, 2.0)), "zero point"),
         (layer(qparams=None), r"the range \[-1\.5, 3\.25\] and no scale"),
+        (layer(minimum=-math.inf), r"the range \[-inf, 3\.25\] and a scale"),
+        (layer(qparams=(64.0, 255.0, 0.015625)), "zero point"),
+        (layer(qparams=(1e-30, 81.0, 1e30)), r"the range \[-1\.5, 3\.25\], but the scale 1\.0+\d*e\+30"),
+        (layer(qparams=(1e-30, 0.0, 1e30)), "but the scale"),
+        (layer(qparams=(1e30, 81.0, 1e-30)), "but the scale"),
+        (layer(qparams=(32.0, 81.0, 0.03125)), "but the scale"),
+        (layer(qparams=(64.0, 254.0, 0.015625)), "but the scale 0.015625 and the zero point 254"),
+        (layer(qparams=(64.0, 2.0, 0.015625)), "but the scale 0.015625 and the zero point 2"),
+        (layer(smoothing=(2.0**-126, *[1.0] * 319)), "no powers of two or too small"),
+        (layer(smoothing=(0.75, *[1.0] * 319)), "no powers of two or too small"),
+        (layer(smoothing=(0.5,) * 161 + (1.0,) * 159), "more than half"),
         (layer(minimum=4.0), r"begins at 4\.0 and ends at 3\.25"),
         (layer(sensitivity=(0.1, -0.1, 0.1, False)), "negative errors"),
         (layer(smoothing=(0.5,)), "has 1 factors of smoothing"),
@@ -273,7 +287,7 @@ def layer(**changes: Any) -> Calibration:
         (calibration(about={"torch": 2}), "'torch' is 2, not a text"),
         (calibration(about={"": "text"}), "a name of what it says"),
     ],
-    ids=range(37),
+    ids=range(48),
 )
 def test_values_that_cannot_be_are_neither_written_nor_read(
     made: Calibration, message: str, monkeypatch: pytest.MonkeyPatch
@@ -301,6 +315,12 @@ def test_a_range_that_rules_8_bit_out_needs_no_scale(low: float, high: float) ->
     assert decode(made.to_bytes(KEY))[1].layers[0].qparams is None
 
 
-@pytest.mark.parametrize("scale", [1e-30, 3e-5, 0.1, 7.0, 2.7e36])
-def test_scales_of_any_size_are_as_calibration_makes_them(scale: float) -> None:
-    assert decode(layer(qparams=(1 / scale, 255.0, scale)).to_bytes(KEY))[1].calls == 20
+@pytest.mark.parametrize("largest", [1e-35, 3e-5, 0.1, 7.0, 3.4e38])
+@pytest.mark.parametrize("format", [ONEDNN, INT8, FP8], ids=["uint8", "int8", "fp8"])
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 0.3), (0.5, 1.0), (-1.0, -0.2), (-1.0, 1.0)])
+def test_scales_of_any_size_are_as_calibration_makes_them(
+    low: float, high: float, format: Format, largest: float
+) -> None:
+    low, high = low * largest, high * largest
+    qparams = freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), format, "minmax").tolist()
+    assert decode(layer(minimum=low, maximum=high, qparams=tuple(qparams)).to_bytes(KEY))[1].calls == 20

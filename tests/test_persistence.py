@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, keys
+from onlinequant_backend import compat, entry, keys
 from onlinequant_backend.cache import Cache
-from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration
+from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
 from tests.small import (
     CLOSE,
@@ -161,6 +161,76 @@ def test_an_entry_for_other_layers_is_not_believed(
     forget_everything()
     assert outcome(run(small(), x)) == FOUND
     assert not is_locked()
+
+
+def forge(whole: Calibration, **changes: Callable[[LayerCalibration], object]) -> Calibration:
+    """The same but for some fields of each layer."""
+    layers = [
+        dataclasses.replace(layer, **{name: make(layer) for name, make in changes.items()}) for layer in whole.layers
+    ]
+    return dataclasses.replace(whole, layers=tuple(layers))
+
+
+def scaled(factor: float, zero_point: float = 1) -> Callable[[LayerCalibration], object]:
+    """Of a layer: its scale and zero point times these."""
+
+    def qparams(layer: LayerCalibration) -> tuple[float, ...]:
+        assert layer.qparams is not None
+        inverse, zero, scale = layer.qparams
+        return inverse / factor, min(round(zero * zero_point), 254), scale * factor
+
+    return qparams
+
+
+@pytest.mark.parametrize("method", ["mse", "percentile"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qparams": scaled(1e20)},
+        {"qparams": scaled(3)},
+        {"qparams": scaled(1e-20)},
+        {"qparams": scaled(1, zero_point=300)},
+        {"smoothing": lambda layer: (1e-38,) * layer.weight_shape[1]},
+        {"smoothing": lambda layer: (2.0**-20,) * layer.weight_shape[1]},
+    ],
+    ids=["a large scale", "a larger scale", "a small scale", "zero point", "tiny smoothing", "small smoothing"],
+)
+def test_a_forged_calibration_is_made_again(
+    changes: Mapping[str, Callable[[LayerCalibration], object]], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = run(small(), options={"calibration_method": method}).key
+    cache = Cache.open(None)
+    whole = cache.load(key)
+    assert whole is not None
+    with monkeypatch.context() as patch:
+        patch.setattr(entry, "_check", lambda calibration: None)
+        cache.publish(key, forge(whole, **changes), "{}")
+    forget_everything()
+    assert outcome(run(small(), options={"calibration_method": method})) == MADE
+    forget_everything()
+    assert outcome(run(small(), options={"calibration_method": method})) == FOUND
+
+
+@pytest.mark.parametrize("method", ["mse", "minmax"])
+def test_a_narrower_range_than_a_method_gives_is_made_again(method: str) -> None:
+    key = run(small(), options={"calibration_method": method}).key
+    cache = Cache.open(None)
+    whole = cache.load(key)
+    assert whole is not None
+    cache.publish(key, forge(whole, qparams=scaled(0.06), clipped=lambda layer: 1.0), "{}")
+    forget_everything()
+    assert outcome(run(small(), options={"calibration_method": method})) == MADE
+
+
+def test_ranges_that_were_widened_are_found() -> None:
+    model = small()
+    step = compiled(model, {"drift_check_every": 1})
+    for factor in (1, 1, 1, 4, 4):
+        step(factor * X)
+    assert oq.reports()[-1].widened
+    step(WIDE)  # after whose compile all is saved
+    forget_everything()
+    assert outcome(run(small(), WIDE)) == FOUND
 
 
 def change(model: nn.Module, weights: Mapping[str, torch.Tensor], replace: bool) -> None:

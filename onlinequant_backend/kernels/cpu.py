@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from .. import compat
+from ..formats import NOT_FINITE
 from ..layout import CHANNELS_LAST
 from . import emulated
 
@@ -75,7 +76,8 @@ def linear(
         # A 1x1 convolution over a column of pixels: for that oneDNN has an AVX2 kernel, for linear only a loop.
         pixels = rows.view(1, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)
         y = _qconv(pixels, scale, zero_point, packed, weight_scale, b, (1, 1), (0, 0), (1, 1), dtype)
-        y = y.permute(0, 2, 3, 1)
+        y = y.permute(0, 2, 3, 1).reshape(len(rows), -1)
+    _mark_lost(y, rows)
     return y.reshape(*xq.shape[:-1], weight_scale.shape[0]).to(dtype)
 
 
@@ -172,7 +174,18 @@ def _conv(
     b = None if bias is None else bias.float().contiguous()
     x = xq.contiguous(memory_format=layout)
     y = _qconv(x, scale, zero_point, packed, weight_scale, b, stride, padding, dilation, dtype)
+    _mark_lost(y, x)
     return y.to(dtype).contiguous(memory_format=layout)
+
+
+def _mark_lost(y: torch.Tensor, xq: torch.Tensor) -> None:
+    """Have the rows, or images, of ``y`` whose ``xq`` holds what is not finite be NaN: oneDNN takes it for a number.
+
+    That there is none is found at the speed of the memory, a few thousandths of the product's time.
+    """
+    lost = NOT_FINITE[xq.dtype]
+    if xq.numel() and xq.amax() == lost:
+        y[(xq == lost).flatten(1).any(1)] = torch.nan
 
 
 def _qconv(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..formats import NOT_FINITE
 from ..layout import CHANNELS_LAST
 
 
@@ -22,7 +23,7 @@ def linear(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """See ``reference.linear``."""
-    y = F.linear(xq.float(), weight.float()) * (qparams[2] * weight_scale)
+    y = F.linear(_float(xq), weight.float()) * (qparams[2] * weight_scale)
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
@@ -40,9 +41,14 @@ def conv(
     """See ``reference.conv``; the result is channels last."""
     convolve = F.conv2d if weight.dim() == 4 else F.conv3d
     per_channel = (-1, *[1] * (weight.dim() - 2))
-    y = convolve(xq.float(), weight.float(), None, list(stride), list(padding), list(dilation))
+    y = convolve(_float(xq), weight.float(), None, list(stride), list(padding), list(dilation))
     y = y * (qparams[2] * weight_scale).view(per_channel)
     if bias is not None:
         y = y + bias.float().view(per_channel)
     layout = CHANNELS_LAST[xq.dim()]
     return y.to(dtype).contiguous(memory_format=layout)
+
+
+def _float(xq: torch.Tensor) -> torch.Tensor:
+    x = xq.float()
+    return x if xq.dtype.is_floating_point else x.masked_fill(x == NOT_FINITE[xq.dtype], torch.nan)

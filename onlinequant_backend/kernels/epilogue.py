@@ -63,11 +63,14 @@ def store(y, out, places, mask, out_qparams):
 
 @triton.jit
 def rounded(y, dtype: tl.constexpr):
-    """float32 ``y`` as ``dtype``: the nearest number that has, at most its largest if it is of 8 bit; NaN stays NaN."""
+    """float32 ``y`` as ``dtype``: the nearest number that has, at most its largest if it is of 8 bit, in which NaN and
+    infinity become ``formats.NOT_FINITE``."""
     if dtype == tl.int8:
-        y = tl.floor(tl.clamp(y, -127.0, 127.0, propagate_nan=tl.PropagateNan.ALL) + 0.5)
-    elif dtype == tl.float8e4nv and not PTX:  # PTX's conversion saturates
-        y = tl.clamp(y, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+        y = tl.where(tl.abs(y) < float("inf"), tl.floor(tl.clamp(y, -127.0, 127.0) + 0.5), -128.0)
+    elif dtype == tl.float8e4nv:
+        y = tl.where(tl.abs(y) < float("inf"), y, float("nan"))
+        if not PTX:  # PTX's conversion saturates
+            y = tl.clamp(y, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
     return y.to(dtype)
 
 

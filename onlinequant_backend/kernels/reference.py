@@ -13,11 +13,14 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from ..formats import NOT_FINITE
+
 
 def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """Turn 8-bit ``xq`` of any shape back into float64; ``qparams`` is as in ``ops.quantize``."""
+    """Turn 8-bit ``xq`` of any shape back into float64; ``qparams`` is as in ``ops.quantize``. Of int8, what was not
+    finite is a number to GPUs' kernels."""
     _, zero_point, scale = qparams.double()
-    return (xq.double() - zero_point) * scale
+    return (xq.double().masked_fill(xq.float() == NOT_FINITE[xq.dtype], torch.nan) - zero_point) * scale
 
 
 def linear(

@@ -174,6 +174,16 @@ def test_a_pattern_that_excludes_nothing_in_any_graph_is_said(seen: Record, cloc
     assert seen.snapshot().warnings() == ["exclude: no layer is called 'nowhere'"]
 
 
+@pytest.mark.parametrize(("error", "is_said"), [(None, False), (0.1, False), (0.55, True)])
+def test_an_error_that_shows_in_the_picture_is_said(error: float | None, is_said: bool, seen: Record) -> None:
+    (report,) = seen.reports
+    report.error = error
+    warning = "a step in 8 bit differs by 0.55 from float"
+    snapshot = seen.snapshot()
+    for text in (summary.table(snapshot, None), summary.headline(snapshot), "\n".join(seen.summaries())):
+        assert (warning in text) == is_said
+
+
 def test_a_snapshot_stays_as_it_was(seen: Record) -> None:
     snapshot = seen.snapshot()
     before = summary.table(snapshot, None), summary.headline(snapshot)

@@ -11,7 +11,7 @@ from onlinequant_backend import ops
 from onlinequant_backend.kernels import cpu, reference
 from tests.graph_probe import host_precision
 
-TOP = 255  # of an activation
+TOP = 254  # of an activation
 WEIGHT_TOP = round(host_precision().format.weight_limit)
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # One rounding of the result, and for float32 that of a few factors.
@@ -219,3 +219,25 @@ def test_handle_takes_its_packed_weight_along() -> None:
     del handles[1]
     assert [reference() is None for reference in packed] == [False, True, False]
     assert len(cpu._packed_weights) == known - 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("op", "given"),
+    [
+        (ops.linear, operands((4, 3, 40), (24, 40))),
+        (ops.conv, operands((4, 12, 6, 5), (8, 12, 3, 3), 1, 1, 1)),
+        (ops.conv, operands((4, 12, 3, 6, 5), (8, 12, 1, 3, 3), 1, (0, 1, 1), 1)),
+    ],
+    ids=["linear", "conv", "3-d conv"],
+)
+def test_what_is_not_finite_makes_its_image_nan_and_no_other(op: Any, given: Operands, dtype: torch.dtype) -> None:
+    lost = dataclasses.replace(given, xq=given.xq.clone())
+    lost.xq[(1, *[0] * (lost.xq.dim() - 1))] = 255
+    before, after = (each.run(op, each.weight, dtype) for each in (given, lost))
+    assert after[1].isnan().any()
+    assert torch.equal(after[[0, 2, 3]], before[[0, 2, 3]])
+    if op is ops.linear:  # of which each row is on its own
+        assert after[1, 0].isnan().all() and torch.equal(after[1, 1:], before[1, 1:])
+    else:
+        assert after[1].isnan().all()

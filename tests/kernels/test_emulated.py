@@ -174,3 +174,14 @@ def test_conv_has_the_dtype_asked_for_whatever_is_added(format: Format, kernel: 
     expected = reference.conv(*given, *geometry, torch.float64) + residual + channel_add[:, :, None, None]
     assert_close(result, expected, dtype, roundings=3)
     assert result.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("format", EMULATED)
+def test_what_is_not_finite_spreads_as_in_float(format: Format) -> None:
+    x, weight = noise(2, 12, 6, 5), noise(8, 12, 3, 3, seed=2)
+    qparams = freeze(ActivationRange(x.min(), x.max()), format, "minmax")
+    x[1, 3, 2, 2] = torch.inf
+    xq = ops.quantize(x, qparams, format.activation, True)
+    geometry = ([1, 1], [1, 1], [1, 1])
+    result = ops.conv(xq, qparams, *quantize_weight(weight, format), None, *geometry, torch.float32)
+    assert torch.equal(result.isfinite(), torch.conv2d(x, weight, padding=1).isfinite())

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from onlinequant_backend.kernels import reference
 from tests.kernel_operands import FORMATS, OUTPUTS, assert_near_8bit, output_of
 
 
@@ -65,3 +66,17 @@ def test_far_from_zero(first, device):
     qparams = qparams_for(expected, torch.int8)
     run = lambda out: layer_norm(x, None, None, None, None, 1e-5, qparams, out)  # noqa: E731
     assert_near_8bit(output_of(run, x.shape, torch.int8, device), expected, qparams)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_what_is_not_finite_passes_for_no_number(dtype, value, device):
+    from onlinequant_backend.kernels.layer_norm import layer_norm
+
+    if device != "cuda" and dtype is torch.float8_e4m3fn:
+        pytest.skip("Triton's interpreter has no NaN in fp8")
+    x = torch.randn(3, 64, device=device)
+    x[1, 5] = value
+    qparams = torch.tensor([50.0, 0, 0.02], device=device)
+    out = output_of(lambda out: layer_norm(x, None, None, None, None, 1e-5, qparams, out), x.shape, dtype, device)
+    assert reference.dequantize(out, qparams).isnan().all(1).tolist() == [False, True, False]

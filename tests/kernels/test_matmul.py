@@ -97,6 +97,23 @@ def test_8bit_output(dtype, geglu, device):
     assert_near_8bit(out, expected, out_qparams)
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_product_that_is_not_finite_passes_for_no_number(dtype, device):
+    from onlinequant_backend.kernels.matmul import matmul
+
+    if device != "cuda" and dtype is torch.float8_e4m3fn:
+        pytest.skip("Triton's interpreter has no NaN in fp8")
+    M, K, N = grow(device, 40, 48, 42)
+    operands = new_operands((M, K), (N, K), dtype, device)
+    operands.weight_scale[[1, 4]] = torch.tensor([torch.inf, torch.nan], device=device)
+    out_qparams = torch.tensor([10.0, 0, 0.1], device=device)
+    out = output_of(
+        lambda out: matmul(*operands.arguments, out, tile(device), out_qparams=out_qparams), (M, N), dtype, device
+    )
+    lost = reference.dequantize(out, out_qparams).isnan().all(0)
+    assert lost.nonzero().flatten().tolist() == [1, 4]
+
+
 def geglu_of(operands):
     return reference.geglu(
         operands.xq, operands.qparams, operands.weight, operands.weight_scale, operands.bias, torch.float64
