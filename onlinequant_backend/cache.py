@@ -39,9 +39,8 @@ from .entry import (
     parse_object,
 )
 from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
-from .files import TEMPORARY, TRASH, check_private, insecurity, make_private, publish_folder, read_file
+from .files import TEMPORARY, TRASH, check_parent, check_private, insecurity, make_private, publish_folder, read_file
 from .files import directory_size as directory_size
-from .files import write_atomically as write_atomically
 from .listing import EntryInfo
 from .locks import Lock
 from .trouble import going_on, warn_once
@@ -98,6 +97,9 @@ class Cache:
         try:
             # The only link that is followed: the directory itself may be one.
             root = _resolved(cache_directory(configured))
+            for folder in root.parents:
+                with contextlib.suppress(FileNotFoundError):
+                    check_parent(folder)
             for folder in (root, *(root / name for name in _FOLDERS)):
                 with contextlib.suppress(FileNotFoundError):
                     check_private(folder)

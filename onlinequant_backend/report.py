@@ -14,8 +14,10 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import cache, errors
+from . import errors
+from .entry import MAX_BYTES
 from .entry import STATS_FILE as STATS_FILE
+from .files import read_where_told, write_where_told
 from .table import render_table
 
 SCHEMA_VERSION = 3
@@ -183,20 +185,25 @@ class Report:
         return {"schema_version": SCHEMA_VERSION, **fields, "counts": self.counts(), "decisions": decisions}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done."""
-        cache.write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
+        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done, and where there is
+        something that is no regular file."""
+        write_where_told(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
         self.stats_path = str(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """Read what ``save`` wrote; raises StatsFileError naming what is wrong with the file and what to do."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(read_where_told(Path(path), MAX_BYTES))
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(f"its schema_version is {version!r}, and this onlinequant reads {SCHEMA_VERSION}")
             values = _checked(data, _REPORT_TYPES, "the report")
             del values["schema_version"]
+            _checked(values["widened"], dict.fromkeys(values["widened"], _NUMBER), "what was widened")
+            exclude = values["config"].get("exclude", [])
+            if not (isinstance(exclude, list) and all(isinstance(pattern, str) for pattern in exclude)):
+                raise ValueError(f"'exclude' of its config is {exclude!r}")
             decisions = [
                 NodeDecision.from_dict(decision, f"decision {index}")
                 for index, decision in enumerate(values.pop("decisions"))

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -166,6 +168,25 @@ def test_a_report_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, name:
     del data[name]
     with pytest.raises(StatsFileError, match=name):
         Report.load(written(tmp_path, data))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("widened", {"conv": "2"}), ("widened", {"conv": math.inf}), ("config", {"exclude": 3})],
+)
+def test_a_report_whose_table_could_not_be_printed_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(StatsFileError, match=r"conv|exclude"):
+        Report.load(written(tmp_path, {**made().to_dict(), name: value}))
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(StatsFileError, match="no regular file"):
+        Report.load(pipe)
+    with pytest.raises(OSError, match="no regular file"):
+        made().save(pipe)
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize("name", [*report._DECISION_TYPES])
