@@ -185,8 +185,8 @@ class Report:
         return {"schema_version": SCHEMA_VERSION, **fields, "counts": self.counts(), "decisions": decisions}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done, and where there is
-        something that is no regular file."""
+        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done, or where there is
+        something else than a regular file."""
         write_where_told(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
         self.stats_path = str(path)
 
