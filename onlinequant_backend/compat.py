@@ -282,6 +282,13 @@ def found_graphs() -> tuple[int, int]:
     return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
 
 
+def forget_loaded_code() -> None:
+    """Have Inductor load what it has compiled from its caches on disk again. What runs already stays."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
+
+
 @contextlib.contextmanager
 def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.

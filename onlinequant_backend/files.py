@@ -12,7 +12,7 @@ import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .entry import InvalidEntryError
@@ -220,6 +220,23 @@ def _move_away(path: Path, trash: Path) -> Path | None:
         return None
     _step("after moving the old away")
     return away
+
+
+@contextlib.contextmanager
+def replaced(folder: Path, aside: Path) -> Iterator[None]:
+    """Within the block another, empty folder has the place of ``folder``, which lies in the folder ``aside`` meanwhile:
+    it comes back if the block raises, and is deleted otherwise."""
+    old = _move_away(folder, aside)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        yield
+    except BaseException:
+        if old is not None:
+            discard(folder, aside)
+            old.rename(folder)
+        raise
+    if old is not None:
+        delete(old)
 
 
 def delete(path: Path) -> None:
