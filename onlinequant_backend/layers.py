@@ -5,14 +5,13 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import math
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
-from . import ops
+from . import forks, ops
 from .calibration import ActivationRange, clipped_share, freeze, widened
 from .changes import Stamp
 from .entry import LayerCalibration
@@ -92,7 +91,7 @@ class Layer:
         self.freed = False
         self.in_use = False
         self.calibrated_for = ""
-        self.lock = threading.RLock()
+        self.lock = forks.rlock()
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
         self.smoothing: torch.Tensor | None = None

@@ -9,12 +9,11 @@ import json
 import math
 import os
 import sys
-import threading
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from . import errors
+from . import errors, forks
 from .entry import MAX_BYTES
 from .entry import STATS_FILE as STATS_FILE
 from .files import read_where_told, write_where_told
@@ -233,7 +232,7 @@ def unmatched(patterns: Iterable[str], names: Collection[str]) -> list[str]:
 
 
 _reports: list[Report] = []
-_reports_lock = threading.Lock()
+_reports_lock = forks.lock()
 
 
 def register(report: Report) -> None:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import threading
 import time
 import weakref
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import compat, graph, keys, selection
+from . import compat, forks, graph, keys, selection
 from .background import Background
 from .build import CompiledGraph, build
 from .cache import Cache
@@ -31,7 +30,7 @@ from .garbage import uncollected
 from .graph_memory import allocates_in_graph
 from .persistence import Entry
 from .progress import Progress, tell
-from .report import clear
+from .report import Report, clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
@@ -78,12 +77,12 @@ class QuantizedGraph:
         self._compiled = CompiledGraphs(traced, self._build)
         self._watch = Watch(traced)
         self._choice = Choice(traced)
-        self._lock = threading.RLock()
+        self._lock = forks.rlock()
         self._gave_up = False  # on all calls; ``_has_failed`` may have been for one size
         self._has_failed = False
         self._failures = 0
         self._failed_in: weakref.ref[SamplingRun] | None = None
-        self._background = Background()
+        self._background = Background(functools.partial(_report_fork, self._report))
         self._outcome: tuple[str, str] | None = None  # the phase, and why, after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
         self._moves = 0  # that a compile has failed with
@@ -543,6 +542,11 @@ class QuantizedGraph:
         return "float", f"it failed: {type(error).__name__}: {error}"
 
 
+def _report_fork(report: Report) -> None:
+    reason = "this process was forked from one that was compiling in the background; start it by 'spawn' instead"
+    report.phase, report.phase_reason = "float", reason
+
+
 def _standing(weights: WeightSet) -> tuple[str, str]:
     """The phase, and why, of calls whose graph is compiled."""
     if weights.selection:
@@ -550,7 +554,7 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
     return "float", "no layer was selected; the float graph was compiled by Inductor"
 
 
-_background_compiles = threading.RLock()
+_background_compiles = forks.rlock()
 _MOST_MOVES, _MOST_FAILURES = 2, 2
 _Places = list[tuple[Any, ...]]
 

@@ -11,7 +11,6 @@ changed is in ``changes``.
 from __future__ import annotations
 
 import operator
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import drift
+from . import drift, forks
 from .changes import Snapshot
 from .formats import Format
 from .hollow import hollow_out
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 # Held while 8-bit copies are made, handed to a compiled graph or released. A call in another thread keeps those that it
 # was given for as long as it runs.
-copies_lock = threading.RLock()
+copies_lock = forks.rlock()
 
 
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
@@ -246,7 +245,7 @@ class Registry:
     def __init__(self) -> None:
         self._layers: dict[tuple[object, ...], WeakIdKeyDictionary] = {}
         self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
-        self._lock = threading.Lock()  # models may run in threads of their own
+        self._lock = forks.lock()  # models may run in threads of their own
 
     def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
         """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""
