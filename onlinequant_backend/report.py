@@ -258,8 +258,8 @@ def say_what_is_lost() -> None:
     for report in reports():
         if report.phase == "calibrating" and report.calls_observed and report.model not in quantized:
             _log.warning(
-                "%s: %d of %d calls were observed, which is lost as the process ends. Set calibration_steps to the calls "
-                "that a process makes, or sample within onlinequant_backend.sampling_run(steps), which observes one run.",
+                "%s: %d of %d calls were observed, which is lost as the process ends. Set calibration_steps to as many "
+                "as a process makes, or sample within onlinequant_backend.sampling_run(steps), which observes a run.",
                 *(report.model, report.calls_observed, report.calibration_steps),
             )
 
