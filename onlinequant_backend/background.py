@@ -13,25 +13,57 @@ from collections.abc import Callable
 
 import torch
 
+from . import compat, forks
 from .compile_process import in_background
 
 _log = logging.getLogger("onlinequant")
 
 _threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+_all: weakref.WeakSet[Background] = weakref.WeakSet()
+
+
+class _Lost:
+    """Stands for a thread that a fork has not taken along: its work never ends."""
+
+    def is_alive(self) -> bool:
+        return True
 
 
 class Background:
     """At most one piece of work at a time. A process that ends waits for it, with all that compiling needs still there:
-    its result is kept for the next one, and a thread that is stopped within torch aborts the process."""
+    its result is kept for the next one, and a thread that is stopped within torch aborts the process.
 
-    def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
-        self._lock = threading.Lock()
+    In a process that is forked meanwhile such work stays undone, and no other is begun, since torch is in the middle of
+    it: whatever is busy then, or is made later, stays so. ``lost`` is called when that is so.
+    """
+
+    _was_forked_at_work = False
+
+    def __init__(self, lost: Callable[[], object] = lambda: None) -> None:
+        self._thread: threading.Thread | _Lost | None = None
+        self._lock = forks.lock()
+        self._lost = lost
+        _all.add(self)
+        if Background._was_forked_at_work:
+            self._be_lost()
 
     def is_busy(self) -> bool:
         """Whether there is work whose result cannot be used yet."""
         thread = self._thread
         return thread is not None and thread.is_alive()
+
+    def _be_lost(self) -> None:
+        self._thread = _Lost()
+        self._lost()
+
+    @staticmethod
+    def _after_fork() -> None:
+        lost = [one for one in list(_all) if one._thread not in (None, threading.current_thread())]
+        if lost:
+            Background._was_forked_at_work = True
+            forks.free(compat.compile_lock())
+        for one in lost:
+            one._be_lost()
 
     def start(self, work: Callable[[], object], conclude: Callable[[], object], device: torch.device) -> None:
         """Have ``work`` done, which must not raise: in this thread's grad and inference mode, and with its listener.
@@ -68,10 +100,13 @@ class Background:
                     torch.cuda.current_stream().synchronize()
 
         with self._lock:
-            if not self.is_busy():
+            if not self.is_busy() and not Background._was_forked_at_work:
                 self._thread = threading.Thread(target=run, name="onlinequant-background", daemon=True)
                 _threads.add(self._thread)
                 self._thread.start()
+
+
+forks.in_child(Background._after_fork)
 
 
 def _wait_at_exit() -> None:

@@ -17,7 +17,8 @@ import torch
 import torch.fx as fx
 
 from . import agreement, graph, wire
-from .compiler import Job, NotNowError, compile_job, is_refused, job_name, refuse
+from .cache import emptied
+from .compiler import Job, NotNowError, compile_job, holds_code, is_in_cache, is_refused, job_name, refuse
 from .config import QuantConfig
 from .copies import copies_lock
 from .cuda_graphs import GraphedCall
@@ -111,6 +112,13 @@ class CompiledGraph:
         return self._symbolic is None or self._symbolic.fits(args, at_least)
 
 
+class _JobError(Exception):
+    """``job`` cannot be compiled in its directory, because of ``error``."""
+
+    def __init__(self, job: Job, error: Exception) -> None:
+        self.job, self.error = job, error
+
+
 def build(
     graph_module: fx.GraphModule,
     args: Sequence[Any],
@@ -124,20 +132,50 @@ def build(
     """Rewrite the selected layers of a copy of ``graph_module`` and compile it.
 
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
-    caches; None leaves them where they are by default. If it turns out that nothing can be written there any more, a
-    temporary directory takes its place. What cannot be compiled in regions is compiled as a whole. ``beforehand`` is
-    called with what will be compiled, and may have another process do so first.
+    caches; None leaves them where they are by default. What it holds may be damaged, so that what fails is tried once
+    more without that. If it turns out that nothing can be written there any more, a temporary directory takes its
+    place. What cannot be compiled in regions is compiled as a whole. ``beforehand`` is called with what will be
+    compiled, and may have another process do so first.
     """
-    try:
+
+    def attempt(directory: Path | None) -> CompiledGraph:
         return _build(graph_module, args, weights, config, precision, symbolic, directory, beforehand)
-    except NotNowError:
-        raise
-    except Exception as error:
-        if directory is None or _can_be_written(directory):
+
+    try:
+        return _build_anywhere(attempt, directory)
+    except _JobError as failure:
+        job, error = failure.job, failure.error
+    if not job.has_regions:
+        raise error
+    refuse(job)
+    _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
+    whole = dataclasses.replace(config, regional_compilation=False)
+    return build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
+
+
+def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: Path | None) -> CompiledGraph:
+    """``attempt(directory)``, or what takes its place where the directory is to blame."""
+    held_code = directory is not None and holds_code(directory)
+    try:
+        return attempt(directory)
+    except _JobError as failure:
+        job, error = failure.job, failure.error
+        if directory is None:
             raise
-        _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
-        elsewhere = Path(_temporary_directory().name)
-        return _build(graph_module, args, weights, config, precision, symbolic, elsewhere, beforehand)
+        if not _can_be_written(directory):
+            _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
+            return attempt(Path(_temporary_directory().name))
+        if not is_in_cache(job) and (not held_code or is_refused(job)):
+            raise
+        _log.warning("compiling in an empty directory, since what %s holds may be damaged: %s", directory, error)
+        try:
+            with emptied(directory):
+                return attempt(directory)
+        except _JobError:
+            refuse(job)  # it was not damaged
+        except OSError as obstacle:
+            _log.info("%s cannot be emptied: %s", directory, obstacle)
+        raise
 
 
 def _build(
@@ -204,12 +242,7 @@ def _build(
     except NotNowError:
         raise
     except Exception as error:
-        if not has_regions:
-            raise
-        refuse(job)
-        _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
-        whole = dataclasses.replace(config, regional_compilation=False)
-        return _build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
+        raise _JobError(job, error) from error
     sizes = inputs if isinstance(inputs, SymbolicInputs) else None
     if sizes is not None:
         sizes.finish()

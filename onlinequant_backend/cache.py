@@ -39,9 +39,18 @@ from .entry import (
     parse_object,
 )
 from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
-from .files import TEMPORARY, TRASH, check_private, insecurity, make_private, publish_folder, read_file
+from .files import (
+    TEMPORARY,
+    TRASH,
+    check_parent,
+    check_private,
+    insecurity,
+    make_private,
+    publish_folder,
+    read_file,
+    replaced,
+)
 from .files import directory_size as directory_size
-from .files import write_atomically as write_atomically
 from .listing import EntryInfo
 from .locks import Lock
 from .trouble import going_on, warn_once
@@ -98,6 +107,9 @@ class Cache:
         try:
             # The only link that is followed: the directory itself may be one.
             root = _resolved(cache_directory(configured))
+            for folder in root.parents:
+                with contextlib.suppress(FileNotFoundError):
+                    check_parent(folder)
             for folder in (root, *(root / name for name in _FOLDERS)):
                 with contextlib.suppress(FileNotFoundError):
                     check_private(folder)
@@ -222,6 +234,13 @@ class Cache:
             with going_on("cannot make room in the cache %s", self.root):
                 return eviction.clear(self.root, older_than_days, max_size_gb)
         return []
+
+
+@contextlib.contextmanager
+def emptied(directory: Path) -> Iterator[None]:
+    """Within the block an ``inductor_directory`` is empty. What it held is back after an error, and else is deleted."""
+    with replaced(directory, make_private(directory.parents[1], TEMPORARY)):
+        yield
 
 
 def _load(root: Path, folder: Path) -> Calibration | None:

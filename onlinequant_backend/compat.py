@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast, get_origin
 
 import torch
+import torch._refs
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
@@ -61,6 +62,10 @@ def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
 # Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
 # programs, and a graph that travels names a module of this program.
 copyreg.pickle(torch.memory_format, _named_in_torch)
+
+
+# What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
+tensor_of_numbers: Callable[..., torch.Tensor] = torch._refs.tensor
 
 
 def hint(size: int | torch.SymInt) -> int:
@@ -374,6 +379,13 @@ def found_graphs() -> tuple[int, int]:
     """How many graphs Inductor has found in its cache in this process, and how many it has not."""
     counts = torch._dynamo.utils.counters["inductor"]
     return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
+
+
+def forget_loaded_code() -> None:
+    """Have Inductor load what it has compiled from its caches on disk again. What runs already stays."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
 
 
 @contextlib.contextmanager

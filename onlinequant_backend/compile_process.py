@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from . import compat
+from . import compat, forks
 
 _log = logging.getLogger("onlinequant")
 # Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. Longer than this
@@ -40,7 +40,7 @@ class CompileProcess:
     """One such process, which is started with the first work and again after its end. It does one thing at a time."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = forks.lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -66,6 +66,10 @@ class CompileProcess:
         process = self._process
         if process is not None:
             process.kill()
+
+    def forget(self) -> None:
+        """Leave it to the process that this one was forked from."""
+        self._process = None
 
     def _ask(self, work: bytes) -> bytes | None:
         process = self._process
@@ -123,6 +127,7 @@ def receive(stream: IO[bytes]) -> bytes | None:
 
 
 _process = CompileProcess()
+forks.in_child(_process.forget)
 _in_background: contextvars.ContextVar[bool] = contextvars.ContextVar("onlinequant_in_background", default=False)
 
 

@@ -62,7 +62,11 @@ class Job(NamedTuple):
 def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
     """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
     with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), ahead.compiling_ahead(job.device):
-        compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
+        try:
+            compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
+        except Exception:
+            compat.forget_loaded_code()  # some of it may be damaged
+            raise
     _write(_note(job, "compiled"))
     return compiled
 
@@ -71,6 +75,11 @@ def is_in_cache(job: Job) -> bool:
     """Whether ``compile_job`` has been done in this directory before, by any process."""
     note = _note(job, "compiled")
     return note is not None and note.exists()
+
+
+def holds_code(directory: Path) -> bool:
+    """Whether anything has been compiled in this directory before, as a whole or in parts."""
+    return any(path.is_dir() for path in directory.glob("*"))
 
 
 def refuse(job: Job) -> None:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from . import forks
 from .changes import Stamp
 from .errors import FreedWeightsError
 from .formats import ONEDNN, Format
@@ -35,7 +36,7 @@ _LEAST = torch.finfo(torch.float32).tiny * 2**20
 
 # Held while 8-bit copies and ranges are written, handed to a compiled graph or released. A call in another thread keeps
 # those that it was given for as long as it runs.
-copies_lock = threading.RLock()
+copies_lock = forks.rlock()
 _running: list[Call] = []
 
 
@@ -68,6 +69,14 @@ def read_elsewhere() -> Iterator[Layer]:
     """The layers that calls in other threads read."""
     this_thread = threading.get_ident()
     return (layer for call in list(_running) if call.thread != this_thread for layer in call.layers)
+
+
+def _forget_others() -> None:
+    this_thread = threading.get_ident()
+    _running[:] = [call for call in _running if call.thread == this_thread]
+
+
+forks.in_child(_forget_others)  # it has no other threads
 
 
 class Copy:

@@ -6,12 +6,13 @@ Everything here raises OSError where the disk does not do what it should; ``Cach
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import shlex
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .entry import InvalidEntryError
@@ -51,7 +52,16 @@ def insecurity(path: Path, info: os.stat_result) -> str | None:
 
 def check_private(folder: Path) -> None:
     """Raise InsecureCacheDirectoryError unless only this user can change what lies in ``folder``."""
-    reason = insecurity(folder, folder.lstat())
+    _refuse(folder, insecurity(folder, folder.lstat()))
+
+
+def check_parent(folder: Path) -> None:
+    """Raise InsecureCacheDirectoryError if others could put another folder in the place of one that lies in ``folder``,
+    which is any folder above the cache."""
+    _refuse(folder, _exposure(folder, folder.lstat()))
+
+
+def _refuse(folder: Path, reason: str | None) -> None:
     if reason is not None:
         # Imported here, because torch comes with it: whoever reads and writes entries does not need torch.
         from .errors import InsecureCacheDirectoryError
@@ -61,10 +71,44 @@ def check_private(folder: Path) -> None:
         )
 
 
+def _exposure(folder: Path, info: os.stat_result) -> str | None:
+    if os.name == "nt":
+        return None
+    elsewhere = "choose a cache directory elsewhere, with the option cache_dir or ONLINEQUANT_CACHE_DIR."
+    # Whoever owns "/", another user than root in some containers, can replace everything anyway.
+    if info.st_uid not in (0, os.geteuid(), Path("/").stat().st_uid):
+        return f"it belongs to the user {info.st_uid}, who can replace all that lies in it. So {elsewhere}"
+    # With the sticky bit, as /tmp has it, nobody can move what others have put there.
+    is_open = info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
+    if is_open and not info.st_mode & stat.S_ISVTX:
+        forbid = f"chmod go-w {shlex.quote(str(folder))}"
+        return f"others may write to it, and so replace all that lies in it. Forbid that: {forbid}; or {elsewhere}"
+    return None
+
+
+def _is_own_group(group: int) -> bool:
+    """Whether a group is the one of this user's name, which has no other members: with it come a umask of 002, and so
+    folders that the group may write to."""
+    import grp
+    import pwd
+
+    try:
+        name, members = grp.getgrgid(group).gr_name, grp.getgrgid(group).gr_mem
+        user = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return group != 0 and name == user and set(members) <= {user}
+
+
 def make_private(root: Path, *names: str) -> Path:
-    """Make the folder ``root/names[0]/names[1]/...`` and return it; each one is checked with ``check_private``."""
-    root.mkdir(mode=0o700, parents=True, exist_ok=True)
-    # Also one just made, for somebody may have been quicker.
+    """Make the folder ``root/names[0]/names[1]/...`` and return it; each one is checked with ``check_private``, and all
+    above ``root`` with ``check_parent``."""
+    # From above, and each one is checked after it was made: somebody may have been quicker.
+    above = root.absolute().parent.resolve()
+    for parent in (*reversed(above.parents), above):
+        parent.mkdir(mode=0o700, exist_ok=True)
+        check_parent(parent)
+    root.mkdir(mode=0o700, exist_ok=True)
     check_private(root)
     for name in names:
         root /= name
@@ -81,6 +125,18 @@ def read_file(path: Path, limit: int) -> bytes:
     with os.fdopen(os.open(path, flags), "rb") as file:
         _check_readable(path, os.fstat(file.fileno()), limit)
         return file.read(limit)
+
+
+def read_where_told(path: Path, limit: int) -> bytes:
+    """``read_file`` for a file that the user has named, which may be a link."""
+    return read_file(_led_to(path), limit)
+
+
+def _led_to(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except RuntimeError as error:  # links in a circle
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
 def _check_readable(path: Path, info: os.stat_result, limit: int) -> None:
@@ -166,6 +222,23 @@ def _move_away(path: Path, trash: Path) -> Path | None:
     return away
 
 
+@contextlib.contextmanager
+def replaced(folder: Path, aside: Path) -> Iterator[None]:
+    """Within the block another, empty folder has the place of ``folder``, which lies in the folder ``aside`` meanwhile:
+    it comes back if the block raises, and is deleted otherwise."""
+    old = _move_away(folder, aside)
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        yield
+    except BaseException:
+        if old is not None:
+            discard(folder, aside)
+            old.rename(folder)
+        raise
+    if old is not None:
+        delete(old)
+
+
 def delete(path: Path) -> None:
     """Delete a file, a link or a folder, or as much of it as can be deleted."""
     if path.is_symlink() or not path.is_dir():
@@ -188,6 +261,18 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_where_told(path: Path, content: str | bytes) -> None:
+    """``write_atomically`` for a file that the user has named, which may be a link: then what it leads to is written.
+
+    Raises OSError also where there is something that is no regular file, such as a device or a pipe.
+    """
+    path = _led_to(path)
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(path.lstat().st_mode):
+            raise FileExistsError(errno.EEXIST, "it exists and is no regular file", str(path))
+    write_atomically(path, content)
 
 
 def directory_size(path: Path) -> int:

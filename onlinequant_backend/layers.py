@@ -6,12 +6,11 @@ import copy
 import ctypes
 import dataclasses
 import math
-import threading
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import ops
+from . import forks, ops
 from .calibration import ActivationRange, clipped_share, covered, freeze, is_frozen_from, widened
 from .copies import Copy, Generation, copies_lock, read_elsewhere
 from .entry import LayerCalibration
@@ -79,7 +78,7 @@ class Layer:
         self.calls = 0
         self.frozen = False
         self.calibrated_for = ""
-        self.lock = threading.RLock()
+        self.lock = forks.rlock()
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
         self.smoothing: torch.Tensor | None = None

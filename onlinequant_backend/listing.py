@@ -8,13 +8,14 @@ import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from . import eviction
-from .entry import CALIBRATION_FILE, MAX_BYTES, STATS_FILE, decode, parse_object
+from .entry import CALIBRATION_FILE, MAX_BYTES, MAX_LAYERS, STATS_FILE, decode, parse_object
 from .eviction import ENTRIES, IMPORTED, Item
 from .files import read_file
 
@@ -67,12 +68,18 @@ def _read_stats(folder: Path) -> tuple[str, int | None, int | None]:
     stats = parse_object(read_file(folder / STATS_FILE, MAX_BYTES), STATS_FILE)
     counts = stats["counts"]
     quantized, layers = (
-        sum(int(counts[f"{what}_{kind}"]) for kind in ("conv", "linear")) for what in ("quantized", "candidates")
+        sum(_count(counts[f"{what}_{kind}"]) for kind in ("conv", "linear")) for what in ("quantized", "candidates")
     )
     model = stats["model"]
     if not (isinstance(model, str) and model.isprintable()):  # it would reach a terminal
         raise ValueError("the model's name cannot be printed")
     return model, quantized, layers
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value <= MAX_LAYERS:
+        raise ValueError("a number of layers is none")
+    return value
 
 
 def _read_imported(folder: Path) -> tuple[str, int | None, int | None]:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 import json
+import logging
 import math
 import os
 import sys
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from . import cache, errors, exclusion
+from . import errors, exclusion, forks
+from .entry import MAX_BYTES
 from .entry import STATS_FILE as STATS_FILE
+from .files import read_where_told, write_where_told
 from .table import render_table
+
+_log = logging.getLogger("onlinequant")
 
 SCHEMA_VERSION = 3
 KINDS = ("conv", "linear")
@@ -194,20 +199,25 @@ class Report:
         return {"schema_version": SCHEMA_VERSION, **fields, "counts": self.counts(), "decisions": decisions}
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done."""
-        cache.write_atomically(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
+        """Write the report to ``path`` as JSON, atomically; raises OSError where that cannot be done, or where there is
+        something else than a regular file."""
+        write_where_told(Path(path), json.dumps(self.to_dict(), indent=2, default=repr) + "\n")
         self.stats_path = str(path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Report:
         """Read what ``save`` wrote; raises StatsFileError naming what is wrong with the file and what to do."""
         try:
-            data = json.loads(Path(path).read_text(encoding="utf-8"))
+            data = json.loads(read_where_told(Path(path), MAX_BYTES))
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(f"its schema_version is {version!r}, and this onlinequant reads {SCHEMA_VERSION}")
             values = _checked(data, _REPORT_TYPES, "the report")
             del values["schema_version"]
+            _checked(values["widened"], dict.fromkeys(values["widened"], _NUMBER), "what was widened")
+            exclude = values["config"].get("exclude", [])
+            if not (isinstance(exclude, list) and all(isinstance(pattern, str) for pattern in exclude)):
+                raise ValueError(f"'exclude' of its config is {exclude!r}")
             decisions = [
                 NodeDecision.from_dict(decision, f"decision {index}")
                 for index, decision in enumerate(values.pop("decisions"))
@@ -232,7 +242,7 @@ class Report:
 
 
 _reports: list[Report] = []
-_reports_lock = threading.Lock()
+_reports_lock = forks.lock()
 
 
 def register(report: Report) -> None:
@@ -245,6 +255,19 @@ def reports() -> list[Report]:
     """One report for each graph compiled in this process, newest last."""
     with _reports_lock:
         return list(_reports)
+
+
+@atexit.register
+def say_what_is_lost() -> None:
+    """Say what was observed in vain, and what to do about it: processes that are all short would never be in 8 bit."""
+    quantized = {report.model for report in reports() if report.phase == "quantized"}
+    for report in reports():
+        if report.phase == "calibrating" and report.calls_observed and report.model not in quantized:
+            _log.warning(
+                "%s: %d of %d calls were observed, which is lost as the process ends. Set calibration_steps to as many "
+                "as a process makes, or sample within onlinequant_backend.sampling_run(steps), which observes a run.",
+                *(report.model, report.calls_observed, report.calibration_steps),
+            )
 
 
 def clear() -> None:

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import itertools
 import logging
-import threading
 import time
 import weakref
 from collections import Counter
@@ -16,7 +15,7 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import compat, graph, keys, selection
+from . import compat, forks, graph, keys, selection
 from .background import Background
 from .build import CompiledGraph, build
 from .cache import Cache
@@ -32,7 +31,7 @@ from .garbage import uncollected
 from .graph_memory import allocates_in_graph
 from .persistence import Entry
 from .progress import Progress, tell
-from .report import clear
+from .report import Report, clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import CompiledGraphs, Key
@@ -81,14 +80,15 @@ class QuantizedGraph:
         self._compiled = CompiledGraphs(traced, self._build)
         self._watch = Watch(traced)
         self._choice = Choice(traced)
-        self._lock = threading.RLock()
+        self._lock = forks.rlock()
         self._gave_up = False  # on all calls; ``_has_failed`` may have been for one size
         self._has_failed = False
         self._failures = 0
         self._failed_in: weakref.ref[SamplingRun] | None = None
-        self._background = Background()
+        self._background = Background(functools.partial(_report_fork, self._report))
         self._outcome: tuple[str, str] | None = None  # the phase, and why, after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
+        self._replaced = 0  # sets of weights that were gone after one observed call
         self._moves = 0  # that a compile has failed with
         self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
         self._is_compiled_elsewhere = False  # what was compiled last
@@ -196,8 +196,12 @@ class QuantizedGraph:
             registry.add(weights)
             for old in list(self._sets.values()):
                 if old.is_dead() or registry.is_successor(named, old):
+                    self._replaced += old.is_dead() and old.selection is None and old.calls() <= 1
                     self._retire(old)
             self._sets[weights.ids] = weights
+            if self._replaced >= _MOST_REPLACED and not self._gave_up:
+                self._gave_up = True
+                self._say("float", _REPLACED)
             return weights
 
     def _retire(self, old: WeightSet) -> None:
@@ -591,6 +595,11 @@ class QuantizedGraph:
         return "float", f"it failed: {type(error).__name__}: {error}"
 
 
+def _report_fork(report: Report) -> None:
+    reason = "this process was forked from one that was compiling in the background; start it by 'spawn' instead"
+    report.phase, report.phase_reason = "float", reason
+
+
 def _standing(weights: WeightSet) -> tuple[str, str]:
     """The phase, and why, of calls whose graph is compiled."""
     if weights.selection:
@@ -598,8 +607,12 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
     return "float", "no layer was selected; the float graph was compiled by Inductor"
 
 
-_background_compiles = threading.RLock()
-_MOST_MOVES, _MOST_FAILURES, _MOST_TRIES = 2, 2, 10
+_background_compiles = forks.rlock()
+_MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 3
+_REPLACED = (
+    "its weights are other tensors at each call, as sequential offload makes them, so that they cannot be observed for "
+    "several calls; move the model as a whole instead, as enable_model_cpu_offload() does"
+)
 _Places = list[tuple[Any, ...]]
 
 

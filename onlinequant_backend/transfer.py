@@ -9,7 +9,7 @@ from .cache import Cache
 from .entry import CALIBRATION_FILE, MAX_BYTES, Calibration, InvalidEntryError, decode
 from .errors import CalibrationFileError
 from .eviction import IMPORTED
-from .files import publish_folder, read_file, write_atomically
+from .files import publish_folder, read_file, read_where_told, write_where_told
 from .listing import EntryInfo
 
 
@@ -27,7 +27,7 @@ def export_calibration(cache: Cache, wanted: str, path: Path) -> Calibration:
             f"The entry {entry.key} cannot be read: {error}. Run the model again, which replaces it."
         ) from error
     try:
-        write_atomically(path, data)
+        write_where_told(path, data)
     except OSError as error:
         raise CalibrationFileError(f"Cannot write {str(path)!r}: {error}. Choose another file.") from error
     return calibration
@@ -39,9 +39,8 @@ def import_calibration(cache: Cache, path: Path) -> tuple[str, Calibration]:
     Raises CalibrationFileError for any other file, and where the cache cannot be written.
     """
     try:
-        # Not our folder, so a link to the file is fine.
-        key, calibration = decode(read_file(path.resolve(), MAX_BYTES))
-    except (OSError, RuntimeError) as error:  # a RuntimeError for links that lead in a circle
+        key, calibration = decode(read_where_told(path, MAX_BYTES))
+    except OSError as error:
         raise CalibrationFileError(f"Cannot read {str(path)!r}: {error}.") from error
     except InvalidEntryError as error:
         raise CalibrationFileError(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Iterator
+
+from . import forks
 
 _log = logging.getLogger("onlinequant")
 _said: set[str] = set()
-_lock = threading.Lock()
+_lock = forks.lock()
 
 
 def warn_once(kind: str, message: str, *arguments: object) -> None:

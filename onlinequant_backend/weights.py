@@ -11,7 +11,6 @@ changed is in ``changes``.
 from __future__ import annotations
 
 import operator
-import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import drift
+from . import drift, forks
 from .changes import Snapshot
 from .copies import Copy, Generation, copies_lock
 from .formats import Format
@@ -305,7 +304,7 @@ class Registry:
     def __init__(self) -> None:
         self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[StandIn, dict[int, Layer]]] = {}
         self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
-        self._lock = threading.Lock()  # models may run in threads of their own
+        self._lock = forks.lock()  # models may run in threads of their own
 
     def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
         """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -110,6 +112,68 @@ def test_float_goes_on_until_the_compile_is_done(mode: Callable[[], Any], induct
     assert len(inductor.graphs) == 1
     assert (report().phase, report().stats_path is not None) == ("quantized", True)
     assert told[-1] == report().summary()
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """OpenMP's other threads are missing in a fork, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def forking(test: Callable[..., None]) -> Callable[..., None]:
+    ignoring = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
+    return pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")(ignoring(test))
+
+
+def in_fork(function: Callable[[], Any]) -> Any:
+    """What ``function`` gives in a process that is forked now, and ends as such processes do."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe()
+
+    def child() -> None:
+        theirs.send(function())
+
+    process = context.Process(target=child)
+    process.start()
+    assert ours.poll(60), "it hangs"
+    process.join(60)
+    assert process.exitcode == 0, "it hangs in the end"
+    return ours.recv()
+
+
+@forking
+@torch.no_grad()
+def test_a_fork_during_a_compile_goes_on_in_float(inductor: SlowInductor, one_thread: None) -> None:
+    model, others = small(), (small(1), small(2))
+    step, expected = compiled(model, ASIDE), model(X)
+    for _ in range(3):
+        step(X)
+    assert inductor.begun.wait(60)
+
+    def child() -> list[bool]:
+        inductor.may_end.set()
+        new = [(other, compiled(other, options), X) for other, options in zip(others, (ASIDE, {}), strict=True)]
+        calls = [(model, step, X), (model, step, WIDE), *new]
+        right = [torch.equal(call(x), one(x)) for one, call, x in calls for _ in range(4)]
+        return [*right, *("forked" in one.phase_reason and one.phase == "float" for one in oq.reports())]
+
+    assert all(in_fork(child))
+    inductor.finish()
+    assert 0 < relative_error(step(X), expected) < CLOSE
+
+
+@forking
+@torch.no_grad()
+def test_a_fork_after_a_compile_runs_in_8_bit(inductor: SlowInductor, one_thread: None) -> None:
+    model = small()
+    step, expected = compiled(model, ASIDE), model(X)
+    for _ in range(3):
+        step(X)
+    inductor.finish()
+    assert 0 < in_fork(lambda: relative_error(step(X), expected)) < CLOSE
 
 
 @torch.no_grad()

@@ -43,7 +43,17 @@ def test_of_many_kinds_the_latest_are_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["", "[]", "{", "[" * 100_000, '{"anew": 3}', '{"anew": ["1"]}', '{"anew": [-1.0]}', '{"anew": [Infinity]}'],
+    [
+        "",
+        "[]",
+        "{",
+        "[" * 100_000,
+        '{"anew": 3}',
+        '{"anew": ["1"]}',
+        '{"anew": [-1.0]}',
+        '{"anew": [Infinity]}',
+        '{"anew": [1e308]}',
+    ],
 )
 def test_a_file_that_is_broken_is_written_anew(tmp_path: Path, content: str) -> None:
     (tmp_path / FILE).write_text(content)

@@ -4,12 +4,16 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from onlinequant_backend import files
+from onlinequant_backend.cache import Cache
 from onlinequant_backend.entry import InvalidEntryError
 from onlinequant_backend.errors import InsecureCacheDirectoryError, OnlineQuantError
 
@@ -27,7 +31,7 @@ def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert made == tmp_path / "deep" / "root" / "a" / "b"
-    for folder in (made, made.parent, made.parent.parent):
+    for folder in (made, made.parent, made.parent.parent, tmp_path / "deep"):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert files.make_private(tmp_path / "deep" / "root", "a", "b") == made
 
@@ -71,6 +75,62 @@ def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
         files.check_private(tmp_path / "link")
     with pytest.raises(OnlineQuantError, match="is a link to"):
         files.make_private(tmp_path, "link")
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o757, 0o722])
+def test_a_folder_above_that_others_can_write_to_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
+    """They could put another folder in the place of ours, after every check of that has passed."""
+    above = tmp_path / "shared by all"
+    root = above / "between" / "root"
+    root.mkdir(parents=True)
+    above.chmod(mode)
+    for use in (files.make_private, lambda root: Cache.open(str(root))):
+        with pytest.raises(InsecureCacheDirectoryError, match=f"others may write to it.*: chmod go-w '{above}'; or "):
+            use(root)
+    above.chmod(0o1777)  # as /tmp: nobody can move what others have put there
+    files.make_private(root)
+    assert Cache.open(str(root)).root == root
+
+
+def test_in_a_folder_that_others_can_write_to_nothing_is_made(tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    with pytest.raises(InsecureCacheDirectoryError, match="others may write to it"):
+        files.make_private(tmp_path / "deep" / "root")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
+@pytest.mark.parametrize("mode", [0o755, 0o1777])
+def test_a_folder_above_that_is_somebody_elses_is_refused(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "theirs" / "root"
+    root.mkdir(parents=True)
+    root.parent.chmod(mode)
+    os.chown(root.parent, 12345, -1)
+    with pytest.raises(InsecureCacheDirectoryError, match="belongs to the user 12345, who can replace"):
+        Cache.open(str(root))
+    with pytest.raises(InsecureCacheDirectoryError, match="belongs to the user 12345, who can replace"):
+        files.make_private(root)
+
+
+def test_the_group_of_a_user_alone_may_write_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a user has a group of the same name, a umask of 002 is common."""
+    (tmp_path / "above" / "root").mkdir(parents=True)
+    (tmp_path / "above").chmod(0o775)
+    group = SimpleNamespace(gr_name="me", gr_mem=list[str]())
+    monkeypatch.setattr("grp.getgrgid", lambda number: group)
+    monkeypatch.setattr("pwd.getpwuid", lambda number: SimpleNamespace(pw_name="me"))
+    monkeypatch.setattr(files, "_exposure", partial(_as_of_group, files._exposure, 1000))
+    files.make_private(tmp_path / "above" / "root")
+    group.gr_mem = ["me", "you"]
+    with pytest.raises(InsecureCacheDirectoryError, match="others may write to it"):
+        files.make_private(tmp_path / "above" / "root")
+    group.gr_name, group.gr_mem = "users", []
+    with pytest.raises(InsecureCacheDirectoryError, match="others may write to it"):
+        files.make_private(tmp_path / "above" / "root")
+
+
+def _as_of_group(ask: Callable[..., Any], group: int, folder: Path, info: os.stat_result) -> Any:
+    return ask(folder, SimpleNamespace(st_mode=info.st_mode, st_uid=info.st_uid, st_gid=group))
 
 
 def test_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -251,3 +311,28 @@ def test_a_file_where_the_folder_should_be_is_an_os_error(tmp_path: Path) -> Non
     (tmp_path / "taken").write_text("")
     with pytest.raises(OSError, match="taken"):
         files.write_atomically(tmp_path / "taken" / "file.json", "text")
+
+
+def test_what_a_user_names_is_written_where_a_link_leads(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "link").symlink_to("file")
+    (tmp_path / "dangling").symlink_to("new")
+    files.write_where_told(tmp_path / "link", "1")
+    files.write_where_told(tmp_path / "dangling", "2")
+    assert contents(tmp_path) == {"file": b"1", "link": b"1", "new": b"2", "dangling": b"2"}
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "dangling").is_symlink()
+    assert files.read_where_told(tmp_path / "link", 10) == b"1"
+
+
+def test_what_is_no_regular_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    (tmp_path / "device").symlink_to("/dev/null")
+    (tmp_path / "loop").symlink_to("loop")
+    before = {path.name: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for name in before:
+        with pytest.raises(OSError, match=r"no regular file|loop"):
+            files.write_where_told(tmp_path / name, "text")
+    assert {path.name: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+    assert stat.S_ISCHR(Path("/dev/null").stat().st_mode)

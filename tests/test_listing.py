@@ -39,8 +39,15 @@ def test_entries_and_imported_calibrations_are_listed_last_used_first(tmp_path: 
     ]
 
 
+NO_COUNTS = ("1e999", "NaN", "1.5", "-1", '"1"', "true", "9" * 4000, "9" * 5000)
+
+
 @pytest.mark.parametrize(
-    "stats", ["", "{}", "[" * 100_000, '{"model":"m","counts":3}', '{"model":"\\u001b[2J","counts":{}}', "\ud800"[:0]]
+    "stats",
+    [
+        *("", "{}", "[" * 100_000, '{"model":"m","counts":3}', '{"model":"\\u001b[2J","counts":{}}', "\ud800"[:0]),
+        *(re.sub(r'("candidates_conv":\s*)\d+', rf"\g<1>{number}", STATS) for number in NO_COUNTS),
+    ],
 )
 def test_an_entry_that_cannot_be_read_is_listed_all_the_same(tmp_path: Path, stats: str) -> None:
     add(tmp_path, KEY, stats)
@@ -114,3 +121,9 @@ def test_the_table_says_what_each_entry_is() -> None:
 @pytest.mark.parametrize(("size", "text"), [(0, "0 B"), (999, "999 B"), (1000, "1.0 kB"), (20_123_456_789, "20.1 GB")])
 def test_sizes_are_in_powers_of_1000(size: int, text: str) -> None:
     assert listing.human_size(size) == text
+
+
+def test_statistics_that_cannot_be_read_hide_no_others(tmp_path: Path) -> None:
+    add(tmp_path, KEY, STATS.replace('_linear": 1', '_linear": 1e999'))
+    add(tmp_path, SIBLING)
+    assert sorted(entry.model for entry in listing.entries(tmp_path)) == ["(unreadable)", "UNet2DConditionModel"]

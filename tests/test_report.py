@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import os
 import threading
 from pathlib import Path
 from typing import Any
@@ -168,6 +170,25 @@ def test_a_report_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, name:
         Report.load(written(tmp_path, data))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("widened", {"conv": "2"}), ("widened", {"conv": math.inf}), ("config", {"exclude": 3})],
+)
+def test_a_report_whose_table_could_not_be_printed_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(StatsFileError, match=r"conv|exclude"):
+        Report.load(written(tmp_path, {**made().to_dict(), name: value}))
+
+
+def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(StatsFileError, match="no regular file"):
+        Report.load(pipe)
+    with pytest.raises(OSError, match="no regular file"):
+        made().save(pipe)
+    assert pipe.is_fifo()
+
+
 @pytest.mark.parametrize("name", [*report._DECISION_TYPES])
 def test_a_decision_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, name: str) -> None:
     data = made().to_dict()
@@ -272,3 +293,20 @@ def test_a_report_follows_the_runtime() -> None:
     entry.phase, entry.calls_observed = "quantized", 3
     entry.decisions = [dataclasses.replace(decision(), quantized=False, reason="late")]
     assert entry.to_dict()["phase"] == "quantized" and entry.to_dict()["decisions"][0]["reason"] == "late"
+
+
+def test_what_was_observed_in_vain_is_said_when_the_process_ends(caplog: pytest.LogCaptureFixture) -> None:
+    report.clear()
+    done = {"model": "Done", "calibration_steps": 20}
+    for one in (
+        Report("Short", phase="calibrating", calls_observed=4, calibration_steps=20),
+        Report("Idle", phase="calibrating", calibration_steps=20),
+        Report(phase="calibrating", calls_observed=1, **done),
+        Report(phase="quantized", calls_observed=20, **done),
+    ):
+        report.register(one)
+    report.say_what_is_lost()
+    (message,) = caplog.messages
+    assert message.startswith("Short: 4 of 20 calls were observed")
+    assert "calibration_steps" in message and "sampling_run" in message
+    report.clear()

@@ -85,6 +85,16 @@ def test_a_file_that_cannot_be_written_is_named(here: Cache, tmp_path: Path) -> 
         export_calibration(here, KEY, tmp_path / "taken" / "file")
 
 
+def test_a_device_or_a_pipe_is_not_replaced(here: Cache, tmp_path: Path) -> None:
+    here.publish(KEY, CALIBRATION, STATS)
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "link"):
+        with pytest.raises(CalibrationFileError, match=r"it exists and is no regular file.*Choose another file"):
+            export_calibration(here, KEY, tmp_path / name)
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
 def test_what_does_not_fit_is_not_imported_and_says_why(there: Cache, tmp_path: Path) -> None:
     good = CALIBRATION.to_bytes(KEY)
     for data, why in (
