@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import dataclasses
 import datetime
 import fnmatch
 import json
+import logging
 import math
 import os
 import sys
@@ -18,6 +20,8 @@ from .entry import MAX_BYTES
 from .entry import STATS_FILE as STATS_FILE
 from .files import read_where_told, write_where_told
 from .table import render_table
+
+_log = logging.getLogger("onlinequant")
 
 SCHEMA_VERSION = 3
 KINDS = ("conv", "linear")
@@ -245,6 +249,19 @@ def reports() -> list[Report]:
     """One report for each graph compiled in this process, newest last."""
     with _reports_lock:
         return list(_reports)
+
+
+@atexit.register
+def say_what_is_lost() -> None:
+    """Say what was observed in vain, and what to do about it: processes that are all short would never be in 8 bit."""
+    quantized = {report.model for report in reports() if report.phase == "quantized"}
+    for report in reports():
+        if report.phase == "calibrating" and report.calls_observed and report.model not in quantized:
+            _log.warning(
+                "%s: %d of %d calls were observed, which is lost as the process ends. Set calibration_steps to as many "
+                "as a process makes, or sample within onlinequant_backend.sampling_run(steps), which observes a run.",
+                *(report.model, report.calls_observed, report.calibration_steps),
+            )
 
 
 def clear() -> None:

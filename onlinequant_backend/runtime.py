@@ -85,6 +85,7 @@ class QuantizedGraph:
         self._background = Background(functools.partial(_report_fork, self._report))
         self._outcome: tuple[str, str] | None = None  # the phase, and why, after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
+        self._replaced = 0  # sets of weights that were gone after one observed call
         self._moves = 0  # that a compile has failed with
         self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
         self._is_compiled_elsewhere = False  # what was compiled last
@@ -180,10 +181,14 @@ class QuantizedGraph:
             registry.add(weights)
             for key, old in list(self._sets.items()):
                 if old.is_dead() or registry.is_successor(named, old):
+                    self._replaced += old.is_dead() and old.selection is None and old.calls() <= 1
                     del self._sets[key]
                     if old in self._entries:
                         self._entries.pop(old).release()
             self._sets[id(parameters[0])] = weights
+            if self._replaced >= _MOST_REPLACED and not self._gave_up:
+                self._gave_up = True
+                self._say("float", _REPLACED)
             return weights
 
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
@@ -555,7 +560,11 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
 
 
 _background_compiles = forks.rlock()
-_MOST_MOVES, _MOST_FAILURES = 2, 2
+_MOST_MOVES, _MOST_FAILURES, _MOST_REPLACED = 2, 2, 3
+_REPLACED = (
+    "its weights are other tensors at each call, as sequential offload makes them, so that they cannot be observed for "
+    "several calls; move the model as a whole instead, as enable_model_cpu_offload() does"
+)
 _Places = list[tuple[Any, ...]]
 
 

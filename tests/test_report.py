@@ -293,3 +293,20 @@ def test_a_report_follows_the_runtime() -> None:
     entry.phase, entry.calls_observed = "quantized", 3
     entry.decisions = [dataclasses.replace(decision(), quantized=False, reason="late")]
     assert entry.to_dict()["phase"] == "quantized" and entry.to_dict()["decisions"][0]["reason"] == "late"
+
+
+def test_what_was_observed_in_vain_is_said_when_the_process_ends(caplog: pytest.LogCaptureFixture) -> None:
+    report.clear()
+    done = {"model": "Done", "calibration_steps": 20}
+    for one in (
+        Report("Short", phase="calibrating", calls_observed=4, calibration_steps=20),
+        Report("Idle", phase="calibrating", calibration_steps=20),
+        Report(phase="calibrating", calls_observed=1, **done),
+        Report(phase="quantized", calls_observed=20, **done),
+    ):
+        report.register(one)
+    report.say_what_is_lost()
+    (message,) = caplog.messages
+    assert message.startswith("Short: 4 of 20 calls were observed")
+    assert "calibration_steps" in message and "sampling_run" in message
+    report.clear()
