@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch._refs
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.exc import ShortenTraceback, TensorifyScalarRestartAnalysis
 from torch._guards import CompileContext
@@ -58,6 +59,10 @@ def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
 # Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
 # programs, and a graph that travels names a module of this program.
 copyreg.pickle(torch.memory_format, _named_in_torch)
+
+
+# What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
+tensor_of_numbers: Callable[..., torch.Tensor] = torch._refs.tensor
 
 
 def hint(size: int | torch.SymInt) -> int:

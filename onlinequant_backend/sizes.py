@@ -77,7 +77,7 @@ class CompiledGraphs:
         """The graph for a call whose key is not known yet, from now on in ``known``; None for the one in float."""
         fixed, _ = key
         if self._are_too_many(fixed):
-            _log.warning("a number among the inputs is never the same twice, so this call runs in float")
+            self._report_too_many()
             return None
         symbolic = self._is_symbolic(weights)
         general = self._general.setdefault(fixed, {}) if symbolic else {}
@@ -91,6 +91,18 @@ class CompiledGraphs:
                     compiled = self._built(args, weights, symbolic=False)
         self.known[key] = compiled
         return compiled
+
+    def _report_too_many(self) -> None:
+        """Say that it is the float graph that runs, but for what is compiled already."""
+        inputs = graph.placeholders(self._graph)
+        numbers = [inputs[i].name.strip("_").removeprefix("l_") for i in self._wrapped_floats - self._open_floats]
+        reason = f"it was compiled for {_MOST_KINDS} kinds of calls and runs in float for all others"
+        if numbers:
+            reason += f"; pass a tensor instead of a number that is never the same ({', '.join(sorted(numbers))})"
+        report = self._traced.report
+        if report.phase_reason != reason:
+            _log.warning("%s: %s", report.model, reason)
+        report.phase, report.phase_reason = "float", reason
 
     def forget_failed(self) -> None:
         """Build anew, when they are called, what could not be built."""

@@ -22,7 +22,7 @@ LINEAR = torch._C._nn.linear
 
 def scaled(x: torch.Tensor, count: int, factor: float) -> torch.Tensor:
     """Shapes and values that depend on numbers; ``factor`` is read twice."""
-    return x.repeat(count, 1) * factor + torch.full((count * x.shape[0], 1), factor)
+    return x.repeat(count, 1) * factor + torch.ones(count * x.shape[0], 1).clamp(max=factor)
 
 
 def test_copy_leaves_dynamo_s_graph_alone() -> None:
@@ -91,7 +91,13 @@ def test_specialize_bakes_numbers_in(count: int, factor: float) -> None:
         (lambda x, s: x * (s * 2) - s, X.bfloat16(), True),
         (lambda x, s: x * s, X.int(), False),  # float32; times a float64 tensor it would be float64
         (lambda x, s: x.sum() * s, X, False),  # the same
-        (lambda x, s: torch.full_like(x, s), X, False),
+        (lambda x, s: x * torch.tensor([s * 1000], dtype=x.dtype, device=x.device) / -s, X, True),
+        (lambda x, s: x * torch.tensor(s).sin(), X, True),
+        (lambda x, s: x.new_full((2, 1), s) + torch.full((2, 3), s, dtype=torch.float16), X.half(), True),
+        (lambda x, s: torch.full_like(x, s), X.bfloat16(), True),
+        (lambda x, s: x * torch.full((), s), X, False),
+        (lambda x, s: x * torch.tensor([s, 1.0])[0], X, False),
+        (lambda x, s: x * torch.full((1,), s, dtype=torch.int32), X, False),
         (lambda x, s: (x * s, x.clamp(max=s)), X, False),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -720,3 +721,49 @@ def test_a_budget_keeps_the_most_sensitive_layers_in_float(inductor: EagerInduct
     in_8_bit = [d.sensitivity or 0 for d in some.decisions if d.quantized]
     assert in_float and in_8_bit and min(in_float) >= max(in_8_bit)
     assert all("max_error=1e-09" in d.reason for d in none.decisions)
+
+
+class Timed(nn.Module):
+    """A model whose time step is a number, of which ``embed`` makes a tensor."""
+
+    def __init__(self, embed: Callable[[float], torch.Tensor]) -> None:
+        super().__init__()
+        self.embed = embed
+        self.net = net()
+        self.time = nn.Linear(8, 4).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor, time: float) -> torch.Tensor:
+        angles = self.embed(time)[:, None].float() * torch.exp(-torch.arange(4) / 4)
+        return self.net(x + self.time(torch.cat([angles.sin(), angles.cos()], -1))[:, :, None, None])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "embed", [lambda time: torch.tensor([time * 10]), lambda time: torch.full((1,), time)], ids=["tensor", "full"]
+)
+def test_a_number_as_the_time_step_needs_one_graph(
+    embed: Callable[[float], torch.Tensor], inductor: EagerInductor
+) -> None:
+    model = Timed(embed).eval()
+    step = compiled(model)
+    for call in range(16):
+        time = 1 - call / 16
+        error = relative_error(step(X, time), model(X, time))
+        assert (0 < error < CLOSE) if call > 1 else error == 0  # the first was traced for its own number
+    assert len(inductor.graphs) == 1
+    assert oq.reports()[-1].phase == "quantized"
+
+
+@torch.no_grad()
+def test_a_number_that_must_be_compiled_in_is_reported(
+    inductor: EagerInductor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = Timed(lambda time: torch.ones(1) * math.sin(time)).eval()
+    step = compiled(model)
+    for call in range(16):
+        time = 1 - call / 16
+        assert relative_error(step(X, time), model(X, time)) < CLOSE
+    report = oq.reports()[-1]
+    assert (report.phase, len(inductor.graphs)) == ("float", 8)
+    assert "pass a tensor instead of a number that is never the same (time)" in report.phase_reason
+    assert caplog.text.count("pass a tensor") == 1
