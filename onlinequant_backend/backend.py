@@ -39,6 +39,7 @@ def onlinequant(
     device = _device(example_inputs)
     resolved = precision.resolve(config.precision, device)
     analyzed = graph.copy_graph(graph_module)
+    graph.name_parameters(analyzed, example_inputs, tracing.root())
     run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
     infos = [info for _, info in layer_nodes(analyzed)]
     model = tracing.model_name()

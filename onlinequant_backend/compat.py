@@ -11,6 +11,7 @@ import importlib
 import inspect
 import operator
 import os
+import sys
 import threading
 import types
 from collections import defaultdict
@@ -23,6 +24,7 @@ import torch._refs
 from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
+from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.variables import builder
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
@@ -157,6 +159,20 @@ def innermost_backend(backend: Any) -> Any:
         if hasattr(backend, name):
             return innermost_backend(getattr(backend, name))
     return backend
+
+
+def outermost_module() -> torch.nn.Module | None:
+    """The module whose call, within ``torch.compile``, has led to what Dynamo is compiling in this thread."""
+    found = None
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, OptimizeContext):
+            return found
+        if isinstance(caller, torch.nn.Module):
+            found = caller
+        frame = frame.f_back
+    return None
 
 
 def ends_in_break(graph_module: torch.fx.GraphModule) -> bool:

@@ -18,6 +18,9 @@ from . import compat
 # Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__self__"})
 
+# What ``name_parameters`` leaves in a node's ``meta``.
+_NAME = "qualified_name"
+
 _IN_PLACE_OPERATORS = frozenset(
     [operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand]
 )
@@ -71,11 +74,23 @@ def is_parameter(node: Any) -> bool:
     )
 
 
+def name_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any], root: torch.nn.Module | None) -> None:
+    """Give the graph's parameters the names that they have in ``root``.
+
+    Else they are named after how the traced function came to them: after a break, or behind a hook in a layer's
+    ``forward``, that is not from the model's root.
+    """
+    names = {} if root is None else {id(parameter): name for name, parameter in root.named_parameters()}
+    for node, argument in zip(placeholders(graph_module), arguments, strict=True):
+        if is_parameter(node) and id(argument) in names:
+            node.meta[_NAME] = names[id(argument)]
+
+
 def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """The names of all parameter inputs, no two alike.
 
-    Of one model they are those of ``model.named_parameters()``. Of several, which a function calls, each begins with
-    what its model is called there.
+    Of one model they are those of ``model.named_parameters()``, as far as ``name_parameters`` knows. Of several, which a
+    function calls, each begins with what its model is called there.
     """
     nodes = [node for node in placeholders(graph_module) if is_parameter(node)]
     sources = {node: list(_sources(node)) for node in nodes}
@@ -87,7 +102,7 @@ def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
         parts = [part for part in map(_part, sources[node]) if part is not None]
         if parts and are_several and roots[node] not in ("", "self"):
             parts.insert(0, roots[node])
-        name = ".".join(parts) or node.name
+        name = node.meta.get(_NAME) or ".".join(parts) or node.name
         known[name] += 1
         names[node] = name if known[name] == 1 else f"{name}#{known[name]}"
     return names

@@ -119,6 +119,12 @@ def model_name() -> str:
     return "graph" if owner is None else type(owner).__name__
 
 
+def root() -> torch.nn.Module | None:
+    """The model that Dynamo is compiling a part of right now; None where it is not a module."""
+    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    return None if attempt is None else compat.outermost_module() or attempt.compilation.owner
+
+
 def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
     """To be called by the backend with what it is given: raises what makes Dynamo trace once more if there is a better
     way."""

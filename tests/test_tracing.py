@@ -162,8 +162,10 @@ def test_layers_that_are_called_by_a_hook() -> None:
     for size in (8, 8, 8, 12, 12, 12):
         x = noise(1, 4, size, size)
         assert relative_error(step(x), model(x)) < CLOSE
-    reasons = {decision.reason for report in oq.reports() for decision in report.decisions}
-    assert reasons == {"selected"}
+    decisions = [decision for report in oq.reports() for decision in report.decisions]
+    assert {decision.reason for decision in decisions} == {"selected"}
+    layers = {name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))}
+    assert {decision.name for decision in decisions} == layers
 
 
 @torch.no_grad()
