@@ -36,6 +36,9 @@ class Int8Weight(torch.Tensor):
         scale = weight.abs().amax(1, keepdim=True) / 127
         return cls((weight / scale).round().to(torch.int8), scale, weight.dtype)
 
+    def __repr__(self, **_: Any) -> str:  # torch writes some of them down, with values that are not there yet
+        return f"Int8Weight({tuple(self.shape)}, {self.dtype})"
+
     def __tensor_flatten__(self) -> tuple[list[str], torch.dtype]:
         return ["q", "scale"], self.dtype
 
