@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import agreement, graph, wire
 from .cache import emptied
@@ -218,7 +219,9 @@ def _build(
         # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
         options.setdefault("realize_reads_threshold", 1)
         options["triton.cudagraphs"] = False  # ours take their place
-        if config.cuda_graphs and not any(map(graph.writes_in_place, rewritten.graph.nodes)):
+        # A quantized tensor's own address says nothing of where its parts are.
+        have_parts = any(map(is_traceable_wrapper_subclass, examples))
+        if config.cuda_graphs and not have_parts and not any(map(graph.writes_in_place, rewritten.graph.nodes)):
             parameters = {i for i, node in enumerate(graph.placeholders(graph_module)) if graph.is_parameter(node)}
             fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)

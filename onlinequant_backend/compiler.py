@@ -107,7 +107,7 @@ def _note(job: Job, what: str) -> Path | None:
 def job_name(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
     """A digest of what a job's result depends on, this process's settings and this package's sources among it."""
     modules = [module for _, module in sorted(graph.named_modules()) if isinstance(module, fx.GraphModule)]
-    kinds = [wire.kind(value) if isinstance(value, torch.Tensor) else str(value) for value in inputs]
+    kinds = [(type(x).__name__, wire.kind(x)) if isinstance(x, torch.Tensor) else str(x) for x in inputs]
     settings = sorted((name, repr(value)) for name, value in options.items()), compat.settings()
     known = repr(([str(module.graph) for module in modules], kinds, settings, keys.source_digest()))
     return hashlib.sha256(known.encode()).hexdigest()[:32]

@@ -16,6 +16,7 @@ import sympy
 import torch
 import torch.fx as fx
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transform_subclass
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -66,8 +67,16 @@ def stand_ins(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
     with fake_mode, torch.inference_mode(False), torch.no_grad():
         for value in values:
             if isinstance(value, torch.Tensor) and id(value) not in made:
-                made[id(value)] = _made(*kind(value))
+                made[id(value)] = _fake(value)
     return [made[id(value)] if isinstance(value, torch.Tensor) else value for value in values]
+
+
+def _fake(tensor: torch.Tensor) -> torch.Tensor:
+    """A fake tensor, or, of a quantized one, say, the same around fake ones."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return _made(*kind(tensor))
+    fake: torch.Tensor = transform_subclass(tensor, lambda _name, part: _fake(part))
+    return fake
 
 
 def _made(
@@ -81,6 +90,8 @@ def _made(
 
 class _Pickler(pickle.Pickler):
     def persistent_id(self, value: Any) -> Any:
+        if is_traceable_wrapper_subclass(value):
+            raise NotPortableError(f"a tensor of the type {type(value).__name__}")
         if isinstance(value, torch.Tensor):
             return _tensor, kind(value)
         if isinstance(value, torch.SymInt):

@@ -6,6 +6,7 @@ import operator
 
 import torch
 import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onlinequant_backend import exclusion, graph
 from onlinequant_backend.report import CANDIDATE
@@ -155,8 +156,10 @@ def _impossible(node: fx.Node, info: LayerInfo) -> str | None:
     parameter = weight_parameter(node)
     if parameter is None:
         return "its weight is computed in the graph, not a parameter"
-    if type(graph.example(parameter)).__name__ == "QuantizedTensor":
-        return "its weight is quantized already"
+    weight = graph.example(parameter)
+    # ComfyUI's and torchao's, say.
+    if type(weight).__name__ == "QuantizedTensor" or is_traceable_wrapper_subclass(weight):
+        return "its weight is quantized already, or a tensor subclass for another reason"
     if not info.output_shape:
         return "its shapes are not known"
     if not info.flops:
