@@ -89,8 +89,8 @@ def name_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any], root
 def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
     """The names of all parameter inputs, no two alike.
 
-    Of one model they are those of ``model.named_parameters()``, as far as ``name_parameters`` knows. Of several, which a
-    function calls, each begins with what its model is called there.
+    Of one model they are those of ``model.named_parameters()``, as far as ``name_parameters`` knows. Of several, which
+    a function calls, each begins with what its model is called there.
     """
     nodes = [node for node in placeholders(graph_module) if is_parameter(node)]
     sources = {node: list(_sources(node)) for node in nodes}
