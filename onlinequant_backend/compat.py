@@ -175,6 +175,11 @@ def outermost_module() -> torch.nn.Module | None:
     return None
 
 
+def is_traced_too_often(error: BaseException) -> bool:
+    """Whether Dynamo raises ``error`` because it has traced a function as often as it may."""
+    return "recompile limit" in str(error) or "recompile_limit" in str(error)
+
+
 def ends_in_break(graph_module: torch.fx.GraphModule) -> bool:
     """Whether Dynamo, which has made this graph, has more to trace than fits into it."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from . import compat, graph, shapes
 from .errors import OnlineQuantError
 from .passes import LayerInfo
+from .trouble import warn_once
 
 _log = logging.getLogger("onlinequant")
 _T = TypeVar("_T")
@@ -99,7 +100,8 @@ class _Attempt:
 
 _now = threading.local()
 _backends = WeakIdKeyDictionary()
-# By code and, since models of a class share it, by model; by the code itself where it is no model's.
+# By code and, since models of a class share it, by model; by the code itself where it is no model's. Not by the module
+# that runs it: Dynamo's graphs of a code serve all blocks of a model, and it makes no more than eight.
 _frames = WeakIdKeyDictionary()
 
 
@@ -122,7 +124,7 @@ def model_name() -> str:
 def root() -> torch.nn.Module | None:
     """The model that Dynamo is compiling a part of right now; None where it is not a module."""
     attempt: _Attempt | None = getattr(_now, "attempt", None)
-    return None if attempt is None else compat.outermost_module() or attempt.compilation.owner
+    return None if attempt is None else _root(attempt.compilation)
 
 
 def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
@@ -204,11 +206,25 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
         except Exception as reason:
             if not attempt.made_symbolic:
                 frame.way = first  # it is no fault of ours, and may be passing
+                if compat.is_traced_too_often(reason):
+                    _say_it_is_uncompiled(compilation)
                 raise
             error = reason
         frame.way = Way(attempt.way + 1)
-        name = compilation.code.co_name if compilation.owner is None else type(compilation.owner).__name__
-        _log.debug("%s is traced in another way: %s: %s", name, type(error).__name__, error)
+        _log.debug("%s is traced in another way: %s: %s", _name(compilation), type(error).__name__, error)
+
+
+def _say_it_is_uncompiled(compilation: compat.Compilation) -> None:
+    warn_once(
+        f"{_name(compilation)} is uncompiled",
+        "torch._dynamo.config.recompile_limit is reached: calls of %s that no graph fits run uncompiled, in float. "
+        "Raise that limit, or see with TORCH_LOGS=recompiles what differs from call to call",
+        _name(compilation),
+    )
+
+
+def _name(compilation: compat.Compilation) -> str:
+    return compilation.code.co_name if compilation.owner is None else type(compilation.owner).__name__
 
 
 def _is_ours(backend: Any) -> bool:
@@ -218,8 +234,13 @@ def _is_ours(backend: Any) -> bool:
         return False
 
 
+def _root(compilation: compat.Compilation) -> torch.nn.Module | None:
+    return compat.outermost_module() or compilation.owner
+
+
 def _frame(compilation: compat.Compilation) -> _Frame:
-    owner = compilation.code if compilation.owner is None else compilation.owner
+    model = _root(compilation)
+    owner = compilation.code if model is None else model
     found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(owner, _Frame())
     return found
 

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat
+from onlinequant_backend import compat, graph
 from onlinequant_backend.layout import CHANNELS_LAST
 
 from .layer import PassContext
 
 _contiguous = torch.ops.aten.contiguous.default
+_IS_KEPT = "has_float_layout"  # in a node's ``meta``
 
 
 def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -23,32 +26,51 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
         %contiguous = call_function[target=aten.contiguous](args = (%conv,), kwargs = {memory_format: contiguous})
         return (%contiguous,)
 
+    A view of rows of pixels, such as the tokens of a patch embedding, is brought into the order that it has in memory,
+    made contiguous, and brought back.
+
     Dynamo guards on the strides of a graph's inputs, and one graph's output is the next one's input: without this, the
     swap to 8 bit would make Dynamo compile every later graph again. It costs nothing where the layout is right already.
-    Leaves alone outputs that are neither contiguous nor channels last, and those of fewer than four dimensions.
+    Leaves alone outputs that have gaps or share values.
     """
     output = graph_module.graph.output_node()
     changed = 0
     for node in list(output.all_input_nodes):
-        memory_format = _memory_format(node)
-        if memory_format is None or node.op == "placeholder" or node.target is _contiguous:
+        if node.op == "placeholder" or node.meta.get(_IS_KEPT):
+            continue
+        memory_format, order = _layout(node)
+        if order is None:
             continue
         with graph_module.graph.inserting_before(output):
-            restored = graph_module.graph.call_function(_contiguous, (node,), {"memory_format": memory_format})
-        restored.meta["example_value"] = node.meta["example_value"]
+            ordered = _permuted(graph_module, node, order)
+            restored = graph_module.graph.call_function(_contiguous, (ordered,), {"memory_format": memory_format})
+            restored.meta["example_value"] = ordered.meta["example_value"]
+            restored = _permuted(graph_module, restored, [order.index(i) for i in range(len(order))])
+        restored.meta[_IS_KEPT] = True
         output.replace_input_with(node, restored)
         changed += 1
     return changed
 
 
-def _memory_format(node: fx.Node) -> torch.memory_format | None:
+def _permuted(graph_module: fx.GraphModule, node: fx.Node, order: Sequence[int]) -> fx.Node:
+    if list(order) == sorted(order):
+        return node
+    permuted = graph_module.graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
+    permuted.meta["example_value"] = graph.example(node).permute(*order)
+    return permuted
+
+
+def _layout(node: fx.Node) -> tuple[torch.memory_format, list[int] | None]:
+    """The memory format of an output whose dimensions are put into this order first; None for one with no such order."""
     value = node.meta.get("example_value")
-    if not isinstance(value, torch.Tensor) or value.dim() not in CHANNELS_LAST:
-        return None
+    if not isinstance(value, torch.Tensor) or value.dim() < 2:
+        return torch.contiguous_format, None
     # The traced strides may be symbolic, so ask a tensor of the same strides that has no memory.
     sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
     traced = torch.empty_strided(sizes, strides, dtype=torch.float32, device="meta")
-    for memory_format in (torch.contiguous_format, CHANNELS_LAST[value.dim()]):
+    as_it_is = list(range(value.dim()))
+    for memory_format in (torch.contiguous_format, CHANNELS_LAST.get(value.dim(), torch.contiguous_format)):
         if traced.is_contiguous(memory_format=memory_format):
-            return memory_format
-    return None
+            return memory_format, as_it_is
+    order = sorted(as_it_is, key=lambda i: -strides[i])
+    return torch.contiguous_format, order if traced.permute(order).is_contiguous() else None

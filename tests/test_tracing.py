@@ -253,3 +253,59 @@ def test_a_small_second_size_decides_nothing(second: tuple[int, int], inductor: 
     chosen = [[decision.quantized for decision in report.decisions] for report in oq.reports()]
     assert any(chosen[0]) and all(each == chosen[0] for each in chosen)
     assert graphs() <= 3
+
+
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+class Experts(nn.Module):
+    """Each behind a break, and with sizes of its own: Dynamo keeps their graphs together, and makes no more than 8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(Expert() for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        results = []
+        for number, expert in enumerate(self.experts):
+            torch._dynamo.graph_break()
+            results.append(expert(x[:, : 4 + 2 * number]))
+        return torch.cat(results, 1)
+
+
+@torch.no_grad()
+def test_blocks_of_one_class_share_their_graphs(caplog: pytest.LogCaptureFixture) -> None:
+    model = made(Experts())
+    step = compiled(model)
+    for rows in (40, 50, 60):
+        x = noise(1, rows, 16)
+        for _ in range(3):
+            picture = step(x)
+        assert 0 < relative_error(picture, model(x)) < CLOSE
+    assert graphs() <= 3
+    assert {report.phase for report in oq.reports()} == {"quantized"}
+    assert not caplog.records
+
+
+@torch.no_grad()
+def test_it_is_said_when_dynamo_gives_up(caplog: pytest.LogCaptureFixture) -> None:
+    class Flagged(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor, flag: str) -> torch.Tensor:
+            return self.linear(x) * len(flag)
+
+    model, x = made(Flagged()), noise(2, 16)
+    step = compiled(model)
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for flag in ("a", "ab", "abc", "abcd", "abcde"):
+            assert relative_error(step(x, flag), model(x, flag)) < CLOSE
+    assert sum("Flagged that no graph fits run uncompiled" in record.getMessage() for record in caplog.records) == 1

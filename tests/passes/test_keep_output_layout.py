@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -40,7 +42,29 @@ def test_outputs_keep_the_float_graphs_strides(conv: nn.Module, x: torch.Tensor,
     assert result.stride() == conv(x).stride()
 
 
-def test_only_pictures_are_laid_out() -> None:
+class Patches(nn.Module):
+    """The tokens of a vision transformer: a view of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 16, 2, stride=2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x).flatten(2).transpose(1, 2)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_views_of_pictures_keep_theirs(batch: int) -> None:
+    model, x = Patches(), noise(batch, 4, 16, 16)
+    probe = GraphProbe(model, x, precision=host_precision()).analyze()
+    layers = probe.observe()
+    assert probe.run(*REWRITE)["keep_output_layout"] == 1
+    (result,) = probe.call_quantized(layers)
+    assert result.stride() == model(x).stride()
+    probe.assert_settled(keep_output_layout)
+
+
+def test_what_has_no_layout_is_left_alone() -> None:
     probe = GraphProbe(Twice(nn.Conv2d(4, 8, 3)), noise(1, 4, 8, 8)).analyze()
     assert probe.run(keep_output_layout) == {"keep_output_layout": 1}
     picture, numbers = probe.graph_module.graph.output_node().args[0]
@@ -49,7 +73,8 @@ def test_only_pictures_are_laid_out() -> None:
     probe.assert_settled(keep_output_layout)
 
 
-def test_other_strides_are_left_alone() -> None:
-    probe = GraphProbe(lambda x: (x * 2).transpose(2, 3), noise(1, 4, 8, 6)).analyze()
+@pytest.mark.parametrize("view", [lambda x: x[..., ::2], lambda x: x.expand(3, 4, 8, 6)], ids=["gaps", "shared values"])
+def test_other_strides_are_left_alone(view: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    probe = GraphProbe(lambda x: view(x * 2), noise(1, 4, 8, 6)).analyze()
     assert probe.run(keep_output_layout) == {"keep_output_layout": 0}
     assert probe.after == probe.before
