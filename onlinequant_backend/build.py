@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import agreement, graph, wire
 from .cache import emptied
-from .compiler import Job, NotNowError, compile_job, holds_code, is_in_cache, is_refused, job_name, refuse
+from .compiler import Job, NotNowError, compile_job, holds_code, is_refused, job_name, refuse
 from .config import QuantConfig
 from .copies import copies_lock
 from .cuda_graphs import GraphedCall
@@ -166,7 +166,7 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
         if not _can_be_written(directory):
             _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
             return attempt(Path(_temporary_directory().name))
-        if not is_in_cache(job) and (not held_code or is_refused(job)):
+        if not held_code or is_refused(job):
             raise
         _log.warning("compiling in an empty directory, since what %s holds may be damaged: %s", directory, error)
         try:

@@ -178,7 +178,8 @@ class Layer:
         """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
         if saved.qparams is None:
             return True
-        observed = ActivationRange(torch.tensor(saved.minimum), torch.tensor(saved.maximum))
+        bounds = (torch.tensor(bound, dtype=torch.float32, device="cpu") for bound in (saved.minimum, saved.maximum))
+        observed = ActivationRange(*bounds)
         return is_frozen_from(saved.qparams, observed, self.format, self.method)
 
     def start_over(self) -> None:

@@ -15,14 +15,15 @@ import enum
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.fx as fx
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, sym_or
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import compat, graph, shapes
+from . import compat, shapes
 from .errors import OnlineQuantError
 from .passes import LayerInfo
 from .trouble import warn_once
@@ -43,6 +44,22 @@ class _AnotherWay(compat.UnwrappedError):
     """The frame is to be traced once more."""
 
 
+class _Graph(NamedTuple):
+    """What is kept of a graph that Dynamo has made.
+
+    Attributes:
+        operations: how many it has up to the first break.
+        has_unknown: whether it has numbers that are known only when it runs.
+        sizes: of its inputs, by name.
+        is_fixed: whether it is for these alone.
+    """
+
+    operations: int
+    has_unknown: bool
+    sizes: dict[str, torch.Size]
+    is_fixed: bool
+
+
 @dataclasses.dataclass
 class _Frame:
     """What is known of the code that Dynamo compiles for one model.
@@ -51,31 +68,34 @@ class _Frame:
         seen: the sizes that Dynamo has seen of this model, and of no other one that runs the same code.
         shapes: the option of this name.
         way: how it is traced from its second graph on.
-        operations: how many its first graph has up to the first break; None if there is no graph yet.
-        has_unknown: whether that graph has numbers that are known only when it runs.
-        fixed: the sizes of the inputs, by name, of each of its graphs that is for these alone.
+        first: its first graph; None if there is none yet.
+        fixed: the sizes of each of its graphs that is for these alone.
         layers: each layer, by name, at the largest size that it was traced at.
     """
 
     seen: compat.SeenSizes = dataclasses.field(default_factory=compat.SeenSizes)
     shapes: str = "auto"
     way: Way = Way.ALL_SIZES
-    operations: int | None = None
-    has_unknown: bool = False
+    first: _Graph | None = None
     fixed: list[dict[str, torch.Size]] = dataclasses.field(default_factory=list)
     layers: dict[str, LayerInfo] = dataclasses.field(default_factory=dict)
 
     def next_way(self) -> Way:
-        is_first = self.operations is None
-        return Way.OWN if is_first or self.shapes == "static" or compat.are_shapes_static() else self.way
+        return Way.OWN if self.first is None or self.shapes == "static" or compat.are_shapes_static() else self.way
 
 
 class _Attempt:
-    """At one compilation, in one way. ``made_symbolic``: by us, so that this may be why it fails."""
+    """At one compilation, in one way.
+
+    Attributes:
+        made_symbolic: whether sizes were, by us, so that this may be why it fails.
+        graph: what the backend was given.
+    """
 
     def __init__(self, compilation: compat.Compilation, frame: _Frame | None, way: Way) -> None:
         self.compilation, self.frame, self.way = compilation, frame, way
         self.made_symbolic = False
+        self.graph: _Graph | None = None
         self.until_traced = contextlib.ExitStack()
 
     def __call__(self, trace: Callable[[], _T]) -> _T:
@@ -90,9 +110,14 @@ class _Attempt:
                     stack.enter_context(compat.symbolic_tracing(self._note))
                     stack.enter_context(compat.free_sizes(are_ones_free=self.way is Way.ALL_SIZES))
                     self.until_traced.enter_context(compat.no_kernel_choice())
-                return trace()
+                result = trace()
         finally:
             _now.attempt = before
+        if self.frame is not None and self.graph is not None:
+            self.frame.first = self.frame.first or self.graph
+            if self.graph.is_fixed:
+                self.frame.fixed.append(self.graph.sizes)
+        return result
 
     def _note(self) -> None:
         self.made_symbolic = True
@@ -136,25 +161,21 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
     attempt.until_traced.close()
     with contextlib.suppress(TypeError):  # it may be of a kind that nobody can refer to
         _backends[compat.innermost_backend(attempt.compilation.backend)] = True
-    frame = attempt.frame or _frame(attempt.compilation)
+    frame = attempt.frame = attempt.frame or _frame(attempt.compilation)
     frame.shapes = shapes_option
-    operations, has_unknown = _operations(graph_module), _has_unknown(graph_module)
-    if frame.operations is None:
-        frame.operations, frame.has_unknown = operations, has_unknown
-        if shapes_option == "dynamic" and not shapes.has_symbols(graph_module) and frame.next_way() is not Way.OWN:
+    traced = _described(graph_module)
+    if frame.first is None:
+        if shapes_option == "dynamic" and traced.is_fixed and not compat.are_shapes_static():
+            frame.first = traced
             raise _AnotherWay
     elif attempt.way is not Way.OWN:
-        is_broken = compat.ends_in_break(graph_module) and operations < frame.operations
-        if is_broken or (has_unknown and not frame.has_unknown):
+        is_broken = compat.ends_in_break(graph_module) and traced.operations < frame.first.operations
+        if is_broken or (traced.has_unknown and not frame.first.has_unknown):
             raise _AnotherWay(f"{'it breaks' if is_broken else 'unknown numbers'} with symbolic sizes")
-    sizes = {
-        node.name: value.shape for node in graph.placeholders(graph_module) if (value := _tensor(node)) is not None
-    }
-    if shapes.has_symbols(graph_module):
+    if not traced.is_fixed:
         for fixed in frame.fixed:
-            _leave_to_others(fixed, sizes)
-    else:
-        frame.fixed.append(sizes)
+            _leave_to_others(fixed, traced.sizes)
+    attempt.graph = traced
 
 
 def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
@@ -197,7 +218,7 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
         attempt = _Attempt(compilation, frame, frame.next_way())
         try:
             return attempt(trace)
-        except OnlineQuantError:
+        except (OnlineQuantError, BackendCompilerFailed):
             raise
         except _AnotherWay as reason:
             if attempt.way is Way.OWN:  # the first graph, of a model that is to be "dynamic"
@@ -245,18 +266,14 @@ def _frame(compilation: compat.Compilation) -> _Frame:
     return found
 
 
-def _operations(graph_module: fx.GraphModule) -> int:
-    """How many of the graph's nodes compute tensors: those that compute sizes come with symbolic sizes."""
-    nodes = (node for node in graph_module.graph.nodes if node.op.startswith("call_"))
-    return sum(_tensor(node) is not None for node in nodes)
-
-
-def _tensor(node: fx.Node) -> torch.Tensor | None:
-    value = node.meta.get("example_value")
-    return value if isinstance(value, torch.Tensor) else None
-
-
-def _has_unknown(graph_module: fx.GraphModule) -> bool:
-    values = (node.meta.get("example_value") for node in graph_module.graph.nodes)
+def _described(graph_module: fx.GraphModule) -> _Graph:
+    values = {node: node.meta.get("example_value") for node in graph_module.graph.nodes}
+    tensors = {node: value for node, value in values.items() if isinstance(value, torch.Tensor)}
     kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
-    return any(isinstance(value, kinds) and bool(free_unbacked_symbols(value)) for value in values)
+    return _Graph(
+        # Those that compute sizes come with symbolic sizes.
+        operations=sum(node.op.startswith("call_") for node in tensors),
+        has_unknown=any(isinstance(value, kinds) and bool(free_unbacked_symbols(value)) for value in values.values()),
+        sizes={node.name: value.shape for node, value in tensors.items() if node.op == "placeholder"},
+        is_fixed=not shapes.has_symbols(graph_module),
+    )

@@ -85,7 +85,7 @@ def test_a_layer_too_thin_at_another_size_goes_on_in_8_bit(inductor: EagerInduct
     """Fewer rows make a linear less dense than the threshold, but its float weight is gone."""
     reference = net()
     threshold = 3.0
-    _, step, _ = freed_net(linear_compute_density_threshold=threshold)
+    _, step, _ = freed_net(linear_compute_density_threshold=threshold, shapes="static")
     freed = {decision.name for decision in oq.reports()[-1].decisions if decision.quantized}
     x = noise(1, 4, 2, 2)
     assert relative_error(step(x), reference(x)) < 3 * CLOSE  # type: ignore[operator]

@@ -97,7 +97,7 @@ def test_fp8_has_room_for_activations_that_grow(factor: float, inductor: EagerIn
     errors = {}
     for precision in ("fp8", "int8"):
         model = net()
-        step = compiled(model, precision=precision, calibration_method="minmax")
+        step = compiled(model, precision=precision, calibration_method="minmax", drift_check_every=0)
         for _ in range(3):
             step(X)
         errors[precision] = relative_error(step(X * factor), model(X * factor))
@@ -129,9 +129,13 @@ SIZES = ((1, 8, 8), (2, 8, 8), (1, 12, 8), (3, 16, 12), (1, 8, 16), (4, 8, 8), (
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("mode", "dynamo", "compiles"), [("auto", 2, 2), ("static", 8, 8), ("dynamic", 1, 1)])
+@pytest.mark.parametrize(("mode", "dynamo", "compiles"), [("auto", 2, 3), ("static", 8, 8), ("dynamic", 1, 1)])
 def test_any_sizes(mode: str, dynamo: int, compiles: int, inductor: EagerInductor) -> None:
-    """Batch, height and width in any order, a batch of one among them; nothing is ever calibrated twice."""
+    """Batch, height and width in any order, a batch of one among them; nothing is ever calibrated twice.
+
+    Dynamo's second graph is the first that is called in 8 bit here. So it is compiled for one size and then for all,
+    and its first one when that size comes again.
+    """
     model = net()
     step = compiled(model, shapes=mode)
     inputs = [noise(batch, 4, *size) for batch, *size in SIZES]
@@ -815,7 +819,9 @@ def test_a_number_as_the_time_step_needs_one_graph(
     for call in range(16):
         time = 1 - call / 16
         error = relative_error(step(X, time), model(X, time))
-        assert (0 < error < CLOSE) if call > 1 else error == 0  # the first was traced for its own number
+        assert error < CLOSE if call > 1 else error == 0  # the first was traced for its own number
+        is_8_bit = error > 0  # or a number beyond those before has widened ranges
+    assert is_8_bit
     assert len(inductor.graphs) == 1
     assert oq.reports()[-1].phase == "quantized"
 
