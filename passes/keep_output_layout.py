@@ -61,7 +61,7 @@ def _permuted(graph_module: fx.GraphModule, node: fx.Node, order: Sequence[int])
 
 
 def _layout(node: fx.Node) -> tuple[torch.memory_format, list[int] | None]:
-    """The memory format of an output whose dimensions are first put into an order; None where there is no such order."""
+    """The memory format of an output once its dimensions are in this order; None where there is no such order."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return torch.contiguous_format, None
