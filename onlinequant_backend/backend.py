@@ -11,12 +11,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import cache, compat, graph, keys, precision, progress, report, tracing
+from . import cache, compat, exclusion, graph, keys, precision, progress, report, tracing
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import QuantizedGraph, graphs
 from .sampling import current_run
 from .traced import TracedGraph
+from .trouble import warn_once
 
 _log = logging.getLogger("onlinequant")
 
@@ -42,6 +43,7 @@ def onlinequant(
     graph.name_parameters(analyzed, example_inputs, tracing.root())
     run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
     infos = [info for _, info in layer_nodes(analyzed)]
+    _say_unmatched(config.exclude, infos)
     model = tracing.model_name()
     reason = _why_float(infos, resolved, example_inputs)
     identity = keys.identity(analyzed, config, resolved, device) if reason is None else None
@@ -71,6 +73,16 @@ def onlinequant(
     if identity is not None:
         graphs[model, identity] = quantized
     return quantized
+
+
+def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:
+    """Say once which patterns of ``exclude`` mean no layer, be it in another graph of the model."""
+    model = tracing.root()
+    names = {info.name for info in infos}.union(() if model is None else (name for name, _ in model.named_modules()))
+    for pattern in exclusion.unmatched(patterns, names):
+        warn_once(
+            f"exclude {pattern}", "exclude: %r matches no layer of the model; report.table() has the names", pattern
+        )
 
 
 def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..., Any]:

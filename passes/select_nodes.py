@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import functools
 import logging
 import operator
 
@@ -45,8 +44,6 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
-    for unknown in exclusion.unmatched(context.config.exclude, before):
-        _say_unmatched(unknown)
     possible = 0
     work = sum(info.flops for _, info in layer_nodes(graph_module))
     for node, info in layer_nodes(graph_module):
@@ -141,12 +138,6 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
             f"sensitivity {info.error:.3g} ranks {rank} of {len(selected)}; "
             f"quantized_{kind}_percentage={percentage:g} keeps {keep}"
         )
-
-
-@functools.cache
-def _say_unmatched(pattern: str) -> None:
-    """Once: a model may be several graphs."""
-    _log.warning("exclude: %r matches no layer of a graph; report.table() has the names", pattern)
 
 
 def _impossible(node: fx.Node, info: LayerInfo) -> str | None:

@@ -88,6 +88,18 @@ def test_what_is_excluded_stays_so_with_a_lora() -> None:
 
 
 @torch.no_grad()
+def test_a_pattern_that_excludes_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A pattern for a layer in another graph of the model is none."""
+    model = adapted(use_dora=True)  # its adapters are graphs of their own
+    options = {**OPTIONS, "exclude": ("no.such.layer", "*.to_q", "conv_in")}
+    for _ in range(2):
+        torch._dynamo.reset()
+        torch.compile(model, backend=oq.onlinequant, options=options)(X)
+    (message,) = caplog.messages
+    assert message.startswith("exclude: 'no.such.layer' matches no layer")
+
+
+@torch.no_grad()
 def test_a_dora_gives_its_two_layers_to_a_function_each_by_its_name() -> None:
     model = adapted(use_dora=True)
     step = torch.compile(model, backend=oq.onlinequant, options=OPTIONS)

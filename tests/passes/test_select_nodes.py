@@ -162,13 +162,6 @@ def test_on_a_cpu_20_is_the_threshold() -> None:
     assert thin.reason.endswith("is below 20, the linear_compute_density_threshold for CPUs")
 
 
-def test_a_pattern_that_excludes_nothing_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
-    for _ in range(2):
-        GraphProbe(Mixed(), IMAGE, exclude=("no.such.layer", CONVS[0])).analyze()
-    (message,) = caplog.messages
-    assert message.startswith("exclude: 'no.such.layer' matches no layer")
-
-
 @pytest.mark.parametrize("measured", [False, True])
 @pytest.mark.parametrize(
     ("conv", "linear", "expected"),
