@@ -86,7 +86,7 @@ class QuantizedGraph:
         self._failures = 0
         self._failed_in: weakref.ref[SamplingRun] | None = None
         self._background = Background(functools.partial(_report_fork, self._report))
-        self._outcome: tuple[str, str] | None = None  # the phase, and why, after the work aside
+        self._outcome: tuple[str, str, bool] | None = None  # what to say after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
         self._replaced = 0  # sets of weights that were gone after one observed call
         self._moves = 0  # that a compile has failed with
@@ -303,7 +303,7 @@ class QuantizedGraph:
 
         def conclude() -> None:
             if self._report.phase == "compiling":  # it has not failed
-                self._say(*(self._outcome or before))
+                self._say(*(self._outcome or (*before, False)))
 
         self._background.start(work, conclude, self._device)
 
@@ -368,8 +368,18 @@ class QuantizedGraph:
             weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
-    def _settle(self, phase: str, reason: str, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
-        """Keep what came out, and say how calls run from now on: until work aside is over, they are in float."""
+    def _settle(
+        self,
+        phase: str,
+        reason: str,
+        parameters: Sequence[torch.Tensor],
+        weights: WeightSet,
+        is_compiled: bool = True,
+    ) -> None:
+        """Keep what came out, and say how calls run from now on: until work aside is over, they are in float.
+
+        ``is_compiled``: now, for which the log has a line.
+        """
         report = self._report.copy()
         report.phase, report.phase_reason = phase, reason
         autotuning = selection.dump(self._graph, self._precision.format) if self._device.type == "cuda" else None
@@ -381,13 +391,14 @@ class QuantizedGraph:
             if other is not weights and registry.is_successor(named, other):
                 self._entries.pop(other).release()
         if self._places is None:
-            self._say(phase, reason)
+            self._say(phase, reason, is_compiled)
         else:
-            self._outcome = phase, reason
+            self._outcome = phase, reason, is_compiled
 
-    def _say(self, phase: str, reason: str) -> None:
+    def _say(self, phase: str, reason: str, in_log: bool = True) -> None:
         self._report.phase, self._report.phase_reason = phase, reason
-        _log.info("%s", self._report.summary())
+        if in_log:
+            _log.info("%s", self._report.summary())
         tell(self._report.summary())
 
     def _fingerprint(self, weights: WeightSet, parameters: Sequence[torch.Tensor], again: bool = True) -> str:
@@ -427,7 +438,7 @@ class QuantizedGraph:
         if any(layer.calibrated_for != fingerprint for layer in weights.layers):
             weights.schedule.restart()
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
-            self._settle(*_standing(weights), parameters, weights)
+            self._settle(*_standing(weights), parameters, weights, is_compiled=False)
 
     def _follow(self, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
         """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""

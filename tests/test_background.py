@@ -177,8 +177,11 @@ def test_a_fork_after_a_compile_runs_in_8_bit(inductor: SlowInductor, one_thread
 
 
 @torch.no_grad()
-def test_it_says_8_bit_only_when_calls_are(inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_says_8_bit_only_when_calls_are(
+    inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """What follows a compile takes a second for SDXL: what was observed is saved."""
+    caplog.set_level("INFO", "onlinequant")
     publish, told = Entry.publish, list[str]()
     saving, may_save = threading.Event(), threading.Event()
 
@@ -201,6 +204,7 @@ def test_it_says_8_bit_only_when_calls_are(inductor: SlowInductor, monkeypatch: 
         may_save.set()
         join()
     assert (report().phase, told[-1]) == ("quantized", report().summary())
+    assert caplog.messages.count(report().summary()) == 1
     assert oq.Report.load(report().stats_path or "").phase == "quantized"
     assert 0 < relative_error(step(X), expected) < CLOSE
 
