@@ -41,8 +41,11 @@ demo)
 test)
     set_up
     lint
-    # All tests go to all cores; arguments decide for themselves.
-    .venv/bin/python -m pytest "${@:---numprocesses=auto}"
+    # All tests go to all cores, to whichever has nothing left; arguments decide for themselves.
+    if (($# == 0)); then
+        set -- --numprocesses=auto --dist=worksteal --durations=25
+    fi
+    .venv/bin/python -m pytest "$@"
     ;;
 lint)
     set_up

@@ -220,7 +220,7 @@ def interrupted(after: int) -> Iterator[None]:
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compat, "compile_fx", EagerInductor())
     settings = hypothesis.settings(
-        max_examples=_EXAMPLES or 15,
+        max_examples=_EXAMPLES or 10,
         stateful_step_count=_STEPS,
         derandomize=not _EXAMPLES,
         database=None,
