@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,7 +23,17 @@ _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig
 _NAME = "qualified_name"
 
 _IN_PLACE_OPERATORS = frozenset(
-    [operator.setitem, operator.iadd, operator.isub, operator.imul, operator.itruediv, operator.ipow, operator.iand]
+    getattr(operator, name)
+    for name in (
+        *("setitem", "iadd", "isub", "imul", "imatmul", "itruediv", "ifloordiv", "imod", "ipow"),
+        *("iand", "ior", "ixor", "ilshift", "irshift"),
+    )
+)
+
+# By name, those that draw random numbers: functions, methods and what they are called with an underscore.
+_RANDOM = re.compile(
+    r"(rand|randn|randint|randperm|normal|bernoulli|multinomial|poisson|uniform|exponential|cauchy|geometric|log_normal"
+    r"|random|rrelu|gumbel_softmax|(feature_)?(alpha_)?dropout[123]?d?)(_like)?_?"
 )
 
 # Tensor methods whose result shares its memory with their input.
@@ -266,17 +277,39 @@ def writes_in_place(node: fx.Node) -> bool:
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     if node.op != "call_function":
         return False
+    if isinstance(node.target, torch._ops.OpOverload):  # a user's own, too
+        return bool(node.target._schema.is_mutable)
     name = getattr(node.target, "__name__", "")
     in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
     return in_place or "out" in node.kwargs or _asked_to_write_in_place(node)
 
 
 def _asked_to_write_in_place(node: fx.Node) -> bool:
-    """Whether an activation of ``torch.nn.functional`` is called with ``inplace=True``, by name or by position."""
+    """Whether a function of ``torch.nn.functional`` is called with ``inplace=True``, as activations are, or keeps
+    running statistics, as norms do; by name or by position."""
     if not getattr(node.target, "__module__", "").startswith("torch.nn.functional"):
         return False
-    names = list(inspect.signature(node.target).parameters)  # type: ignore[arg-type]
-    return "inplace" in names and bool(argument(node, names.index("inplace"), "inplace", False))
+    keeps = _given(node, "running_mean") is not None and (_given(node, "training") or _given(node, "use_input_stats"))
+    return bool(_given(node, "inplace") or keeps)
+
+
+def _given(node: fx.Node, name: str) -> Any:
+    """An argument of a call of a Python function, or its default; None where it has none of this name."""
+    parameters = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    if name not in parameters:
+        return None
+    return argument(node, list(parameters).index(name), name, parameters[name].default)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call draws random numbers, so that it gives something else the next time."""
+    if isinstance(node.target, torch._ops.OpOverload):
+        return torch.Tag.nondeterministic_seeded in node.target.tags
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if not node.op.startswith("call_") or not _RANDOM.fullmatch(str(name)):
+        return False
+    is_functional = getattr(node.target, "__module__", "").startswith("torch.nn.functional")
+    return not is_functional or _given(node, "training") is not False  # dropout, at most times
 
 
 def readers(node: fx.Node) -> Iterator[fx.Node]:

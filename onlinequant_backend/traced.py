@@ -46,6 +46,11 @@ class TracedGraph:
         return not any(map(graph.writes_in_place, self.module.graph.nodes))
 
     @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether two calls with the same inputs give different results."""
+        return any(map(graph.is_random, self.module.graph.nodes))
+
+    @functools.cached_property
     def observed(self) -> fx.GraphModule:
         """The same with observers; not needed where an earlier process has observed."""
         observed = graph.copy_graph(self.module)

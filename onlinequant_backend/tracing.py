@@ -256,7 +256,8 @@ def _is_ours(backend: Any) -> bool:
 
 
 def _root(compilation: compat.Compilation) -> torch.nn.Module | None:
-    return compat.outermost_module() or compilation.owner
+    found = compat.outermost_module()  # which may be false, as a ModuleList without modules is
+    return compilation.owner if found is None else found
 
 
 def _frame(compilation: compat.Compilation) -> _Frame:

@@ -73,7 +73,7 @@ class Watch:
     def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
         self._compares = False
-        if not self._traced.may_repeat or weights.has_freed() or not weights.selection:
+        if not self._traced.may_repeat or self._traced.is_random or weights.has_freed() or not weights.selection:
             return
         try:
             with torch.no_grad():

@@ -25,6 +25,54 @@ def scaled(x: torch.Tensor, count: int, factor: float) -> torch.Tensor:
     return x.repeat(count, 1) * factor + torch.ones(count * x.shape[0], 1).clamp(max=factor)
 
 
+@torch.library.custom_op("onlinequant_tests::count", mutates_args=("counter",))
+def count(counter: torch.Tensor) -> None:
+    counter.add_(1)
+
+
+def calls(function: Callable[..., Any], *inputs: torch.Tensor) -> list[fx.Node]:
+    graph_module, _ = capture(function, *inputs)
+    return [node for node in graph_module.graph.nodes if node.op.startswith("call_")]
+
+
+def floor_divided(x: torch.Tensor) -> torch.Tensor:
+    x //= 2
+    return x
+
+
+@pytest.mark.parametrize(
+    ("function", "writes"),
+    [
+        (lambda x: count(x) or x + 1, True),
+        (lambda x: torch.ops.aten.add_.Tensor(x, x), True),
+        (lambda x: torch.ops.aten.add.Tensor(x, x), False),
+        (floor_divided, True),
+        (lambda x: F.batch_norm(x, x.mean(0), x.var(0), training=True), True),
+        (lambda x: F.batch_norm(x, x.mean(0), x.var(0)), False),
+        (lambda x: F.instance_norm(x[None], x.mean(1), x.var(1)), True),
+        (lambda x: F.relu(x, inplace=True), True),
+        (lambda x: F.relu(x), False),
+    ],
+)
+def test_what_writes_in_place(function: Callable[..., Any], writes: bool) -> None:
+    assert any(map(graph.writes_in_place, calls(function, noise(4, 8)))) == writes
+
+
+@pytest.mark.parametrize(
+    ("function", "is_random"),
+    [
+        (lambda x: x + torch.randn_like(x), True),
+        (lambda x: x.clone().normal_(), True),
+        (lambda x: F.dropout(x), True),
+        (lambda x: F.dropout(x, 0.1, False), False),
+        (lambda x: torch.ops.aten.bernoulli.default(x.sigmoid()), True),
+        (lambda x: F.normalize(x) + x.norm(), False),
+    ],
+)
+def test_what_is_random(function: Callable[..., Any], is_random: bool) -> None:
+    assert any(map(graph.is_random, calls(function, noise(4, 8)))) == is_random
+
+
 def test_copy_leaves_dynamo_s_graph_alone() -> None:
     model = net()
     original, args = capture(model, X)

@@ -177,7 +177,9 @@ def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, 
             is_on = turn % 3 == 0
             if turn % 3 < 2:
                 lora(number, is_on)
-            wrong += not torch.equal(calls[number](), wanted[number][is_on])
+            # Not to the bit: a layer that the other thread had to part from may have a range of its own. The other
+            # pictures are far away.
+            wrong += not relative_error(calls[number](), wanted[number][is_on]) < CLOSE
         return torch.tensor(wrong)
 
     assert [int(number) for number in at_once(functools.partial(work, 0), functools.partial(work, 1))] == [0, 0]

@@ -309,3 +309,23 @@ def test_it_is_said_when_dynamo_gives_up(caplog: pytest.LogCaptureFixture) -> No
         for flag in ("a", "ab", "abc", "abcd", "abcde"):
             assert relative_error(step(x, flag), model(x, flag)) < CLOSE
     assert sum("Flagged that no graph fits run uncompiled" in record.getMessage() for record in caplog.records) == 1
+
+
+@torch.no_grad()
+def test_a_model_that_is_false_is_a_model() -> None:
+    class Empty(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = made(Expert())
+
+        def __len__(self) -> int:
+            return 0
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return self.inner(x)
+
+    step = compiled(Empty())
+    for _ in range(3):
+        step(noise(2, 16))
+    assert {decision.name for report in oq.reports() for decision in report.decisions} == {"inner.linear"}

@@ -303,3 +303,20 @@ def test_a_model_that_is_not_finite_in_float_either_is_left_alone(
     assert step(X)[:, 0].isnan().all()
     assert 0 < relative_error(step(X)[:, 1:], model(X)[:, 1:]) < CLOSE
     assert not caplog.records[1:]
+
+
+@torch.no_grad()
+def test_what_is_random_draws_no_more_than_eager_does(inductor: EagerInductor) -> None:
+    """The first step in 8 bit is compared with float, which would draw once more."""
+
+    def noisy(x: torch.Tensor) -> torch.Tensor:
+        return model(x) + torch.randn_like(x)
+
+    model = net()
+    step = torch.compile(noisy, backend=oq.onlinequant, options=OPTIONS)
+    torch.manual_seed(0)
+    expected = [noisy(X) for _ in range(5)]
+    torch.manual_seed(0)
+    for picture in expected:
+        assert relative_error(step(X), picture) < CLOSE
+    assert oq.reports()[-1].error is None
