@@ -17,7 +17,7 @@ import types
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast, get_origin
+from typing import Any, cast, get_origin
 
 import torch
 import torch._refs
@@ -116,7 +116,8 @@ def autocast_dtypes() -> dict[str, torch.dtype]:
     return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
 
 
-class Compilation(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Compilation:
     """One of Dynamo's, of a frame.
 
     Attributes:
@@ -130,6 +131,12 @@ class Compilation(NamedTuple):
     owner: torch.nn.Module | None
     backend: Callable[..., Any]
     is_first: bool
+
+    @functools.cached_property
+    def root(self) -> torch.nn.Module | None:
+        """The model that the frame is a part of; None where that is not a module."""
+        found = _outermost_module()  # which may be false, as a ModuleList without modules is
+        return self.owner if found is None else found
 
 
 def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]) -> None:
@@ -161,7 +168,7 @@ def innermost_backend(backend: Any) -> Any:
     return backend
 
 
-def outermost_module() -> torch.nn.Module | None:
+def _outermost_module() -> torch.nn.Module | None:
     """The module whose call, within ``torch.compile``, has led to what Dynamo is compiling in this thread."""
     found = None
     frame: types.FrameType | None = sys._getframe()

@@ -99,7 +99,7 @@ class _Attempt:
         self.until_traced = contextlib.ExitStack()
 
     def __call__(self, trace: Callable[[], _T]) -> _T:
-        before, _now.attempt = getattr(_now, "attempt", None), self
+        before, _now.attempt = _attempt(), self
         try:
             with contextlib.ExitStack() as stack, self.until_traced:
                 if self.frame is not None:
@@ -136,26 +136,31 @@ def follow(backend: Callable[..., Any]) -> None:
     compat.around_compilations(_compile)
 
 
+def _attempt() -> _Attempt | None:
+    """What this thread has Dynamo do now."""
+    return getattr(_now, "attempt", None)
+
+
 def model_name() -> str:
     """Class of the module that Dynamo is compiling right now; "graph" where it is not a module.
 
     The graph does not tell: its nodes know the modules below the root only.
     """
-    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    attempt = _attempt()
     owner = None if attempt is None else attempt.compilation.owner
     return "graph" if owner is None else type(owner).__name__
 
 
 def root() -> torch.nn.Module | None:
     """The model that Dynamo is compiling a part of right now; None where it is not a module."""
-    attempt: _Attempt | None = getattr(_now, "attempt", None)
-    return None if attempt is None else _root(attempt.compilation)
+    attempt = _attempt()
+    return None if attempt is None else attempt.compilation.root
 
 
 def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
     """To be called by the backend with what it is given: raises what makes Dynamo trace once more if there is a better
     way."""
-    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    attempt = _attempt()
     if attempt is None:  # Dynamo has no part in this
         return
     attempt.until_traced.close()
@@ -181,7 +186,7 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
 def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
     """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
     these among them."""
-    attempt: _Attempt | None = getattr(_now, "attempt", None)
+    attempt = _attempt()
     known = {} if attempt is None else _frame(attempt.compilation).layers
     for info in infos:
         if info.name not in known or info.flops > known[info.name].flops:
@@ -213,7 +218,7 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
     if not _is_ours(compilation.backend):
         return _Attempt(compilation, None, Way.OWN)(trace)
     frame = _frame(compilation)
-    first = frame.way
+    before = frame.way
     while True:
         attempt = _Attempt(compilation, frame, frame.next_way())
         try:
@@ -226,7 +231,7 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
             error: Exception = reason
         except Exception as reason:
             if not attempt.made_symbolic:
-                frame.way = first  # it is no fault of ours, and may be passing
+                frame.way = before  # it is no fault of ours, and may be passing
                 if compat.is_traced_too_often(reason):
                     _say_it_is_uncompiled(compilation)
                 raise
@@ -255,15 +260,9 @@ def _is_ours(backend: Any) -> bool:
         return False
 
 
-def _root(compilation: compat.Compilation) -> torch.nn.Module | None:
-    found = compat.outermost_module()  # which may be false, as a ModuleList without modules is
-    return compilation.owner if found is None else found
-
-
 def _frame(compilation: compat.Compilation) -> _Frame:
-    model = _root(compilation)
-    owner = compilation.code if model is None else model
-    found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(owner, _Frame())
+    model = compilation.code if compilation.root is None else compilation.root
+    found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(model, _Frame())
     return found
 
 

@@ -17,8 +17,10 @@ from torch._dynamo.backends.debugging import aot_eager
 import onlinequant_backend as oq
 from onlinequant_backend import compat
 from tests.small import CLOSE, WIDE, X, compiled, forget_everything, small
-from tests.test_runtime import EagerInductor
+from tests.test_runtime import EagerInductor, inductor
 from tests.tiny import relative_error
+
+__all__ = ["inductor"]
 
 ROOT = Path(oq.__file__).parent.parent
 # Functions that take the default dtype or device where none is given.
@@ -71,13 +73,6 @@ def fp32_precision() -> Iterator[None]:
 
 def autocast(dtype: torch.dtype = torch.bfloat16, enabled: bool = True) -> torch.autocast:
     return torch.autocast("cpu", dtype=dtype, enabled=enabled)
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
-    return stand_in
 
 
 @pytest.fixture
