@@ -313,16 +313,20 @@ def test_it_is_said_when_dynamo_gives_up(caplog: pytest.LogCaptureFixture) -> No
 
 @torch.no_grad()
 def test_a_model_that_is_false_is_a_model() -> None:
+    class Broken(Expert):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            torch._dynamo.graph_break()
+            return super().forward(x)
+
     class Empty(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = made(Expert())
+            self.inner = made(Broken())
 
         def __len__(self) -> int:
             return 0
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            torch._dynamo.graph_break()
             return self.inner(x)
 
     step = compiled(Empty())
