@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import copyreg
 import dataclasses
+import enum
 import functools
 import importlib
 import inspect
@@ -15,7 +16,7 @@ import sys
 import threading
 import types
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast, get_origin
 
@@ -27,6 +28,7 @@ from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.eval_frame import OptimizeContext
 from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.variables import builder
+from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 
 
@@ -125,12 +127,14 @@ class Compilation:
         owner: the module whose method that is, if it is one.
         backend: that it is for.
         is_first: whether Dynamo has never compiled this code before, or has forgotten it.
+        scope: the frame's variables, by what Dynamo's guards call them.
     """
 
     code: types.CodeType
     owner: torch.nn.Module | None
     backend: Callable[..., Any]
     is_first: bool
+    scope: dict[str, Any]
 
     @functools.cached_property
     def root(self) -> torch.nn.Module | None:
@@ -154,18 +158,49 @@ def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]
             owner=owner if isinstance(owner, torch.nn.Module) else None,
             backend=given["compiler_fn"],
             is_first=given["compile_id"].frame_compile_id == 0,
+            scope={"L": given["locals"], "G": given["globals"]},
         )
         return handler(compilation, lambda: original(*args, **kwargs))
 
     convert_frame._compile = compile_frame
 
 
+def guarded_values(scope: Mapping[str, Any]) -> dict[str, Any]:
+    """What a graph that Dynamo has just traced is for alone beside sizes, by Dynamo's name for where it comes from:
+    flags and other constants, kinds of tensors, and the state of the process and the thread."""
+    found: dict[str, Any] = {"": GlobalState.now()}
+    for guard in TracingContext.get().guards_context.dynamo_guards:
+        if guard.create_fn_name() not in _GUARDS_OF_VALUES or guard.name in found:
+            continue
+        with contextlib.suppress(Exception):  # not all names are expressions
+            value = eval(guard.name, dict(scope))
+            if isinstance(value, torch.Tensor):
+                found[guard.name] = value.dtype, value.device, value.dim()
+            elif isinstance(value, (bool, int, float, complex, str, bytes, type(None), enum.Enum)):
+                found[guard.name] = type(value), value  # True equals 1
+    return found
+
+
+_GUARDS_OF_VALUES = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH", "ID_MATCH", "TENSOR_MATCH"}
+
+
 def innermost_backend(backend: Any) -> Any:
     """What ``backend`` was before torch wrapped it."""
+    return _with_wrappers(backend)[-1]
+
+
+def backend_key(backend: Any) -> tuple[Any, ...]:
+    """Equal for what torch takes for the same backend with the same options."""
+    *wrappers, innermost = _with_wrappers(backend)
+    given = [getattr(wrapper, name, None) for wrapper in wrappers for name in ("kwargs", "keywords", "dynamic")]
+    return id(innermost), repr(given)
+
+
+def _with_wrappers(backend: Any) -> list[Any]:
     for name in ("_torchdynamo_orig_backend", "compiler_fn", "func"):
         if hasattr(backend, name):
-            return innermost_backend(getattr(backend, name))
-    return backend
+            return [backend, *_with_wrappers(getattr(backend, name))]
+    return [backend]
 
 
 def _outermost_module() -> torch.nn.Module | None:
@@ -180,6 +215,11 @@ def _outermost_module() -> torch.nn.Module | None:
             found = caller
         frame = frame.f_back
     return None
+
+
+def most_graphs() -> int:
+    """How often Dynamo traces a function at most."""
+    return int(torch._dynamo.config.recompile_limit)
 
 
 def is_traced_too_often(error: BaseException) -> bool:

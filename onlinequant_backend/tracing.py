@@ -14,7 +14,7 @@ import dataclasses
 import enum
 import logging
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -30,6 +30,7 @@ from .trouble import warn_once
 
 _log = logging.getLogger("onlinequant")
 _T = TypeVar("_T")
+Layers = MutableMapping[Any, dict[str, LayerInfo]]
 
 
 class Way(enum.IntEnum):
@@ -51,12 +52,14 @@ class _Graph(NamedTuple):
         operations: how many it has up to the first break.
         has_unknown: whether it has numbers that are known only when it runs.
         sizes: of its inputs, by name.
-        is_fixed: whether it is for these alone.
+        values: what it is for alone beside these, such as flags, see ``compat.guarded_values``.
+        is_fixed: whether it is for these sizes alone.
     """
 
     operations: int
     has_unknown: bool
     sizes: dict[str, torch.Size]
+    values: dict[str, Any]
     is_fixed: bool
 
 
@@ -69,19 +72,39 @@ class _Frame:
         shapes: the option of this name.
         way: how it is traced from its second graph on.
         first: its first graph; None if there is none yet.
-        fixed: the sizes of each of its graphs that is for these alone.
-        layers: each layer, by name, at the largest size that it was traced at.
     """
 
     seen: compat.SeenSizes = dataclasses.field(default_factory=compat.SeenSizes)
     shapes: str = "auto"
     way: Way = Way.ALL_SIZES
     first: _Graph | None = None
-    fixed: list[dict[str, torch.Size]] = dataclasses.field(default_factory=list)
-    layers: dict[str, LayerInfo] = dataclasses.field(default_factory=dict)
 
     def next_way(self) -> Way:
         return Way.OWN if self.first is None or self.shapes == "static" or compat.are_shapes_static() else self.way
+
+
+class _Frames:
+    """What is known of one code, for all models that run it with the same options.
+
+    Attributes:
+        fixed: each of its graphs that is for its sizes alone.
+        layers: of each model each layer, by name, at the largest size that it was traced at.
+    """
+
+    def __init__(self) -> None:
+        self.fixed: list[_Graph] = []
+        self.layers: Layers = WeakIdKeyDictionary()
+        self._all: list[_Frame] = []
+        self._by_model: MutableMapping[Any, _Frame] = WeakIdKeyDictionary()
+
+    def of(self, model: Any) -> _Frame:
+        """That of a model. With as many as take half of Dynamo's graphs, a fixed one and one for all sizes each, all
+        further models have the last one's: else models with a size each would leave none for all sizes."""
+        if model not in self._by_model:
+            if len(self._all) < max(compat.most_graphs() // 4, 1):
+                self._all.append(_Frame())
+            self._by_model[model] = self._all[-1]
+        return self._by_model[model]
 
 
 class _Attempt:
@@ -116,7 +139,7 @@ class _Attempt:
         if self.frame is not None and self.graph is not None:
             self.frame.first = self.frame.first or self.graph
             if self.graph.is_fixed:
-                self.frame.fixed.append(self.graph.sizes)
+                _frames_of(self.compilation).fixed.append(self.graph)
         return result
 
     def _note(self) -> None:
@@ -125,9 +148,8 @@ class _Attempt:
 
 _now = threading.local()
 _backends = WeakIdKeyDictionary()
-# By code and, since models of a class share it, by model; by the code itself where it is no model's. Not by the module
-# that runs it: Dynamo's graphs of a code serve all blocks of a model, and it makes no more than eight.
-_frames = WeakIdKeyDictionary()
+# By code and by what torch.compile was given beside the model.
+_frames: MutableMapping[Any, dict[Hashable, _Frames]] = WeakIdKeyDictionary()
 
 
 def follow(backend: Callable[..., Any]) -> None:
@@ -168,7 +190,7 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
         _backends[compat.innermost_backend(attempt.compilation.backend)] = True
     frame = attempt.frame = attempt.frame or _frame(attempt.compilation)
     frame.shapes = shapes_option
-    traced = _described(graph_module)
+    traced = _described(graph_module, attempt.compilation)
     if frame.first is None:
         if shapes_option == "dynamic" and traced.is_fixed and not compat.are_shapes_static():
             frame.first = traced
@@ -178,8 +200,8 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
         if is_broken or (traced.has_unknown and not frame.first.has_unknown):
             raise _AnotherWay(f"{'it breaks' if is_broken else 'unknown numbers'} with symbolic sizes")
     if not traced.is_fixed:
-        for fixed in frame.fixed:
-            _leave_to_others(fixed, traced.sizes)
+        for fixed in _frames_of(attempt.compilation).fixed:
+            _leave_to(fixed, traced)
     attempt.graph = traced
 
 
@@ -187,21 +209,26 @@ def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
     """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
     these among them."""
     attempt = _attempt()
-    known = {} if attempt is None else _frame(attempt.compilation).layers
+    known: dict[str, LayerInfo] = {}
+    if attempt is not None:
+        known = _frames_of(attempt.compilation).layers.setdefault(_model(attempt.compilation), known)
     for info in infos:
         if info.name not in known or info.flops > known[info.name].flops:
             known[info.name] = copy.copy(info)
     return known
 
 
-def _leave_to_others(fixed: Mapping[str, torch.Size], sizes: Mapping[str, torch.Size]) -> None:
-    """Have Dynamo not take the graph that it is tracing, with these symbolic ``sizes``, for calls with ``fixed`` ones:
-    for these there is another graph, but what was made last is tried first."""
+def _leave_to(fixed: _Graph, traced: _Graph) -> None:
+    """Have Dynamo not take the graph that it is tracing, with symbolic sizes, for calls that ``fixed`` is for: what was
+    made last is tried first."""
+    are_other_flags = any(traced.values.get(name, value) != value for name, value in fixed.values.items())
+    if are_other_flags or fixed.sizes.keys() - traced.sizes.keys():  # or other modules, such as a LoRA's
+        return  # by itself it is for other calls
     differences: dict[tuple[str, int], torch.SymInt] = {}
-    for name in sizes.keys() & fixed.keys():
-        if len(sizes[name]) != len(fixed[name]):
-            return  # by itself it is for other calls
-        for size, known in zip(sizes[name], fixed[name], strict=True):
+    for name in fixed.sizes:
+        if len(traced.sizes[name]) != len(fixed.sizes[name]):
+            return
+        for size, known in zip(traced.sizes[name], fixed.sizes[name], strict=True):
             if isinstance(size, torch.SymInt):
                 differences[str(size), known] = size
             elif size != known:
@@ -260,13 +287,22 @@ def _is_ours(backend: Any) -> bool:
         return False
 
 
+def _model(compilation: compat.Compilation) -> Any:
+    """What a code is compiled for, the code itself where it is no model's. Not the module that runs it: Dynamo's graphs
+    of a code serve all blocks of a model."""
+    return compilation.code if compilation.root is None else compilation.root
+
+
+def _frames_of(compilation: compat.Compilation) -> _Frames:
+    by_options = _frames.setdefault(compilation.code, {})
+    return by_options.setdefault(compat.backend_key(compilation.backend), _Frames())
+
+
 def _frame(compilation: compat.Compilation) -> _Frame:
-    model = compilation.code if compilation.root is None else compilation.root
-    found: _Frame = _frames.setdefault(compilation.code, WeakIdKeyDictionary()).setdefault(model, _Frame())
-    return found
+    return _frames_of(compilation).of(_model(compilation))
 
 
-def _described(graph_module: fx.GraphModule) -> _Graph:
+def _described(graph_module: fx.GraphModule, compilation: compat.Compilation) -> _Graph:
     values = {node: node.meta.get("example_value") for node in graph_module.graph.nodes}
     tensors = {node: value for node, value in values.items() if isinstance(value, torch.Tensor)}
     kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
@@ -275,5 +311,6 @@ def _described(graph_module: fx.GraphModule) -> _Graph:
         operations=sum(node.op.startswith("call_") for node in tensors),
         has_unknown=any(isinstance(value, kinds) and bool(free_unbacked_symbols(value)) for value in values.values()),
         sizes={node.name: value.shape for node, value in tensors.items() if node.op == "placeholder"},
+        values=compat.guarded_values(compilation.scope),
         is_fixed=not shapes.has_symbols(graph_module),
     )

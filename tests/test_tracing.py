@@ -231,6 +231,76 @@ def test_two_models_of_a_class_have_a_first_size_each(inductor: EagerInductor) -
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("is_dropped", [False, True])
+def test_many_models_of_a_class_with_a_size_each(is_dropped: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """Dynamo keeps their graphs together, even of models that are gone."""
+    kept = []
+    for number in range(12):
+        model, x = made(Expert()), noise(1, 4 + 2 * number, 16)
+        step = compiled(model)
+        for _ in range(3):
+            picture = step(x)
+        assert 0 < relative_error(picture, model(x)) < CLOSE
+        kept += [] if is_dropped else [step]
+    assert graphs() == 3  # each of the first two has one of its own
+    assert not caplog.records
+
+
+@torch.no_grad()
+def test_each_set_of_options_has_a_history_of_its_own() -> None:
+    model = made(Expert())
+    options = ({"calibration_method": "minmax"}, {"shapes": "static"}, {"calibration_method": "percentile"})
+    steps, traced = [compiled(model, each) for each in options], [0, 0, 0]
+    for sizes in ((4, 4, 6), (8, 8, 8), (6, 6, 4)):
+        for number, size in enumerate(sizes):
+            before = graphs()
+            for _ in range(3):
+                steps[number](noise(1, size, 16))
+            traced[number] += graphs() - before
+    assert traced == [2, 3, 2]
+
+
+class Flagged(nn.Module):
+    """Flags decide about the graph, or about nothing in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.gate = nn.Linear(16, 16), nn.Linear(16, 16)
+        self.linear: nn.Module = self.plain
+        self.is_scaled = False
+
+    def forward(
+        self, x: torch.Tensor, gated: bool = False, as_dict: bool = False, mask: torch.Tensor | None = None
+    ) -> Any:
+        y = self.linear(x) * (2 if self.is_scaled else 1)
+        y = y * self.gate(x) if gated else y
+        y = y if mask is None else y * mask
+        return {"y": y} if as_dict else (y,)
+
+    def call(self, step: Callable[..., Any], rows: int, kind: str) -> None:
+        """Of one kind, which needs a graph of its own, and twice the same."""
+        self.is_scaled = kind == "scaled"
+        self.linear = nn.Sequential(self.plain) if kind == "adapted" else self.plain
+        x = noise(2, rows, 16)
+        for _ in range(2):
+            step(x, gated=kind == "gated", as_dict=kind == "as_dict", mask=x[0, 0] if kind == "masked" else None)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kinds", [("plain", "gated", "as_dict", "scaled"), ("adapted", "plain", "masked")])
+def test_a_first_size_is_left_to_calls_with_the_same_flags(kinds: tuple[str, ...]) -> None:
+    model = made(Flagged())
+    assert isinstance(model, Flagged)
+    step = compiled(model)
+    for rows, kind in enumerate(kinds, start=8):
+        model.call(step, rows, kind)
+    for rows in (12, 8):
+        for kind in kinds:
+            model.call(step, rows, kind)
+    assert graphs() == len(kinds) + 1  # one for all sizes each, and the first size's
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("second", [(1, 4), (0, 32)], ids=["small", "an empty batch"])
 def test_a_small_second_size_decides_nothing(second: tuple[int, int], inductor: EagerInductor) -> None:
     """The first keeps its own graph, and all others have the layers in 8 bit that the largest has."""
