@@ -20,6 +20,8 @@ def pytest_configure(config: pytest.Config) -> None:
         config.stash[_own_cache] = os.environ["ONLINEQUANT_TEST_CACHE"] = tempfile.mkdtemp(prefix="onlinequant-tests-")
     # One Inductor cache for the whole run: many tests compile the same small graphs.
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ["ONLINEQUANT_TEST_CACHE"]).resolve() / "inductor")
+    # Every core runs a test, so a thread that spins while it waits for another one keeps that from running.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"
