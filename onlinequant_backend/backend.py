@@ -14,7 +14,7 @@ import torch.fx as fx
 from . import cache, compat, exclusion, graph, keys, precision, progress, report, tracing
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
-from .runtime import QuantizedGraph, graphs
+from .runtime import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .sampling import current_run
 from .traced import TracedGraph
 from .trouble import warn_once
@@ -99,7 +99,7 @@ def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:
     if torch.is_grad_enabled() and any(map(graph.requires_grad, inputs)):
-        return "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
+        return NEEDS_GRADIENTS
     if resolved.name == "float":
         return resolved.reason
     if not infos:

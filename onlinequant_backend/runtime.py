@@ -34,7 +34,7 @@ from .progress import Progress, tell
 from .report import Report, clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
-from .sizes import CompiledGraphs, Key
+from .sizes import NO_VALUES, CompiledGraphs, InFloat, Key
 from .stand_ins import stand_in
 from .traced import TracedGraph
 from .trouble import going_on
@@ -105,6 +105,7 @@ class QuantizedGraph:
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.
+            self._runs("float", NEEDS_GRADIENTS)
             return self._run_float(args)
         with Call() as call:
             return self._run(args, call, run)
@@ -136,8 +137,10 @@ class QuantizedGraph:
                     self._finish_aside(args)
                     return self._run_float(args)
             compiled = known[key] if key in known else self._compile(key, args, weights)
-            if compiled is not None:
-                compiled.prepare(weights)
+            if isinstance(compiled, InFloat):
+                self._runs("float", compiled.reason)
+                return self._run_float(args)
+            compiled.prepare(weights)
             asked = weights.begin_check()
             if asked and not self._may_repeat and not weights.end_check():
                 self._follow(parameters, weights)
@@ -147,8 +150,7 @@ class QuantizedGraph:
         except Exception as error:
             self._give_up(error)
             return self._run_float(args)
-        if compiled is None:
-            return self._run_float(args)
+        self._runs(*_standing(weights))
         result = self._watch.run(compiled, args, weights, run)
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
@@ -216,7 +218,10 @@ class QuantizedGraph:
     def _calibrate(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         """Observe one call in float and return its result. If there is nothing left to observe, select instead."""
         if self._compiled.is_empty(args):
+            self._runs("float", NO_VALUES.reason)
             return self._run_float(args)
+        if self._report.phase != "calibrating":  # it may be so for another reason
+            self._runs("calibrating", "observing in float")
         with contextlib.ExitStack() as locks:
             for lock in (self._lock, weights.layers[0].lock):
                 # Another graph of this model may be about to be compiled in the background, which takes its time.
@@ -252,7 +257,7 @@ class QuantizedGraph:
         result = self._call_observed(args, parameters, weights, last)
         weights.numbers.widen(self._compiled.numbers(args))
         weights.count_call(self._fingerprint(weights, parameters, again=last))
-        self._report.calls_observed = max(self._report.calls_observed, weights.calls())
+        self._report.calls_observed = weights.calls()
         if last:
             self._end_observing(args, weights, result)
         return result
@@ -302,7 +307,7 @@ class QuantizedGraph:
             self._finish(kept, aside=True)
 
         def conclude() -> None:
-            if self._report.phase == "compiling":  # it has not failed
+            if not self._gave_up:
                 self._say(*(self._outcome or (*before, False)))
 
         self._background.start(work, conclude, self._device)
@@ -395,6 +400,11 @@ class QuantizedGraph:
         else:
             self._outcome = phase, reason, is_compiled
 
+    def _runs(self, phase: str, reason: str) -> None:
+        """Have the report say what the call that goes on does: other sizes or weights may do otherwise."""
+        if self._report.phase_reason is not reason and not self._gave_up:
+            self._report.phase, self._report.phase_reason = phase, reason
+
     def _say(self, phase: str, reason: str, in_log: bool = True) -> None:
         self._report.phase, self._report.phase_reason = phase, reason
         if in_log:
@@ -475,15 +485,15 @@ class QuantizedGraph:
                 self._watch.compare_again()
                 self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
 
-    def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
-        """The 8-bit graph for these sizes; None, with a reason in the report, if it cannot be built."""
+    def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
+        """The 8-bit graph for these sizes, or why it cannot be built."""
         with self._lock:
             known = self._compiled.known
-            if key not in known:
-                if known:  # another size
-                    weights.schedule.restart()
-                self._compiled.make(key, args, weights)
-            return known.get(key)
+            if key in known:
+                return known[key]
+            if known:  # another size
+                weights.schedule.restart()
+            return self._compiled.make(key, args, weights)
 
     def _is_left(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
@@ -511,16 +521,18 @@ class QuantizedGraph:
             raise NotInCacheError
         self._is_compiled_elsewhere = compile_elsewhere(job)
 
-    def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
+    def _build(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | InFloat:
         parameters = self._parameters(args)
         if not weights.selection and self._config.compile_in_background:
-            self._settle("float", f"no layer was selected: {self._most_common_reason()}", parameters, weights)
-            return None
+            unselected = InFloat(f"no layer was selected: {self._most_common_reason()}")
+            self._settle("float", unselected.reason, parameters, weights)
+            return unselected
         before = self._report.phase, self._report.phase_reason
         beside = "in the background, float goes on" if self._places is not None else "by Inductor"
         self._report.phase, self._report.phase_reason = "compiling", "loading from the cache" if self._loads else beside
         entry = self._entry(weights, parameters)
         entry.claim()
+        compiled: CompiledGraph | InFloat
         try:
             # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock
             # to those who trace meanwhile.
@@ -537,10 +549,10 @@ class QuantizedGraph:
                 raise ModelMovedError(f"{type(error).__name__}: {error}") from error
             if symbolic:
                 raise
-            compiled = None
             standing = self._stay_in_float(error)
+            compiled = InFloat(standing[1])
         self._settle(*standing, parameters, weights)
-        if compiled is not None and self._config.free_float_weights:
+        if isinstance(compiled, CompiledGraph) and self._config.free_float_weights:
             freed = weights.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
         return compiled
@@ -613,11 +625,12 @@ def _report_fork(report: Report) -> None:
 
 def _standing(weights: WeightSet) -> tuple[str, str]:
     """The phase, and why, of calls whose graph is compiled."""
-    if weights.selection:
-        return "quantized", "8-bit layers compiled by Inductor"
-    return "float", "no layer was selected; the float graph was compiled by Inductor"
+    return _QUANTIZED if weights.selection else _UNSELECTED
 
 
+NEEDS_GRADIENTS = "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
+_QUANTIZED = "quantized", "8-bit layers compiled by Inductor"
+_UNSELECTED = "float", "no layer was selected; the float graph was compiled by Inductor"
 _background_compiles = forks.rlock()
 _MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 3
 _REPLACED = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,21 +25,31 @@ _SAME_PICTURE = 0.3
 _MOST_KINDS = 8
 
 Key = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class InFloat:
+    """Stands for the compiled graph of calls that run in float; ``reason`` says why they do."""
+
+    reason: str
+
+
+NO_VALUES = InFloat("a tensor without values was passed: there is nothing to compute")
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class CompiledGraphs:
     """Compiled as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
 
-    ``build(args, weights, symbolic)`` makes one; it returns None for failures of which it has given account, and raises
-    if ``symbolic``, which is for all sizes, is what has failed.
+    ``build(args, weights, symbolic)`` makes one; it returns ``InFloat`` for failures of which it has given account, and
+    raises if ``symbolic``, which is for all sizes, is what has failed.
 
     Attributes:
-        known: those that there are, by ``key``; None for the float graph.
+        known: those that there are, by ``key``.
     """
 
     def __init__(
-        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | None]
+        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | InFloat]
     ) -> None:
         self._traced = traced
         self._graph = traced.module
@@ -51,9 +62,10 @@ class CompiledGraphs:
         self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
         self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
         self._may_be_symbolic = self._which_shapes != "static" and shapes.has_symbols(self._graph)
-        self.known: dict[Key, CompiledGraph | None] = {}
+        self.known: dict[Key, CompiledGraph | InFloat] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
+        self._too_many: InFloat | None = None
 
     def numbers(self, args: Sequence[Any]) -> tuple[float, ...]:
         """The numbers among a call's inputs, such as a LoRA's strength."""
@@ -82,43 +94,41 @@ class CompiledGraphs:
             return False
         return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
 
-    def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
-        """The graph for a call whose key is not known yet, from now on in ``known``; None for the one in float."""
+    def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
+        """The graph for a call whose key is not known yet, from now on in ``known`` unless there are too many."""
         fixed, _ = key
         if self.is_empty(args):
-            self.known[key] = None
-            return None
+            self.known[key] = NO_VALUES
+            return NO_VALUES
         if self._are_too_many(fixed):
-            self._report_too_many()
-            return None
+            self._too_many = self._too_many or self._say_too_many()
+            return self._too_many
         symbolic = self._is_symbolic(weights)
         general = self._general.setdefault(fixed, {}) if symbolic else {}
-        compiled = self._find_general(fixed, args, weights)
+        compiled: CompiledGraph | InFloat | None = self._find_general(fixed, args, weights)
         if compiled is None:
             expanded = shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
             compiled = self._built(args, weights, symbolic and expanded not in general)
-            if compiled is not None and compiled.is_symbolic:
+            if isinstance(compiled, CompiledGraph) and compiled.is_symbolic:
                 general[expanded] = compiled
                 if not self._serves(compiled, args, weights):
                     compiled = self._built(args, weights, symbolic=False)
         self.known[key] = compiled
         return compiled
 
-    def _report_too_many(self) -> None:
-        """Say that it is the float graph that runs, but for what is compiled already."""
+    def _say_too_many(self) -> InFloat:
+        """Say once that it is the float graph that runs, but for what is compiled already."""
         inputs = graph.placeholders(self._graph)
         numbers = [inputs[i].name.strip("_").removeprefix("l_") for i in self._wrapped_floats - self._open_floats]
         reason = f"it was compiled for {_MOST_KINDS} kinds of calls and runs in float for all others"
         if numbers:
             reason += f"; pass a tensor instead of a number that is never the same ({', '.join(sorted(numbers))})"
-        report = self._traced.report
-        if report.phase_reason != reason:
-            _log.warning("%s: %s", report.model, reason)
-        report.phase, report.phase_reason = "float", reason
+        _log.warning("%s: %s", self._traced.report.model, reason)
+        return InFloat(reason)
 
     def forget_failed(self) -> None:
         """Build anew, when they are called, what could not be built."""
-        for key in [key for key, compiled in self.known.items() if compiled is None]:
+        for key in [key for key, compiled in self.known.items() if isinstance(compiled, InFloat)]:
             del self.known[key]
 
     def is_empty(self, args: Sequence[Any]) -> bool:
@@ -138,7 +148,7 @@ class CompiledGraphs:
         general = self._general.get(fixed, {}) if self._is_symbolic(weights) else {}
         return next((known for known in general.values() if self._serves(known, args, weights)), None)
 
-    def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | None:
+    def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | InFloat:
         if symbolic:
             try:
                 return self._build(args, weights, True)
