@@ -22,6 +22,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(os.environ["ONLINEQUANT_TEST_CACHE"]).resolve() / "inductor")
     # Every core runs a test, so a thread that spins while it waits for another one keeps that from running.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Inductor asks in each new cache whether the compiler knows this CPU's instructions, which takes ten seconds.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
     os.environ.setdefault("TORCH_LOGS", "-all")  # errors only
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     os.environ["HF_HUB_OFFLINE"] = "1"

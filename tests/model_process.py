@@ -108,6 +108,7 @@ class Session:
         from tests.tiny import OPTIONS, net
 
         torch.set_grad_enabled(False)
+        torch._inductor.config.compile_threads = 1  # one kernel is compiled sooner than processes for more have begun
         if not inductor:
             compat.compile_fx = EagerInductor()
         self._model: Any = net(seed) if model == "net" else small(seed)

@@ -124,13 +124,13 @@ def test_what_it_compiles_is_found(process: CompileProcess) -> None:
 def test_after_a_restart_the_first_call_is_in_8_bit(tmp_path: Path) -> None:
     """Also for another size, for which Dynamo traces first."""
     sizes = (tuple(X.shape), tuple(WIDE.shape))
-    options: dict[str, Any] = {"model": "small", "inductor": True, "new_interpreter": True, **ASIDE}
+    options: dict[str, Any] = {"model": "small", "inductor": True, **ASIDE}
     with ModelProcess(tmp_path / "cache", **options) as first:
         for size in sizes:
             while (answer := first.ask("call", *size))["phase"] != "quantized":
                 time.sleep(0.1)
         made = [first.ask("call", *size) for size in sizes]
-    with ModelProcess(tmp_path / "cache", **options) as second:
+    with ModelProcess(tmp_path / "cache", new_interpreter=True, **options) as second:
         for hits, (size, known) in enumerate(zip(sizes, made, strict=True), start=1):
             answer = second.ask("call", *size)
             assert (answer["phase"], answer["calls_observed"]) == ("quantized", 0)

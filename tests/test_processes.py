@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from tests.model_process import ModelProcess
+from tests.small import small
 from tests.tiny import net, noise, relative_error
 
 CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
@@ -36,10 +38,10 @@ def start(cache: Path) -> Iterator[Start]:
         yield lambda **given: stack.enter_context(ModelProcess(cache, **given))
 
 
-def error(answer: dict[str, Any], *shape: int, seed: int = 0) -> float:
+def error(answer: dict[str, Any], *shape: int, seed: int = 0, model: Callable[[int], nn.Module] = net) -> float:
     """Relative error of a picture; exactly 0 while observing."""
     with torch.no_grad():
-        return relative_error(torch.tensor(answer["picture"]), net(seed)(noise(*shape)))
+        return relative_error(torch.tensor(answer["picture"]), model(seed)(noise(*shape)))
 
 
 def quantize(process: ModelProcess, *shape: int) -> dict[str, Any]:
@@ -58,9 +60,10 @@ def caches(answer: dict[str, Any]) -> dict[str, int]:
 
 def test_four_cold_processes_compile_once_and_a_later_one_not_at_all(start: Start, cache: Path) -> None:
     """With the real Inductor, whose caches the processes share."""
-    first, *others = (start(inductor=True) for _ in range(4))
+    given: dict[str, Any] = {"model": "small", "inductor": True}
+    first, *others = (start(**given) for _ in range(4))
     answer = first.ask("call", *SMALL)
-    assert (answer["calls_observed"], error(answer, *SMALL)) == (1, 0)
+    assert (answer["calls_observed"], error(answer, *SMALL, model=small)) == (1, 0)
     for process in others:
         process.tell("call", *SMALL)
     for process in others:
@@ -68,10 +71,10 @@ def test_four_cold_processes_compile_once_and_a_later_one_not_at_all(start: Star
     made = quantize(first, *SMALL)
     assert (made["calls_observed"], made["cache_hit"]) == (2, False)
     assert caches(made) == {"autograd_cache_miss": 1, "fxgraph_cache_miss": 1}
-    assert 0 < error(made, *SMALL) < CLOSE
+    assert 0 < error(made, *SMALL, model=small) < CLOSE
     found = [process.answer() for process in others]
     first.kill()
-    found.append(start(inductor=True, new_interpreter=True).ask("call", *SMALL))
+    found.append(start(new_interpreter=True, **given).ask("call", *SMALL))
     for answer in found:
         assert (answer["phase"], answer["calls_observed"], answer["cache_hit"]) == ("quantized", 0, True)
         assert caches(answer) == {"autograd_cache_hit": 1, "fxgraph_cache_hit": 1}
