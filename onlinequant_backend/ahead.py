@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import threading
@@ -19,6 +20,15 @@ _log = logging.getLogger("onlinequant")
 THREADS = min(8, os.cpu_count() or 1)
 # Tensors of this device have no memory, and nothing runs on it.
 NOWHERE = torch.device("meta")
+
+# What first calls import. Threads that do so at the same time may each wait for a module that the other one has begun
+# to import, which Python ends with an error.
+_KERNELS = ("conv", "gather", "gluon_conv", "group_norm", "layer_norm", "matmul")
+_IMPORTED_BY_CALLS = (
+    "triton.experimental.gluon.language.nvidia.hopper",
+    "triton.experimental.gluon.nvidia.hopper",
+    *(f"{__package__}.kernels.{name}" for name in _KERNELS),
+)
 
 _local = threading.local()
 
@@ -54,6 +64,14 @@ class _Calls:
         return storage.as_strided(like.shape, like.stride(), like.storage_offset())
 
 
+def threads() -> ThreadPoolExecutor:
+    """Threads that call kernels within ``on``."""
+    for name in _IMPORTED_BY_CALLS:
+        with contextlib.suppress(ImportError):  # not every Triton has all of it
+            importlib.import_module(name)
+    return ThreadPoolExecutor(THREADS)
+
+
 @contextlib.contextmanager
 def compiling_ahead(device: torch.device) -> Iterator[None]:
     """Within the block, this thread's fake calls of ``noted`` operators have other threads call the kernels, with
@@ -61,7 +79,7 @@ def compiling_ahead(device: torch.device) -> Iterator[None]:
     if device.type != "cuda":
         yield
         return
-    with ThreadPoolExecutor(THREADS) as pool:
+    with threads() as pool:
         _local.calls = _Calls(device, pool)
         try:
             yield

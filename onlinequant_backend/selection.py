@@ -9,7 +9,6 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -278,7 +277,7 @@ def compile_tiles(
         with ahead.on(device):
             _Trial(info, format, ahead.NOWHERE).run(tile)
 
-    with ThreadPoolExecutor(ahead.THREADS) as pool:
+    with ahead.threads() as pool:
         for (info, tile), done in [(each, pool.submit(call, *each)) for each in tiles]:
             if done.exception() is not None:
                 _log.debug("%s, %s: %s", info.name, tile, done.exception())

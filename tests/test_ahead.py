@@ -133,6 +133,26 @@ def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
     }
 
 
+def test_threads_import_nothing_of_tritons() -> None:
+    """Two that do at the same time may wait for each other's modules, of which Python lets one fail."""
+    script = """
+import sys
+from onlinequant_backend import ahead
+ahead.threads()
+known = set(sys.modules)
+from onlinequant_backend.kernels import conv, cuda, gather, group_norm, layer_norm, matmul
+try:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+    from onlinequant_backend.kernels import gluon_conv
+except ImportError:
+    pass
+print([name for name in sys.modules if name not in known and name.startswith(("triton", "onlinequant"))])
+"""
+    pytest.importorskip("triton")
+    run = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    assert run.stdout.strip() == "[]"
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_kernels_are_called_by_other_threads() -> None:
     device, seen = torch.device("cuda", 0), []

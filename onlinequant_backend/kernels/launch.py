@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dis
 import functools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -18,7 +20,36 @@ def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
     Ahead, it compiles the kernel for such arguments. Of tensors their dtypes and the alignment of their addresses
     count, so that they may be on the meta device, without any memory.
     """
+    _make_keys(kernel)
     return functools.partial(_compile, kernel, grid) if ahead.is_ahead() else kernel[grid]
+
+
+_keyed: set[int] = set()  # kernels that have keys; not the kernels, since they are hashed by their keys
+_keys_lock = threading.Lock()
+
+
+def _make_keys(kernel: Any) -> None:
+    """Have Triton make the keys of all that ``kernel`` calls, and at last its own.
+
+    Triton 3.6 leaves the constants of a called function out of a key if that one has none yet, so that another process
+    would not find a kernel in the cache if it asked in another order.
+    """
+    if id(kernel) not in _keyed:
+        with _keys_lock:
+            for function in _calls_first(kernel, set()):
+                _ = function.cache_key
+        _keyed.add(id(kernel))
+
+
+def _calls_first(function: Any, seen: set[int]) -> Iterator[Any]:
+    """Triton's functions that ``function`` calls, directly or not, each after those that it calls itself."""
+    if id(function) in seen or not isinstance(function, triton.JITFunction):
+        return
+    seen.add(id(function))
+    for instruction in dis.get_instructions(function.fn):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield from _calls_first(function.fn.__globals__.get(instruction.argval), seen)
+    yield function
 
 
 def _compile(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
