@@ -21,11 +21,11 @@ from typing import IO, Any
 from . import compat, forks
 
 _log = logging.getLogger("onlinequant")
-# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. Longer than this
-# process times layers between two pieces of work.
+# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. This process may
+# time layers that long between two pieces of work.
 IDLE = 30.0
-# And this long after it has compiled, when steps in 8 bit may need that memory.
-IDLE_AFTER_WORK = 5.0
+# The same after the last piece of work, when steps in 8 bit may need that memory.
+IDLE_AT_THE_END = 5.0
 
 
 class CompileProcessError(Exception):
@@ -43,10 +43,13 @@ class CompileProcess:
         self._lock = forks.lock()
         self._process: subprocess.Popen[bytes] | None = None
 
-    def run(self, function: Callable[..., Any], *args: Any) -> Any:
-        """``function(*args)``, done there; both must pickle. Raises CompileProcessError where that fails."""
+    def run(self, function: Callable[..., Any], *args: Any, idle: float = IDLE_AT_THE_END) -> Any:
+        """``function(*args)``, done there; both must pickle. Raises CompileProcessError where that fails.
+
+        ``idle``: for how many seconds it waits for more work afterwards.
+        """
         try:
-            work = pickle.dumps((compat.settings(), function, args))
+            work = pickle.dumps((compat.settings(), function, args, idle))
         except Exception as error:
             raise CompileProcessError(f"{type(error).__name__}: {error}") from error
         with self._lock:
@@ -141,13 +144,13 @@ def in_background() -> Iterator[None]:
         _in_background.reset(token)
 
 
-def done_elsewhere(function: Callable[..., Any], *args: Any) -> bool:
+def done_elsewhere(function: Callable[..., Any], *args: Any, idle: float = IDLE_AT_THE_END) -> bool:
     """Whether ``function(*args)``, which only fills caches on disk, was done by the other process. Raises
-    WorkFailedError if it has tried."""
+    WorkFailedError if it has tried. ``idle``: see ``CompileProcess.run``."""
     if not is_wanted():
         return False
     try:
-        _process.run(function, *args)
+        _process.run(function, *args, idle=idle)
     except WorkFailedError:
         raise
     except CompileProcessError as error:

@@ -9,7 +9,7 @@ import threading
 import traceback
 from typing import IO
 
-from .compile_process import IDLE, IDLE_AFTER_WORK, receive, send
+from .compile_process import IDLE, receive, send
 
 
 def main() -> None:
@@ -28,8 +28,8 @@ def main() -> None:
             work = messages.get(timeout=patience)
         except queue.Empty:
             return
-        send(replies, _done(work))
-        patience = IDLE_AFTER_WORK
+        reply, patience = _done(work)
+        send(replies, reply)
 
 
 def _read(stream: IO[bytes], messages: queue.Queue[bytes]) -> None:
@@ -38,16 +38,17 @@ def _read(stream: IO[bytes], messages: queue.Queue[bytes]) -> None:
     os._exit(0)  # in the middle of whatever it is: nobody wants the result any more
 
 
-def _done(work: bytes) -> bytes:
-    """A pickle of the result, or of what went wrong."""
+def _done(work: bytes) -> tuple[bytes, float]:
+    """A pickle of the result, or of what went wrong; and how long to wait for more."""
+    patience = IDLE
     try:
         from . import compat
 
-        settings, function, args = pickle.loads(work)
+        settings, function, args, patience = pickle.loads(work)
         compat.apply_settings(settings)
-        return pickle.dumps((function(*args), None))
+        return pickle.dumps((function(*args), None)), patience
     except BaseException:
-        return pickle.dumps((None, traceback.format_exc()))
+        return pickle.dumps((None, traceback.format_exc())), patience
 
 
 if __name__ == "__main__":

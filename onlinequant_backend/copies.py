@@ -95,6 +95,7 @@ class Copy:
         self.format = format
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
+        self._room: torch.Tensor | None = None
         self.merged: MergedWeight | None = None
         self.in_use = False
         self.freed = False
@@ -145,12 +146,13 @@ class Copy:
             shared = None
             if self.merged is not None and self.merged.shares_scale:
                 shared = self.merged.lay(self, float(scale_of(weight, self.format)))
-            q, scale = quantize_weight(weight, self.format, shared, smoothing)
-            if self.weight is None or self.weight_scale is None:
-                self.weight, self.weight_scale = self._new_tensor(q), scale
+            if self.weight is None:
+                self.weight = self._taken_room(weight)
+            scale = self._write(self.weight, weight, shared, smoothing)
+            if self.weight_scale is None:
+                self.weight_scale = scale
             elif shared is None:
                 self.weight_scale.copy_(scale)
-            self._write(self.weight, q)
             self._stamp = stamp
 
     def _remember(self, weight: torch.Tensor) -> None:
@@ -166,18 +168,40 @@ class Copy:
         else:
             self.weight = self.weight_scale = None
 
-    def _new_tensor(self, q: torch.Tensor) -> torch.Tensor:
-        if self.format.is_packed:
-            return cpu.new_handle(q.shape)
-        return torch.empty_like(q, memory_format=CHANNELS_LAST.get(q.dim(), torch.contiguous_format))
+    def make_room(self, weight: torch.Tensor) -> None:
+        """Allocate what ``requantize`` will need. With the room of all copies allocated first, what is allocated only
+        to quantize them leaves no holes between them: a GPU's memory is given back in large pieces."""
+        if self.weight is None and self._room is None and not self.format.is_packed:
+            self._room = self._new_tensor(weight)
 
-    def _write(self, weight: torch.Tensor, q: torch.Tensor) -> None:
+    def leave_room(self) -> None:
+        """Give back what ``make_room`` has allocated, if it was not needed."""
+        self._room = None
+
+    def _taken_room(self, weight: torch.Tensor) -> torch.Tensor:
+        room, self._room = self._room, None
+        if room is None or room.shape != weight.shape or room.device != weight.device:
+            return self._new_tensor(weight)
+        return room
+
+    def _new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
+        if self.format.is_packed:
+            return cpu.new_handle(weight.shape)
+        memory_format = CHANNELS_LAST.get(weight.dim(), torch.contiguous_format)
+        return torch.empty(weight.shape, dtype=self.format.weight, device=weight.device, memory_format=memory_format)
+
+    def _write(
+        self, tensor: torch.Tensor, weight: torch.Tensor, scale: float | None, smoothing: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Quantize ``weight`` into ``tensor``; see ``quantize_weight``, whose scales this returns."""
         if not self.format.is_packed:
-            weight.copy_(q)
-        elif self.geometry is None:
-            cpu.pack(weight, q)
+            return quantize_weight(weight, self.format, scale, smoothing, tensor)[1]
+        q, scales = quantize_weight(weight, self.format, scale, smoothing)
+        if self.geometry is None:
+            cpu.pack(tensor, q)
         else:
-            cpu.pack(weight, q, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+            cpu.pack(tensor, q, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        return scales
 
     def forget(self) -> Stamp | None:
         """Drop the claim to be up to date; returns what it was based on."""
@@ -246,6 +270,7 @@ def quantize_weight(
     format: Format = ONEDNN,
     scale_of_all: float | None = None,
     smoothing: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
 
@@ -253,16 +278,16 @@ def quantize_weight(
     [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
     infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
     ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``. ``smoothing``: what the weight
-    is divided by first, see ``smoothing_factors``.
+    is divided by first, see ``smoothing_factors``. ``out``: what to write them into, in any memory format.
     """
     weight = weight.detach()
-    q = torch.empty(weight.shape, dtype=format.weight, device=weight.device)
+    q = torch.empty(weight.shape, dtype=format.weight, device=weight.device) if out is None else out
     per_tensor = _has_one_scale(weight.shape, format)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
     if per_tensor:
         scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
     # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
-    rows = max(1, (_BLOCK if weight.device.type == "cpu" else 64 * _BLOCK) // weight.shape[1:].numel())
+    rows = max(1, (_BLOCK if weight.device.type == "cpu" else 4 * _BLOCK) // weight.shape[1:].numel())
     scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
     for source, q_block, scale_block in zip(weight.split(rows), q.split(rows), scale.split(rows), strict=True):
         block = scratch[: len(source)].copy_(source)  # any dtype and memory format

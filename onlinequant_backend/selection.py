@@ -16,7 +16,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 
 from . import ahead, cuda_graphs, graph
-from .compile_process import done_elsewhere
+from .compile_process import IDLE, done_elsewhere
 from .copies import quantize_weight, scales_in
 from .formats import Format
 from .kernels import cuda, tuning
@@ -260,7 +260,7 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
         with Progress("compiling kernels", len(tiles)) as progress:
             is_done = False
             with going_on("the other process cannot compile kernels"):
-                is_done = done_elsewhere(compile_tiles, tiles, format, device)
+                is_done = done_elsewhere(compile_tiles, tiles, format, device, idle=IDLE)
             if not is_done:
                 compile_tiles(tiles, format, device, progress.advance)
 

@@ -10,10 +10,11 @@ changed is in ``changes``.
 
 from __future__ import annotations
 
+import contextlib
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,7 +164,7 @@ class WeightSet:
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
         stale: set[Copy] = set()
-        with copies_lock:
+        with copies_lock, self._room(parameters, indices):
             # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
             for some in (indices, [index for index in indices if self.layers[index].copy.merged is not None]):
                 for index in some:
@@ -175,6 +176,18 @@ class WeightSet:
                         stale.add(layer.copy)
                         layer.requantize(weight)
         return len(stale)
+
+    @contextlib.contextmanager
+    def _room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
+        """Within the block, there is room for the copies that these layers do not have yet."""
+        copies = [self.layers[index].copy for index in indices]
+        try:
+            for index, copy in zip(indices, copies, strict=True):
+                copy.make_room(parameters[self._candidates[index]])
+            yield
+        finally:
+            for copy in copies:
+                copy.leave_room()
 
     def _claim(self, index: int, weight: torch.Tensor) -> None:
         """Have a layer's copy be one that ``weight`` may be quantized into."""

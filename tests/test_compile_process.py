@@ -224,7 +224,7 @@ def quantize() -> None:
 
 def test_it_is_asked_by_background_threads_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile_process, "is_possible", lambda: True)
-    monkeypatch.setattr(CompileProcess, "run", lambda _process, function, *args: function(*args))
+    monkeypatch.setattr(CompileProcess, "run", lambda _process, function, *args, idle: function(*args))
     done = list[int]()
     assert not done_elsewhere(done.append, 1)
     with compile_process.in_background():
@@ -325,3 +325,13 @@ def test_it_ends_where_there_is_nothing_to_do() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as worker:
         assert worker.stdout is not None
         assert (worker.wait(60), worker.stdout.read()) == (0, b"")
+
+
+def test_after_work_it_waits_as_long_as_it_is_told() -> None:
+    process = CompileProcess()
+    first = process.run(os.getpid)
+    assert process.run(os.getpid, idle=0.0) == first
+    with contextlib.suppress(psutil.NoSuchProcess):
+        psutil.Process(first).wait(20)
+    assert process.run(os.getpid) != first
+    process.stop()

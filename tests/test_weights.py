@@ -3,13 +3,15 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import build
+from onlinequant_backend import build, copies
+from onlinequant_backend.copies import Copy
 from onlinequant_backend.errors import FreedWeightsError
 from onlinequant_backend.formats import FP8
 from onlinequant_backend.layers import Layer
@@ -346,3 +348,31 @@ def test_what_was_merged_is_released_as_a_whole_and_merged_again() -> None:
     known.follow(weights_of(module))
     for layer, expected in zip(known.layers, before, strict=True):
         assert torch.equal(layer.quantized_output(x, None, x), expected)
+
+
+# --- Memory ---
+
+
+def test_copies_are_allocated_before_what_is_needed_to_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a GPU's memory has holes between the copies, which are never given back."""
+    weights = [noise(24, 24, seed=1), noise(32, 24, seed=2), noise(8, 16, 3, 3, seed=3)]
+    layers = [registry.layer(weight, PADDED if weight.dim() == 4 else None, FP8, "minmax") for weight in weights]
+    done: list[str] = []
+    quantize, allocate = copies.quantize_weight, Copy._new_tensor
+
+    def quantized(*args: Any) -> Any:
+        done.append("quantized")
+        return quantize(*args)
+
+    def allocated(self: Copy, weight: torch.Tensor) -> torch.Tensor:
+        done.append("allocated")
+        return allocate(self, weight)
+
+    monkeypatch.setattr(copies, "quantize_weight", quantized)
+    monkeypatch.setattr(Copy, "_new_tensor", allocated)
+    assert set_of(weights, layers).quantize(weights, range(3)) == 3
+    assert done == ["allocated"] * 3 + ["quantized"] * 3
+    for layer, weight in zip(layers, weights, strict=True):
+        assert layer.weight is not None and layer.weight_scale is not None
+        assert torch.equal(layer.weight.float(), quantize(weight, FP8)[0].float())
+    assert layers[2].weight.is_contiguous(memory_format=torch.channels_last)
