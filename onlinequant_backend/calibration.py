@@ -33,15 +33,23 @@ _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 class ActivationRange:
     """What has been seen of one tensor.
 
+    ``minimum``, ``maximum``, ``lowest_peak``: of what is known already, 0-d float32.
+
     Attributes:
         histograms: for each call that it was asked for, the share of values in each bin and the bins' centres, float32
             [BINS] both; without meaning where a range is not finite.
     """
 
-    def __init__(self, minimum: torch.Tensor | None = None, maximum: torch.Tensor | None = None) -> None:
+    def __init__(
+        self,
+        minimum: torch.Tensor | None = None,
+        maximum: torch.Tensor | None = None,
+        lowest_peak: torch.Tensor | None = None,
+    ) -> None:
         self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
         # Put together when they are asked for: on a GPU that would be four more kernels a call.
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._lowest_peak = lowest_peak  # of those that are put together already
         if minimum is not None and maximum is not None:
             self._bounds.append((minimum, maximum))
 
@@ -56,7 +64,15 @@ class ActivationRange:
         """The same, that goes on by itself."""
         other = ActivationRange()
         other.histograms, other._bounds = list(self.histograms), list(self._bounds)
+        other._lowest_peak = self._lowest_peak
         return other
+
+    def joined(self, other: ActivationRange) -> ActivationRange:
+        """What was seen of either, without histograms; ``other`` is of one call."""
+        both = self.copied()
+        both.histograms.clear()
+        both._bounds += other._bounds
+        return both
 
     @property
     def is_empty(self) -> bool:
@@ -73,11 +89,23 @@ class ActivationRange:
         """The largest value of all calls, exact, 0-d float32; None before the first."""
         return self._range()[1]
 
+    @property
+    def lowest_peak(self) -> float:
+        """The largest magnitude of the call in which that was least; infinite before the first.
+
+        Calls that were all zeros do not count, since zeros are exact in any range."""
+        self._range()
+        return math.inf if self._lowest_peak is None else float(self._lowest_peak)
+
     def _range(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
         if not self._bounds:
             return None, None
-        if len(self._bounds) > 1 or self._bounds[0][0].dtype is not torch.float32:
+        if len(self._bounds) > 1 or self._lowest_peak is None:
             lows, highs = (torch.stack(bounds).float() for bounds in zip(*self._bounds, strict=True))
+            peaks = torch.maximum(-lows, highs)
+            if self._lowest_peak is not None:
+                peaks[0] = self._lowest_peak
+            self._lowest_peak = torch.where(peaks == 0, torch.inf, peaks).amin()
             self._bounds = [(lows.amin(), highs.amax())]
         return self._bounds[0]
 
@@ -115,6 +143,13 @@ def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tens
     cost the least squared error (Banner et al., "Post training 4-bit quantization of convolutional networks for
     rapid-deployment", 2019, equation 3, over the observed distribution).
     """
+    minimum = observed.minimum
+    assert minimum is not None
+    return _qparams(*wanted(observed, format, method), format, minimum.device)
+
+
+def wanted(observed: ActivationRange, format: Format, method: str) -> tuple[float, float]:
+    """The range that ``freeze`` lays onto a format's ``span``."""
     minimum, maximum = observed.minimum, observed.maximum
     assert minimum is not None and maximum is not None
     low, high = min(float(minimum), 0.0), max(float(maximum), 0.0)
@@ -125,17 +160,25 @@ def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tens
         shares, centres = (torch.cat(parts).cpu() for parts in zip(*observed.histograms, strict=True))
         clip = _clipped if method == "mse" else _percentile
         low, high = clip(shares, centres, low, high, format)
-    return _qparams(low * format.headroom, high * format.headroom, format, minimum.device)
+    return low * format.headroom, high * format.headroom
 
 
-def widened(qparams: torch.Tensor, other: torch.Tensor, format: Format) -> torch.Tensor:
-    """Quantization parameters that cover what either of two covers; ``qparams`` itself if that covers both, but for a
-    hundredth."""
-    (low, high), (other_low, other_high) = (_range(of.tolist(), format) for of in (qparams, other))
-    margin = (high - low) / 100
-    if low - margin <= other_low and other_high <= high + margin:
+def widened(qparams: torch.Tensor, low: float, high: float, format: Format) -> torch.Tensor:
+    """Quantization parameters that cover the range from ``low`` <= 0 to ``high`` >= 0 as well; ``qparams`` itself if
+    nothing of it is clipped, or in a floating format next to nothing of the headroom gone."""
+    inverse, zero_point, _ = values = qparams.tolist()
+    lowest, highest = format.limits
+    margin = -0.01 * highest if format.activation.is_floating_point else 0.5
+    if lowest + margin < low * inverse + zero_point and high * inverse + zero_point < highest - margin:
         return qparams
-    return _qparams(min(low, other_low), max(high, other_high), format, qparams.device)
+    known_low, known_high = _range(values, format)
+    return _qparams(min(low, known_low), max(high, known_high), format, qparams.device)
+
+
+def doubled(qparams: torch.Tensor, format: Format) -> torch.Tensor:
+    """Quantization parameters of a range twice as wide."""
+    low, high = _range(qparams.tolist(), format)
+    return _qparams(2 * low, 2 * high, format, qparams.device)
 
 
 def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
@@ -157,28 +200,28 @@ def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: 
 
 
 def _qparams(low: float, high: float, format: Format, device: torch.device) -> torch.Tensor:
-    lowest, highest = format.limits
+    lowest, highest = format.span
     # A layer that only ever saw zeros still needs a scale that is positive.
     scale = max((high - low) / (highest - lowest), LEAST_SCALE)
-    zero_point = 0 if lowest else min(max(round(-low / scale), 0), highest)
+    zero_point = 0 if format.limits[0] else round(min(max(lowest - low / scale, lowest), highest))
     return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device=device)
 
 
 def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
     _, zero_point, scale = qparams
-    lowest, highest = format.limits
-    return (lowest - zero_point) * scale, (highest - zero_point) * scale
+    lowest, highest = format.span
+    return min((lowest - zero_point) * scale, 0.0), max((highest - zero_point) * scale, 0.0)
 
 
 def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
-    """The largest share of values that any observed call has at an end of the range; see ``drift.clipped_share``."""
+    """The largest share of values that any observed call has beyond the range; see ``drift.clipped``."""
     inverse, zero_point, _ = qparams.tolist()
     lowest, highest = format.limits
     largest = 0.0
     for shares, centres in observed.histograms:
         q = centres * inverse + zero_point
-        # Rounding reaches half a step, and a bin may as well; where the zero point is 0, zeros lie at the lower end.
-        clipped = (q > highest - 1) | ((q < lowest + 1) & bool(zero_point or lowest))
+        # Half a step rounds to a limit, and a bin reaches an eighth of one beyond its centre.
+        clipped = (q > highest - 0.625) | (q < lowest + 0.625)
         largest = max(largest, float(shares[clipped].sum()))
     return largest
 
@@ -187,7 +230,7 @@ def _clipped(
     shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, format: Format
 ) -> tuple[float, float]:
     """The range whose squared error is least: first of its upper ends, then of its lower ones; of both if symmetric."""
-    levels = format.limits[1] - format.limits[0]
+    levels = format.span[1] - format.span[0]
     if format.limits[0]:
         ratio = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high * ratio, levels))
         return low * ratio, high * ratio
@@ -233,7 +276,7 @@ class Observation:
         kept: indices of the layers whose 8-bit copy is kept after that.
         probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
             probing, when there is nothing else to do.
-        widening: indices of the frozen layers whose ranges are to cover this call's inputs as well.
+        refitting: indices of the frozen layers whose ranges are to be right for this call's inputs as well.
         lost: indices of those whose inputs were not finite, so that no range can.
         gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
             outside of a pass for these, when there is nothing else to do.
@@ -245,7 +288,7 @@ class Observation:
     compares: bool = False
     kept: Container[int] = ()
     probed: Container[int] | None = None
-    widening: Container[int] = ()
+    refitting: Container[int] = ()
     lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
@@ -261,7 +304,7 @@ class Observation:
         if self.probed is not None:
             return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
-            if index in self.widening and not layer.widen(x):
+            if index in self.refitting and not layer.refit(x):
                 self.lost.add(index)
             return y
         shared = self.layers[first]

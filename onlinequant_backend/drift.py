@@ -1,7 +1,8 @@
-"""Whether activations have outgrown the ranges that were observed: another LoRA, resolution or sampler may do that.
+"""Whether activations still fit the ranges that were observed: another LoRA, resolution or sampler may change that.
 
-Every so often a call counts how many of the values that each 8-bit layer reads lie at an end of its range, where larger
-ones are clipped. On a GPU these calls have a CUDA graph of their own, which counts as well.
+Every so often a call counts how many of the values that each 8-bit layer reads lie beyond its range, where they are
+clipped, and looks how much of the range they use. On a GPU these calls have a CUDA graph of their own, which does so
+as well.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -29,11 +30,16 @@ SAMPLES = 16384
 # observed: in float, that is. With 8-bit layers before it, an attention's output clips up to 4 times as much.
 _TOLERANCE = 0.001
 _FACTOR = 4
-# So few values beyond a range say nothing: in a tensor of a thousand one more may do.
+# So few values beyond a range say nothing in a tensor of a thousand; in one of a dozen each is a large part of it.
 _HANDFUL = 4
+_HANDFUL_OF = 32  # one in so many
+# Values of which none is as many steps away from zero are rounded by so much that it shows.
+FEWEST_STEPS = 8
 
-# Noise alone differs by a fifth from call to call.
-_GROWTH = 1.5
+# Of what lies between the least and the largest value: normal noise of a few values grows by a fifth of its largest.
+_GROWTH = 0.25
+# Inputs so many times smaller than any before are far smaller.
+_DECLINE = 8
 # Runs of more steps are rare.
 _LONGEST_RUN = 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -57,6 +63,7 @@ class Schedule:
         self.checks = 0
         self._every = every
         self._is_new = False  # what is new when this begins has just been observed
+        self._checks_all = False  # calls of the two runs
         self._calls = 0  # since the last change
         self._runs = 0  # begun since the last change
         self._position = 0  # in the run
@@ -66,12 +73,12 @@ class Schedule:
         self._number = 1  # of the window
         self._left = self._place()
 
-    def restart(self) -> None:
-        """Something has changed: the next call counts."""
-        self._is_new = True
+    def restart(self, checks_all: bool = False) -> None:
+        """Something has changed: the next call counts; ``checks_all``: and so does each of two runs."""
+        self._is_new, self._checks_all = True, checks_all
         self._calls = self._runs = 0
 
-    def is_due(self, run: SamplingRun | None = None, has_grown: bool = False) -> bool:
+    def is_due(self, run: SamplingRun | None = None, have_changed: bool = False) -> bool:
         """Asked once for each call, with the run that it belongs to and whether its inputs alone are a reason."""
         if not self._every:
             return False
@@ -82,7 +89,7 @@ class Schedule:
         is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
         self._calls += 1
         self._position += 1
-        is_due = is_due or has_grown
+        is_due = is_due or have_changed
         self.checks += is_due
         return is_due
 
@@ -91,7 +98,7 @@ class Schedule:
             self._is_new, self._window = False, self._every
             return self._is_in_turn()
         # A run that has begun before the change does not count as one of the two.
-        return not is_run_known or self._calls == 0 or (self._position + self._runs) % 2 == 1
+        return not is_run_known or self._checks_all or self._calls == 0 or (self._position + self._runs) % 2 == 1
 
     def _is_in_turn(self) -> bool:
         if self._left > 0:
@@ -110,26 +117,31 @@ class Schedule:
 
 
 class Extents:
-    """How large the inputs of a graph have been, which is quick to see on a CPU: much larger ones are drift most often.
+    """Between which bounds the inputs of a graph have been, which is quick to see on a CPU: where these change,
+    activations do most often.
 
     ``positions``: of the inputs among a call's arguments.
     """
 
     def __init__(self, positions: Sequence[int]) -> None:
-        self._largest = dict.fromkeys(positions, 0.0)
+        # By position: the least and the largest value of all calls, and the largest magnitude where that was least.
+        self._known = dict.fromkeys(positions, (0.0, 0.0, math.inf))
 
-    def have_grown(self, args: Sequence[Any]) -> bool:
-        """Whether one is far larger than in every call before."""
-        grown = False
-        for position, known in self._largest.items():
+    def have_changed(self, args: Sequence[Any]) -> bool:
+        """Whether one reaches far beyond what it did in every call before, or is far smaller."""
+        changed = False
+        for position, (low, high, peak) in self._known.items():
             x = args[position]
             if isinstance(x, torch.Tensor) and x.is_floating_point():
-                low, high = _bounds(x)
-                largest = max(-low, high)
-                if _GROWTH * known < largest < math.inf:
-                    self._largest[position] = largest
-                    grown = True
-        return grown
+                new_low, new_high = _bounds(x)
+                new_peak = max(-new_low, new_high)
+                if not 0 < new_peak < math.inf:
+                    continue
+                margin = _GROWTH * (high - low)
+                if new_low < low - margin or high + margin < new_high or _DECLINE * new_peak < peak:
+                    self._known[position] = min(low, new_low), max(high, new_high), min(peak, new_peak)
+                    changed = True
+        return changed
 
 
 class Bounds:
@@ -151,8 +163,21 @@ class Bounds:
         return (self._lowest, self._highest) != before
 
 
+class Seen(NamedTuple):
+    """What a call has seen of one quantized tensor.
+
+    Attributes:
+        clipped: the share of values beyond the range, less what a handful may be.
+        lowest, highest: the least and the largest stored value; of float8 both are the largest magnitude.
+    """
+
+    clipped: float
+    lowest: float
+    highest: float
+
+
 class CountingCall:
-    """A compiled function whose calls also say what its 8-bit layers clip.
+    """A compiled function whose calls also say what its 8-bit layers read.
 
     ``graphed``: makes a function that is replayed as a CUDA graph out of one that is not; None where there is no GPU.
 
@@ -166,61 +191,73 @@ class CountingCall:
         self._function = function
         self.run = self._counted if graphed is None else graphed(self._counted)
 
-    def __call__(self, *args: Any) -> tuple[Any, dict[int, float]]:
-        """The result, and of each quantized tensor by the address of its ``qparams`` the share of values at an end of
-        its range, less what a handful may be. Waits for both."""
-        result, clipped, lengths = self.run(*args)
-        return result, {} if clipped is None else _shares(clipped, lengths)
+    def __call__(self, *args: Any) -> tuple[Any, dict[int, Seen]]:
+        """The result, and what was seen of each quantized tensor by the address of its ``qparams``. Waits for both."""
+        result, clipped, bounds, lengths = self.run(*args)
+        return result, _seen(clipped, bounds, lengths) if lengths else {}
 
-    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None, dict[int, int]]:
+    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, dict[int, int]]:
         # All of it is returned: other threads may be calling with other sizes, and replays of a graph run no Python.
         with counting() as counts:
             result = self._function(*args)
         lengths = {address: len(flags) for address, flags in counts.clipped.items()}
-        return result, torch.cat(list(counts.clipped.values())) if counts.clipped else None, lengths
+        if not lengths:
+            return result, None, None, lengths
+        return result, torch.cat(list(counts.clipped.values())), torch.stack(counts.bounds), lengths
 
 
 class Counts:
-    """What one call's layers have clipped.
+    """What one call's layers have read.
 
     Attributes:
         clipped: of each quantized tensor, by the address of its ``qparams``: ``clipped``.
+        bounds: of each, in the same order, the least and the largest stored value as two 0-d tensors of one dtype.
     """
 
     def __init__(self) -> None:
         self.clipped: dict[int, torch.Tensor] = {}
+        self.bounds: list[torch.Tensor] = []
 
     def see(self, xq: torch.Tensor, qparams: torch.Tensor) -> None:
         """Count in what a layer reads."""
-        if qparams.data_ptr() not in self.clipped:
-            self.clipped[qparams.data_ptr()] = clipped(xq, qparams)
+        if qparams.data_ptr() not in self.clipped and xq.numel():
+            values = sample(xq, SAMPLES)
+            self.clipped[qparams.data_ptr()] = clipped(values)
+            self.bounds += _bounds_of(values)
 
 
-def clipped(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are at an end of their range, or not
-    finite; bool of at most ``SAMPLES``.
-
-    Where the zero point is 0, the lower end of uint8 is what zeros are stored as, so it does not count.
-    """
-    values = sample(xq, SAMPLES)
-    if xq.dtype is torch.uint8:
-        return values + 2 < 3 if qparams[1] > 0 else values >= 254  # a sum of more than 255 begins at 0 again
-    if xq.dtype is torch.int8:
+def clipped(values: torch.Tensor) -> torch.Tensor:
+    """Which of some quantized values, uint8, int8 or float8_e4m3fn of any shape, are beyond their range, for which the
+    code at each limit is kept (``Format.span``), or not finite; bool."""
+    if values.dtype is torch.uint8:
+        return values + 2 < 3  # a sum of more than 255 begins at 0 again
+    if values.dtype is torch.int8:
         return values.view(torch.uint8) + 129 < 3  # -127, -128 and 127
     return values.view(torch.uint8).bitwise_and(0x7F) >= 0x7E
 
 
-def _shares(clipped: torch.Tensor, lengths: Mapping[int, int]) -> dict[int, float]:
-    """The share of each tensor's values, less a handful; ``clipped`` holds them one tensor after the other."""
+def _bounds_of(values: torch.Tensor) -> list[torch.Tensor]:
+    if values.dtype is torch.float8_e4m3fn:  # which has no minimum, and of which the magnitude will do
+        largest = values.view(torch.uint8).bitwise_and(0x7F).amax().view(values.dtype).float()
+        return [largest, largest]
+    return list(torch.aminmax(values))
+
+
+def _seen(clipped: torch.Tensor, bounds: torch.Tensor, lengths: Mapping[int, int]) -> dict[int, Seen]:
+    """What ``CountingCall`` returns; ``clipped`` and ``bounds`` hold one tensor's after the other."""
     ends = torch.tensor(list(lengths.values()), dtype=torch.int64, device=clipped.device).cumsum(0) - 1
     totals = clipped.cumsum(0, dtype=torch.int32)[ends].tolist()
     counts = [total - before for before, total in itertools.pairwise([0, *totals])]
-    shares = (max(0, count - _HANDFUL) / length for count, length in zip(counts, lengths.values(), strict=True))
-    return dict(zip(lengths, shares, strict=True))
+    return {
+        address: Seen(max(0, count - min(_HANDFUL, length // _HANDFUL_OF)) / length, lowest, highest)
+        for (address, length), count, (lowest, highest) in zip(
+            lengths.items(), counts, bounds.view(-1, 2).tolist(), strict=True
+        )
+    }
 
 
 def has_drifted(share: float, expected: float) -> bool:
-    """Whether a layer clips more than it did while it was observed."""
+    """Whether a layer clips a larger share than was expected."""
     return share > _FACTOR * expected + _TOLERANCE
 
 

@@ -18,7 +18,7 @@ from typing import Any
 # The files of an entry.
 CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
 AUTOTUNING_FILE = "autotuning.json"  # on GPUs
-FORMAT, VERSION = "onlinequant-calibration", "3"
+FORMAT, VERSION = "onlinequant-calibration", "4"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
 MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
@@ -49,7 +49,8 @@ class LayerCalibration:
         qparams: 1 / scale, zero point and scale of its input; None where the range rules 8 bit out.
         sensitivity: relative, mean absolute and mean squared error that it causes in 8 bit, and whether these are the
             model's output's instead of its own; None if not measured.
-        clipped: the largest share of an observed input's values that lie at an end of the quantized range.
+        lowest_peak: the largest magnitude of the call in which that was least; NaN where the range rules 8 bit out.
+        clipped: the largest share of an observed input's values that lie beyond the quantized range.
         smoothing: a factor for each channel of its input, a power of two that is 1 for half of them at least; None for
             no smoothing.
     """
@@ -61,11 +62,12 @@ class LayerCalibration:
     maximum: float
     qparams: tuple[float, float, float] | None
     sensitivity: tuple[float, float, float, bool] | None
+    lowest_peak: float = math.nan
     clipped: float = 0
     smoothing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("minimum", "maximum", "clipped"):
+        for name in ("minimum", "maximum", "lowest_peak", "clipped"):
             object.__setattr__(self, name, _float32([getattr(self, name)])[0])
         for name in ("qparams", "smoothing"):
             if getattr(self, name) is not None:
@@ -212,6 +214,7 @@ def _tensors(layers: int, factors: int) -> dict[str, dict[str, Any]]:
     for name, dtype, shape in (
         ("minimum", "F32", [layers]),
         ("maximum", "F32", [layers]),
+        ("lowest_peak", "F32", [layers]),
         ("clipped", "F32", [layers]),
         ("qparams", "F32", [layers, 3]),
         ("sensitivity", "F32", [layers, 3]),
@@ -239,6 +242,7 @@ def _pack(layers: Iterable[LayerCalibration]) -> bytes:
     layers = tuple(layers)
     floats = [layer.minimum for layer in layers]
     floats += [layer.maximum for layer in layers]
+    floats += [layer.lowest_peak for layer in layers]
     floats += [layer.clipped for layer in layers]
     floats += [value for layer in layers for value in layer.qparams or _NONE]
     floats += [value for layer in layers for value in (layer.sensitivity or _NONE)[:3]]
@@ -256,10 +260,10 @@ def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
     count = len(described)
     end = len(body) - 3 * count
     floats, given = struct.unpack_from(f"<{end // 4}f", body), body[end:]
-    end = 9 * count
+    end = 10 * count
     for index, (name, kind, shape, factors) in enumerate(described):
-        minimum, maximum, clipped = floats[index : 3 * count : count]
-        qparams, errors = (floats[start : start + 3] for start in (3 * count + 3 * index, 6 * count + 3 * index))
+        minimum, maximum, lowest_peak, clipped = floats[index : 4 * count : count]
+        qparams, errors = (floats[start : start + 3] for start in (4 * count + 3 * index, 7 * count + 3 * index))
         has_qparams, has_errors, of_model = map(bool, given[3 * index : 3 * index + 3])
         smoothing = tuple(floats[end : end + factors]) or None
         end += factors
@@ -271,6 +275,7 @@ def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
             maximum=maximum,
             qparams=qparams if has_qparams else None,
             sensitivity=(*errors, of_model) if has_errors else None,
+            lowest_peak=lowest_peak,
             clipped=clipped,
             smoothing=smoothing,
         )
@@ -313,6 +318,8 @@ def _check_layer(layer: LayerCalibration) -> None:
         raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and a scale")
     else:
         _check_qparams(layer.name, min(low, 0.0), max(high, 0.0), *layer.qparams)
+        if not 0 < layer.lowest_peak <= max(-low, high):
+            raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and a call of {layer.lowest_peak}")
     if not 0 <= layer.clipped <= 1:
         raise InvalidEntryError(f"{layer.name} has clipped a share of {layer.clipped}")
     if layer.smoothing is not None:
@@ -337,8 +344,9 @@ def _check_qparams(name: str, low: float, high: float, inverse: float, zero_poin
         raise InvalidEntryError(f"the zero point of {name} is {zero_point}, not a whole number in [0, 254]")
     largest = max(-low, high)
     begin, end = -zero_point * scale, (254 - zero_point) * scale
-    # A zero point is rounded, which moves both ends; symmetric formats have none, and the largest value at 127 or 224.
-    fits = low - scale <= begin and end <= high + scale if zero_point else scale <= largest / 126
+    # Beyond both ends there is a margin of a step, and a zero point is rounded; symmetric formats have none, and the
+    # largest value at 126 or 224.
+    fits = low - 2 * scale <= begin and end <= high + 2 * scale if zero_point else scale <= largest / 125
     if not (fits or scale < 1.01 * LEAST_SCALE) or end - begin < _LEAST_PART * largest:
         raise InvalidEntryError(
             f"{name} has the range [{low}, {high}], but the scale {scale} and the zero point {zero_point}"

@@ -35,6 +35,18 @@ class Format:
         return LIMITS[self.activation]
 
     @property
+    def span(self) -> tuple[float, float]:
+        """Between which stored values, not whole numbers, a range is laid; what lies beyond is stored as a limit."""
+        lowest, highest = self.limits
+        margin = 0.0 if self.activation.is_floating_point else _MARGIN
+        return lowest + margin, highest - margin
+
+    @property
+    def step(self) -> float:
+        """The least distance between two stored activations."""
+        return 2.0**-9 if self.activation.is_floating_point else 1.0
+
+    @property
     def is_packed(self) -> bool:
         """Whether weights live behind a handle, in oneDNN's own layout."""
         return self.activation is torch.uint8
@@ -43,6 +55,11 @@ class Format:
 # Of stored activations, and what NaN and infinity are stored as: they must not pass for numbers.
 LIMITS = {torch.uint8: (0.0, 254.0), torch.int8: (-127.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 NOT_FINITE = {torch.uint8: 255.0, torch.int8: -128.0, torch.float8_e4m3fn: math.nan}
+
+# Integers leave the code at each limit to what lies beyond a range: without it, nothing would tell an input whose values
+# pile up at the end of its range from one that is clipped. Half a step rounds to a limit, rounding the zero point moves
+# a range by up to another half, and results may come out a little larger than they should.
+_MARGIN = 1.125
 
 ONEDNN = Format("onednn", torch.uint8, torch.int8, 127)
 # For CPUs without VNNI or AMX, whose multiply-add sums two products in 16 bits: 2 * 255 * 63 fits, 2 * 255 * 127 would

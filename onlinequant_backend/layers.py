@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import forks, ops
-from .calibration import ActivationRange, clipped_share, covered, freeze, is_frozen_from, widened
+from .calibration import ActivationRange, clipped_share, covered, doubled, freeze, is_frozen_from, wanted, widened
 from .copies import Copy, Generation, copies_lock, read_elsewhere
+from .drift import FEWEST_STEPS, Seen, has_drifted
 from .entry import LayerCalibration
 from .formats import Format
 from .smoothing import smoothing_factors
@@ -59,7 +60,9 @@ class Layer:
         smoothing: what the channels of its input are multiplied by before they are quantized, and those of its weight
             divided by; None for nothing. See ``smoothing_factors``.
         clipped: the largest share of an observed call's input that the frozen range clips.
-        growth: by how much the range was widened since it was frozen; 1 if it was not.
+        lowest_peak: the least that the largest magnitude of an input has been, of observed calls and of those since
+            which have been found to be as large as they should; see ``ActivationRange.lowest_peak``.
+        growth: by how much the range was widened since it was frozen; 1 if it was not, less if it was narrowed.
         copy: the 8-bit copy of its weight.
     """
 
@@ -83,10 +86,12 @@ class Layer:
         self.sensitivity: Sensitivity | None = None
         self.smoothing: torch.Tensor | None = None
         self.clipped = 0.0
+        self.lowest_peak = math.inf
         self.growth = 1.0
         self.copy = Copy(geometry, format)
         self._first = first
         self._qparams: torch.Tensor | None = None
+        self._values = (0.0, 0.0, 0.0)  # of _qparams
         self._ranged = False  # whether _qparams are of what was observed
 
     @property
@@ -107,6 +112,8 @@ class Layer:
                 # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
                 self._qparams = torch.empty(5, dtype=torch.float32, device=qparams.device)[2:]
             self._qparams.copy_(qparams)
+            inverse, zero_point, scale = qparams.tolist()
+            self._values = inverse, zero_point, scale
             self._ranged = True
 
     def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
@@ -135,33 +142,81 @@ class Layer:
         """Observing is over; what was observed decides from now on."""
         if not self.frozen and self.range_refusal() is None:
             self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
+            self.lowest_peak = min(self.lowest_peak, self.observed.lowest_peak)
         self.frozen = True
 
-    def widen(self, x: torch.Tensor | None = None) -> bool:
-        """Have the range cover ``x`` as well, the layer's input of a call, or twice what it has covered; False if no
-        range can."""
+    def has_drifted(self, seen: Seen) -> bool:
+        """Whether inputs have left the range, or use next to nothing of it."""
+        return has_drifted(seen.clipped, self.clipped) or self._is_lost(self._peak(seen))
+
+    def accept(self, seen: Seen) -> None:
+        """Inputs of which this was seen in 8 bit are as they should: to do their call again would change no range."""
+        self.clipped = max(self.clipped, seen.clipped)
+        self.lowest_peak = min(self.lowest_peak, self._peak(seen))
+
+    def _peak(self, seen: Seen) -> float:
+        """The largest magnitude that the values may have had of which this was stored."""
+        _, zero_point, scale = self._values
+        return (max(seen.highest - zero_point, zero_point - seen.lowest) + self.format.step / 2) * scale
+
+    def _is_lost(self, peak: float) -> bool:
+        """Whether inputs of this largest magnitude are too coarse in this range, and less than half of all before."""
+        return peak < min(FEWEST_STEPS * self.format.step * self._values[2], self.lowest_peak / 2)
+
+    def refit(self, x: torch.Tensor) -> bool:
+        """Have the range be right for ``x``, the layer's input of a call: as wide as that and all before need, or, if
+        it would be lost in that, as wide as it needs alone. False if no range can."""
         with torch.inference_mode(False), torch.no_grad():
-            other = self.qparams * torch.tensor([0.5, 1, 2], dtype=torch.float32, device=self.qparams.device)
             seen = ActivationRange()
-            if x is not None:
-                seen.update(self._smoothed(x))
-                if not seen.is_finite():
-                    return False
-                other = freeze(seen, self.format, self.method)
-            before = float(self.qparams[2])
-            self._set_qparams(widened(self.qparams, other, self.format))
-            self.growth *= float(self.qparams[2]) / before
+            seen.update(self._smoothed(x), with_histogram=not self.format.activation.is_floating_point)
+            if not seen.is_finite():
+                return False
+            if self._is_lost(seen.lowest_peak):
+                self._narrow(seen)
+            else:
+                low, high = wanted(seen, self.format, self.method)
+                self._move(widened(self.qparams, low, high, self.format), self.observed.joined(seen))
+                self.lowest_peak = min(self.lowest_peak, seen.lowest_peak)
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
+            seen.histograms.clear()
         return True
+
+    def step(self, seen: Seen) -> None:
+        """Have the range fit inputs better of which this was stored: twice as wide if some of it was clipped, else as
+        wide as it needs. What is all zeros changes nothing, for who knows of what."""
+        _, zero_point, scale = self._values
+        with torch.inference_mode(False), torch.no_grad():
+            if has_drifted(seen.clipped, self.clipped):
+                qparams = doubled(self.qparams, self.format)
+                self._move(qparams, self.observed.joined(self._spread(*covered(qparams.tolist(), self.format))))
+            elif (seen.lowest, seen.highest) != (zero_point, zero_point):
+                half = self.format.step / 2
+                low, high = seen.lowest - half - zero_point, seen.highest + half - zero_point
+                self._narrow(self._spread(min(low, 0) * scale, max(high, 0) * scale))
+
+    def _narrow(self, seen: ActivationRange) -> None:
+        self._move(freeze(seen, self.format, self.method), seen)
+        self.clipped, self.lowest_peak = 0.0, min(self.lowest_peak, seen.lowest_peak)
+
+    def _spread(self, low: float, high: float) -> ActivationRange:
+        seen = ActivationRange()
+        seen.update(torch.tensor([low, high], dtype=torch.float32, device=self.device), with_histogram=False)
+        return seen
+
+    def _move(self, qparams: torch.Tensor, observed: ActivationRange) -> None:
+        before = self._values[2]
+        self.observed = observed
+        self._set_qparams(qparams)
+        self.growth *= self._values[2] / before
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
         """Take over what another process observed."""
         with torch.inference_mode(False):
-            low, high = (
-                torch.tensor(bound, dtype=torch.float32, device=self.device) for bound in (saved.minimum, saved.maximum)
+            bounds = (saved.minimum, saved.maximum, saved.lowest_peak)
+            self.observed = ActivationRange(
+                *(torch.tensor(bound, dtype=torch.float32, device=self.device) for bound in bounds)
             )
-            self.observed = ActivationRange(low, high)
             if saved.qparams is not None:
                 self._set_qparams(torch.tensor(saved.qparams, dtype=torch.float32, device=self.device))
             self.smoothing = None
@@ -170,6 +225,7 @@ class Layer:
                 self.smoothing = torch.tensor(saved.smoothing, dtype=torch.float32, device=self.device).view(shape)
         self.sensitivity = None if saved.sensitivity is None else Sensitivity(*saved.sensitivity)
         self.clipped = saved.clipped
+        self.lowest_peak = math.inf
         self.calls = calls
         self.calibrated_for = calibrated_for
         self.freeze()
@@ -178,15 +234,15 @@ class Layer:
         """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
         if saved.qparams is None:
             return True
-        bounds = (torch.tensor(bound, dtype=torch.float32, device="cpu") for bound in (saved.minimum, saved.maximum))
-        observed = ActivationRange(*bounds)
+        bounds = (saved.minimum, saved.maximum, saved.lowest_peak)
+        observed = ActivationRange(*(torch.tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds))
         return is_frozen_from(saved.qparams, observed, self.format, self.method)
 
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""
         self.observed = ActivationRange()
         self.sensitivity = self.smoothing = None
-        self.clipped, self.growth = 0.0, 1.0
+        self.clipped, self.lowest_peak, self.growth = 0.0, math.inf, 1.0
         self.calls = 0
         self.frozen = self._ranged = False
 
@@ -196,9 +252,6 @@ class Layer:
             math.nan if bound is None else float(bound) for bound in (self.observed.minimum, self.observed.maximum)
         )
         qparams = None if self.range_refusal() is not None else tuple(self.qparams.tolist())
-        if qparams is not None and self.growth > 1:  # larger values were seen later
-            wider = covered(qparams, self.format)
-            low, high = min(low, wider[0]), max(high, wider[1])
         return LayerCalibration(
             name=name,
             kind=kind,
@@ -207,6 +260,7 @@ class Layer:
             maximum=high,
             qparams=qparams,
             sensitivity=None if self.sensitivity is None else dataclasses.astuple(self.sensitivity),
+            lowest_peak=math.nan if qparams is None else min(self.lowest_peak, max(-low, high)),
             clipped=self.clipped,
             smoothing=None if self.smoothing is None else tuple(self.smoothing.flatten().tolist()),
         )

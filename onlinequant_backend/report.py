@@ -107,7 +107,8 @@ class Report:
         compile_seconds: seconds spent in Inductor after observing.
         error: relative error of a step in 8 bit: the first one, or with ``max_error`` one when observing was over; None
             if not measured.
-        widened: by layer name, the factor by which its range has grown since observing, where larger values came.
+        widened: by layer name, the factor by which its range has grown since observing, where larger values came; less
+            than 1 where far smaller ones did.
         sensitivity_kind: what ``sensitivity`` is: "local" is of the layer's own output, the others are of the model's.
         stats_path: where the report was last saved or loaded from; None if nowhere.
         config: every option, as ``QuantConfig.to_dict()`` gives them.

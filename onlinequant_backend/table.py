@@ -49,8 +49,14 @@ def _summary(report: Report) -> Table:
     for warning in report.warnings():
         grid.add_row("warning", warning)
     if report.widened:
-        most = max(report.widened.values())
-        grid.add_row("widened", f"the ranges of {len(report.widened)} layers, by up to {most:.2g}x, for larger values")
+        for title, factors, values in (
+            ("widened", [factor for factor in report.widened.values() if factor > 1], "larger"),
+            ("narrowed", [1 / factor for factor in report.widened.values() if factor < 1], "far smaller"),
+        ):
+            if factors:
+                grid.add_row(
+                    title, f"the ranges of {len(factors)} layers, by up to {max(factors):.2g}x, for {values} values"
+                )
     if report.unmatched():
         grid.add_row("exclude", f"{', '.join(map(repr, report.unmatched()))}: no layer has such a name")
     if report.stats_path is not None:

@@ -1,4 +1,4 @@
-"""Runs 8-bit graphs and looks at what they do: outgrown ranges are widened, and nothing non-finite gets out."""
+"""Runs 8-bit graphs and looks at what they do: ranges follow the activations, and nothing non-finite gets out."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 _log = logging.getLogger("onlinequant")
 
 
-# Doublings of a range until a call fits.
-_MOST_DOUBLINGS = 32
+# Changes of a range until a call fits.
+_MOST_CHANGES = 32
 
 
 class Watch:
@@ -48,20 +48,20 @@ class Watch:
         """
         device = weights.layers[0].device
         is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        has_grown = device.type == "cpu" and self._extents.have_grown(args)
-        due = weights.schedule.is_due(run, has_grown) and not is_capturing
+        have_changed = device.type == "cpu" and self._extents.have_changed(args)
+        due = weights.schedule.is_due(run, have_changed) and not is_capturing
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
-            outgrown: Mapping[int, float] = {}
+            drifted: Mapping[int, drift.Seen] = {}
             looks = device.type == "cpu"
         else:
-            result, shares = compiled.count(args, weights)
-            outgrown = weights.outgrown(shares)
+            result, seen = compiled.count(args, weights)
+            drifted = weights.drifted(seen)
             looks = True
         is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
-        if outgrown or is_lost:
-            return self._follow(compiled, args, weights, outgrown, is_lost, result)
+        if drifted or is_lost:
+            return self._follow(compiled, args, weights, drifted, is_lost, result)
         if self._compares and not is_capturing:
             self._compare(args, weights, result)
         return result
@@ -90,17 +90,17 @@ class Watch:
         compiled: CompiledGraph,
         args: Sequence[Any],
         weights: WeightSet,
-        outgrown: Mapping[int, float],
+        drifted: Mapping[int, drift.Seen],
         is_lost: bool,
         result: Any,
     ) -> Any:
-        """Widen ranges, in place, so that nothing is compiled again, and do the call anew."""
+        """Change ranges, in place, so that nothing is compiled again, and do the call anew."""
         if is_lost and not self._said:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
-        ways: list[Callable[[], Any]] = [lambda: self._double(compiled, args, weights, outgrown, result)]
+        ways: list[Callable[[], Any]] = [lambda: self._step(compiled, args, weights, drifted, result)]
         if self._traced.may_repeat and not weights.has_freed():
-            in_float = [lambda: self._observe(args, weights, outgrown), lambda: self._run_float(args, weights)]
+            in_float = [lambda: self._observe(args, weights, drifted), lambda: self._run_float(args, weights)]
             ways = in_float + ways
         with weights.layers[0].lock, torch.no_grad():
             for way in ways:
@@ -108,15 +108,15 @@ class Watch:
                     result = way()
                     break
                 except Exception:  # out of memory, say
-                    _log.exception("a call that has outgrown the observed ranges cannot be done again in this way")
+                    _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
         self._lost = [] if drift.is_finite(result) else drift.lost(result)
         return result
 
-    def _observe(self, args: Sequence[Any], weights: WeightSet, outgrown: Mapping[int, float]) -> Any:
-        """The float result; ranges become as wide as this call needs."""
-        observation = Observation(weights.layers, widening=weights.selection or ())
+    def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
+        """The float result; ranges become what this call needs."""
+        observation = Observation(weights.layers, refitting=weights.selection or ())
         result = self._traced.observed(*args, observation)
-        self._note(weights, {i: share for i, share in outgrown.items() if i not in observation.lost})
+        self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost})
         if observation.lost:  # the next call may be no better
             weights.schedule.restart()
         return result
@@ -127,33 +127,35 @@ class Watch:
         weights.schedule.restart()
         return result
 
-    def _double(
+    def _step(
         self,
         compiled: CompiledGraph,
         args: Sequence[Any],
         weights: WeightSet,
-        outgrown: Mapping[int, float],
+        drifted: Mapping[int, drift.Seen],
         result: Any,
     ) -> Any:
-        """The 8-bit result after ranges were doubled until they fit, or once where a call cannot be done twice."""
-        for _ in range(_MOST_DOUBLINGS):
-            for index in outgrown:
-                weights.layers[index].widen()
-            self._note(weights, outgrown)
-            if not outgrown or not self._traced.may_repeat:
+        """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
+        for _ in range(_MOST_CHANGES):
+            for index, seen in drifted.items():
+                weights.layers[index].step(seen)
+            self._note(weights, drifted)
+            if not drifted or not self._traced.may_repeat:
                 break
-            result, shares = compiled.count(args, weights)
-            outgrown = weights.outgrown(shares)
+            result, all_seen = compiled.count(args, weights)
+            drifted = weights.drifted(all_seen)
         return result
 
-    def _note(self, weights: WeightSet, outgrown: Mapping[int, float]) -> None:
-        """Say which ranges are wider now."""
+    def _note(self, weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> None:
+        """Say which ranges are others now."""
         growth = {info.name: layer.growth for info, layer in zip(self._traced.infos, weights.layers, strict=True)}
         known = self._report.widened
-        self._report.widened = {name: factor for name, factor in growth.items() if factor > 1}
+        self._report.widened = {name: factor for name, factor in growth.items() if factor != 1}
         if self._report.widened != known:
-            _log.info("larger values than observed: the ranges of %d layers are wider now", len(self._report.widened))
-            weights.schedule.restart()
+            _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
+            # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
+            is_narrower = any(factor < known.get(name, 1) for name, factor in growth.items())
+            weights.schedule.restart(checks_all=is_narrower)
         else:  # looking again would only make the next call slow as well
-            for index, share in outgrown.items():
-                weights.layers[index].clipped = max(weights.layers[index].clipped, share)
+            for index, seen in drifted.items():
+                weights.layers[index].accept(seen)

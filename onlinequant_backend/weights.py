@@ -55,7 +55,7 @@ class WeightSet:
 
     Attributes:
         layers: one ``Layer`` for each candidate node, in the order of their indices.
-        schedule: which calls look whether activations have outgrown their ranges.
+        schedule: which calls look whether activations still fit their ranges.
         layout: stands for the strides and dtypes of all parameters.
         kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
         numbers: of a call's inputs, how far they have been from each other.
@@ -155,11 +155,11 @@ class WeightSet:
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
 
-    def outgrown(self, shares: Mapping[int, float]) -> dict[int, float]:
-        """The layers that clip more of their inputs than they did while they were observed, and what share; ``shares``
-        by the address of ``qparams``, as ``drift.CountingCall`` has them."""
-        found = {index: shares.get(self.layers[index].qparams.data_ptr(), 0.0) for index in self.selection or ()}
-        return {i: share for i, share in found.items() if drift.has_drifted(share, self.layers[i].clipped)}
+    def drifted(self, seen: Mapping[int, drift.Seen]) -> dict[int, drift.Seen]:
+        """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
+        of ``qparams``, as ``drift.CountingCall`` has it."""
+        found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
+        return {i: each for i, each in found.items() if each is not None and self.layers[i].has_drifted(each)}
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""

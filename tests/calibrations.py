@@ -26,6 +26,7 @@ LAYER = LayerCalibration(
     maximum=3.25,
     qparams=(64.0, 81.0, 0.015625),
     sensitivity=(0.01, 0.002, 1e-30, True),
+    lowest_peak=2.5,
     clipped=0.125,
     smoothing=(0.5, *[1.0] * 319),
 )

@@ -480,13 +480,14 @@ def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
     x = torch.zeros(1000, device=device)
     for clipped in (0, 104, 54, 1000, 4):
         x.zero_()[:clipped] = 127
-        result, shares = call(qparams, x)
+        result, seen = call(qparams, x)
         assert float(result) == 2 * 127 * clipped
-        assert shares == {qparams.data_ptr(): max(0, clipped - 4) / 1000}
+        lowest, highest = 127 * (clipped == 1000), 127 * (clipped > 0)
+        assert seen == {qparams.data_ptr(): drift.Seen(max(0, clipped - 4) / 1000, lowest, highest)}
     assert call.run.captures == 1  # type: ignore[attr-defined]
     for size in (3000, 3000, 1000, 3000):
-        _, shares = call(qparams, torch.full((size,), 127.0, device=device))
-        assert shares == {qparams.data_ptr(): 1 - 4 / size}
+        _, seen = call(qparams, torch.full((size,), 127.0, device=device))
+        assert seen == {qparams.data_ptr(): drift.Seen(1 - 4 / size, 127, 127)}
     assert call.run.captures == 2  # type: ignore[attr-defined]
 
 

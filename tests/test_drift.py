@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from onlinequant_backend import drift, ops
-from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, widened
+from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, wanted, widened
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.sampling import SamplingRun
@@ -78,23 +78,26 @@ def test_zero_switches_the_checks_off() -> None:
     assert not due(schedule, 100)
 
 
-def test_only_much_larger_inputs_have_grown() -> None:
+def test_only_inputs_far_from_those_before_have_changed() -> None:
     extents = drift.Extents([0, 2])
     weight, text = noise(4), noise(4).half()
-    calls = [(1, True), (1.2, False), (0.1, False), (2, True), (2, False), (torch.inf, False), (torch.nan, False)]
-    assert [extents.have_grown((factor * noise(9), 9 * weight, text)) for factor, _ in calls] == [
+    calls = [(1, True), (1.2, False), (0.2, False), (2, True), (2, False), (torch.inf, False), (torch.nan, False)]
+    assert [extents.have_changed((factor * noise(9), 9 * weight, text)) for factor, _ in calls] == [
         grown for _, grown in calls
     ]
-    assert extents.have_grown((noise(9), weight, 2 * text))
-    assert not extents.have_grown((3, weight, torch.ones(0)))
+    assert extents.have_changed((noise(9), weight, 2 * text))
+    assert not extents.have_changed((0 * noise(9), weight, text))
+    assert extents.have_changed((0.01 * noise(9), weight, text))
+    assert not extents.have_changed((0.01 * noise(9), weight, text))
+    assert not extents.have_changed((3, weight, torch.ones(0)))
 
 
 def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.Tensor:
     return ops.quantize(x, qparams, format.activation, False)
 
 
-def share_of(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
-    return drift.clipped(xq, qparams).float().mean()
+def share_of(xq: torch.Tensor) -> float:
+    return float(drift.clipped(xq).float().mean())
 
 
 def observed(x: torch.Tensor) -> ActivationRange:
@@ -109,7 +112,7 @@ def test_what_was_observed_does_not_look_like_drift(format: Format, method: str)
     for x in (noise(64, 96), noise(64, 96).relu(), noise(64, 96).abs() + 1, torch.rand(64, 96), noise(4, 4)):
         seen = observed(x)
         qparams = freeze(seen, format, method)
-        share = float(share_of(quantized(x, qparams, format), qparams))
+        share = share_of(quantized(x, qparams, format))
         assert not drift.has_drifted(share, clipped_share(seen, qparams, format))
 
 
@@ -122,24 +125,40 @@ def test_the_clipped_share_is_that_of_the_values_beyond_the_range(format: Format
     expected = clipped_share(seen, qparams, format)
     assert expected < 0.001
     x[:100] = sign * 4 * x.abs().max()
-    share = float(share_of(quantized(x, qparams, format), qparams))
+    share = share_of(quantized(x, qparams, format))
     assert share == pytest.approx(0.1, abs=0.001)
     assert drift.has_drifted(share, expected)
 
 
-def test_zeros_at_the_lower_end_are_not_clipped() -> None:
-    x = noise(100, 100).relu()
-    qparams = freeze(observed(x), ONEDNN, "minmax")
-    assert qparams[1] == 0
-    assert float(share_of(quantized(x, qparams, ONEDNN), qparams)) < 0.001
+@FORMATS
+@pytest.mark.parametrize("make", [torch.relu, lambda x: -x.relu(), lambda x: x.clamp(-1, 0.5), torch.sign])
+def test_values_at_an_end_of_the_range_are_not_clipped(
+    make: Callable[[torch.Tensor], torch.Tensor], format: Format
+) -> None:
+    x = make(noise(100, 100))
+    seen = observed(x)
+    qparams = freeze(seen, format, "minmax")
+    assert share_of(quantized(x, qparams, format)) == clipped_share(seen, qparams, format) == 0
+
+
+@FORMATS
+@pytest.mark.parametrize("low", [-2.0, -1.3, -0.01, 0.0])
+def test_values_beyond_either_end_are_clipped(low: float, format: Format) -> None:
+    qparams = freeze(observed(torch.tensor([low, 2.0])), format, "minmax")
+    reach = 2 if format.headroom > 1 else 1.02
+    beyond = [2 * reach, low * reach - 0.02 if format is ONEDNN else -2 * reach]
+    assert share_of(quantized(torch.tensor(beyond), qparams, format)) == 1
+    assert share_of(quantized(torch.tensor([low, 2.0]), qparams, format)) == 0
 
 
 @FORMATS
 def test_widened_covers_both_ranges(format: Format) -> None:
     small, large = noise(100, 10), 3 * noise(100, 10) + 1
+    ranges = [wanted(observed(x), format, "minmax") for x in (small, large)]
     narrow, wide = (freeze(observed(x), format, "minmax") for x in (small, large))
-    assert torch.equal(widened(wide, narrow, format), wide)
-    both = widened(narrow, wide, format)
+    assert torch.equal(widened(wide, *ranges[0], format), wide)
+    assert torch.equal(widened(wide, *ranges[1], format), wide)
+    both = widened(narrow, *ranges[1], format)
     for x in (small, large):
         back = (quantized(x, both, format).float() - both[1]) * both[2]
         assert float((back - x).abs().max()) <= (0.51 if format is not FP8 else 32) * float(both[2])
@@ -151,11 +170,9 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
     layer.observe(torch.rand(64, 96), noise(32, 96))
     layer.freeze()
     larger = (4 * noise(64, 96)).clamp(max=3)
-    before = share_of(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
-    assert drift.has_drifted(float(before), layer.clipped)
-    layer.widen(larger)
-    after = share_of(quantized(larger, layer.qparams, ONEDNN), layer.qparams)
-    assert not drift.has_drifted(float(after), layer.clipped)
+    assert drift.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
+    layer.refit(larger)
+    assert not drift.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
     assert layer.growth > 2
 
 
@@ -172,11 +189,14 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
         return number
 
     step(1)
-    result, shares = drift.CountingCall(step)(2)
+    result, seen_of = drift.CountingCall(step)(2)
     step(3)
     assert seen == [(1,)] * 3 + [(2,)] * 3 + [(3,)] * 3
     assert result == 2
-    assert shares == {some.data_ptr(): 0.5 - 4 / 4000, other.data_ptr(): 0}
+    assert seen_of == {
+        some.data_ptr(): drift.Seen(0.5 - 4 / 4000, 0, 254),
+        other.data_ptr(): drift.Seen(0, 7, 7),
+    }
 
 
 def test_a_function_without_such_kernels_clips_nothing() -> None:
@@ -198,17 +218,21 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
     call = drift.CountingCall(lambda xq: kernel(xq, qparams), replayed)
     for size in (1000, 3000, 1000, 500, 3000):
-        assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): 1 - 4 / size})
+        seen = drift.Seen(1 - 4 / size, 254, 254)
+        assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): seen})
 
 
-@pytest.mark.parametrize(("beyond", "drifts"), [(4, False), (6, True)])
-def test_a_handful_of_values_is_no_drift(beyond: int, drifts: bool) -> None:
-    xq = torch.full((1000,), 100, dtype=torch.uint8)
+@pytest.mark.parametrize(
+    ("values", "beyond", "drifts"),
+    [(1000, 4, False), (1000, 6, True), (64, 2, False), (64, 3, True), (4, 0, False), (4, 1, True), (1, 1, True)],
+)
+def test_a_handful_of_many_values_is_no_drift(values: int, beyond: int, drifts: bool) -> None:
+    xq = torch.full((values,), 100, dtype=torch.uint8)
     xq[:beyond] = 254
     kernel = drift.counted(lambda xq, qparams: None)
-    _, shares = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
-    (share,) = shares.values()
-    assert drift.has_drifted(share, 0.0) is drifts
+    _, found = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
+    (seen,) = found.values()
+    assert drift.has_drifted(seen.clipped, 0.0) is drifts
 
 
 @FORMATS
@@ -217,7 +241,7 @@ def test_what_is_not_finite_counts(format: Format) -> None:
     qparams = freeze(observed(noise(100, 10)), format, "minmax")
     x[20:30] = torch.nan
     x[70:80] = -torch.inf
-    assert float(share_of(quantized(x, qparams, format), qparams)) == pytest.approx(0.2)
+    assert share_of(quantized(x, qparams, format)) == pytest.approx(0.2)
 
 
 def test_results_of_any_structure_are_looked_at() -> None:

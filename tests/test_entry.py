@@ -56,11 +56,12 @@ floats = st.floats(width=32)
 @st.composite
 def layers(draw: st.DrawFn) -> LayerCalibration:
     low, high = sorted([draw(st.floats(width=32, allow_nan=False)), draw(st.floats(width=32, allow_nan=False))])
-    qparams = None
+    qparams, lowest_peak = None, math.nan
     if math.isfinite(low) and math.isfinite(high) and (low or high):
         begin, end = min(low, 0.0), max(high, 0.0)
         scale = max((end - begin) / 254, LEAST_SCALE)
         qparams = (1 / scale, float(round(-begin / scale)), scale)
+        lowest_peak = max(draw(st.sampled_from([1.0, 0.1])) * max(-begin, end), 2.0**-149)
     errors = [st.floats(min_value=0, width=32) | st.just(math.nan)] * 3
     sensitivity = draw(st.none() | st.tuples(*errors, st.booleans()))
     name = draw(st.text(st.characters(codec="utf-8", exclude_categories=("C", "Z")), min_size=1))
@@ -70,7 +71,7 @@ def layers(draw: st.DrawFn) -> LayerCalibration:
     smoothing = None
     if len(shape) > 1 and shape[1] < 100 and draw(st.booleans()):
         smoothing = tuple(draw(st.sampled_from([1.0, 0.5, 2.0**-9])) if i % 2 else 1.0 for i in range(shape[1]))
-    return LayerCalibration(name, kind, shape, low, high, qparams, sensitivity, clipped, smoothing)
+    return LayerCalibration(name, kind, shape, low, high, qparams, sensitivity, lowest_peak, clipped, smoothing)
 
 
 @hypothesis.given(st.lists(layers(), max_size=5), st.integers(0, 2**40))
@@ -104,6 +105,7 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
     assert {name: (tensor.dtype.name, tensor.shape) for name, tensor in tensors.items()} == {
         "minimum": ("float32", (2,)),
         "maximum": ("float32", (2,)),
+        "lowest_peak": ("float32", (2,)),
         "clipped": ("float32", (2,)),
         "qparams": ("float32", (2, 3)),
         "sensitivity": ("float32", (2, 3)),
@@ -200,7 +202,7 @@ def nested(depth: int) -> Any:
     [
         (metadata(format="other"), "not a calibration of onlinequant"),
         (lambda header: {**header, "__metadata__": nested(3)}, "not a calibration of onlinequant"),
-        (metadata(version="1"), "its version is '1'; this onlinequant reads '3'"),
+        (metadata(version="1"), "its version is '1'; this onlinequant reads '4'"),
         (metadata(version=nested(700)), "nested too deeply|its version is"),
         (metadata(version="9" * 10**6), r"its version is '9{99}\.\.\.; this"),
         (metadata(key=None), "has no key"),
@@ -264,6 +266,9 @@ def layer(**changes: Any) -> Calibration:
         (layer(sensitivity=(0.1, -0.1, 0.1, False)), "negative errors"),
         (layer(smoothing=(0.5,)), "has 1 factors of smoothing"),
         (layer(smoothing=(0.5,) * 319 + (0.0,)), r"not in \(0, 1\]"),
+        (layer(lowest_peak=4.0), r"the range \[-1\.5, 3\.25\] and a call of 4\.0"),
+        (layer(lowest_peak=0.0), r"a call of 0\.0"),
+        (layer(lowest_peak=math.nan), "a call of nan"),
         (layer(clipped=1.5), "clipped a share of 1.5"),
         (layer(clipped=math.nan), "clipped a share of nan"),
         (layer(name=""), "layer's name is ''"),
@@ -287,7 +292,7 @@ def layer(**changes: Any) -> Calibration:
         (calibration(about={"torch": 2}), "'torch' is 2, not a text"),
         (calibration(about={"": "text"}), "a name of what it says"),
     ],
-    ids=range(48),
+    ids=range(51),
 )
 def test_values_that_cannot_be_are_neither_written_nor_read(
     made: Calibration, message: str, monkeypatch: pytest.MonkeyPatch
@@ -323,4 +328,5 @@ def test_scales_of_any_size_are_as_calibration_makes_them(
 ) -> None:
     low, high = low * largest, high * largest
     qparams = freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), format, "minmax").tolist()
-    assert decode(layer(minimum=low, maximum=high, qparams=tuple(qparams)).to_bytes(KEY))[1].calls == 20
+    made = layer(minimum=low, maximum=high, qparams=tuple(qparams), lowest_peak=max(-low, high))
+    assert decode(made.to_bytes(KEY))[1].calls == 20
