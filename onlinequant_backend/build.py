@@ -23,7 +23,7 @@ from .compiler import Job, NotNowError, compile_job, holds_code, is_refused, job
 from .config import QuantConfig
 from .copies import copies_lock
 from .cuda_graphs import GraphedCall
-from .drift import CountingCall
+from .drift import CountingCall, Seen
 from .passes import REWRITE, PassContext, run_passes
 from .precision import Precision
 from .shapes import FixedInputs, SymbolicInputs
@@ -75,8 +75,8 @@ class CompiledGraph:
         prepared = self.prepare(weights)
         return prepared.function(*self._taken(args, weights), *prepared.extras)
 
-    def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, float]]:
-        """A call that also says what its layers clip, see ``drift.CountingCall``."""
+    def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, Seen]]:
+        """A call that also says what its layers read, see ``drift.CountingCall``."""
         prepared = self.prepare(weights)
         return prepared.counting(*self._taken(args, weights), *prepared.extras)
 

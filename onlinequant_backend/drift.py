@@ -33,6 +33,7 @@ _FACTOR = 4
 # So few values beyond a range say nothing in a tensor of a thousand; in one of a dozen each is a large part of it.
 _HANDFUL = 4
 _HANDFUL_OF = 32  # one in so many
+FEW = _HANDFUL * _HANDFUL_OF
 # Values of which none is as many steps away from zero are rounded by so much that it shows.
 FEWEST_STEPS = 8
 
@@ -193,17 +194,17 @@ class CountingCall:
 
     def __call__(self, *args: Any) -> tuple[Any, dict[int, Seen]]:
         """The result, and what was seen of each quantized tensor by the address of its ``qparams``. Waits for both."""
-        result, clipped, bounds, lengths = self.run(*args)
-        return result, _seen(clipped, bounds, lengths) if lengths else {}
+        result, found, lengths = self.run(*args)
+        return result, {} if found is None else _seen(found[0], found[1], lengths)
 
-    def _counted(self, *args: Any) -> tuple[Any, torch.Tensor | None, torch.Tensor | None, dict[int, int]]:
+    def _counted(self, *args: Any) -> tuple[Any, tuple[torch.Tensor, torch.Tensor] | None, dict[int, int]]:
         # All of it is returned: other threads may be calling with other sizes, and replays of a graph run no Python.
         with counting() as counts:
             result = self._function(*args)
         lengths = {address: len(flags) for address, flags in counts.clipped.items()}
         if not lengths:
-            return result, None, None, lengths
-        return result, torch.cat(list(counts.clipped.values())), torch.stack(counts.bounds), lengths
+            return result, None, lengths
+        return result, (torch.cat(list(counts.clipped.values())), torch.stack(counts.bounds)), lengths
 
 
 class Counts:

@@ -13,7 +13,7 @@ import torch
 from . import forks, ops
 from .calibration import ActivationRange, clipped_share, covered, doubled, freeze, is_frozen_from, wanted, widened
 from .copies import Copy, Generation, copies_lock, read_elsewhere
-from .drift import FEWEST_STEPS, Seen, has_drifted
+from .drift import FEW, FEWEST_STEPS, Seen, has_drifted
 from .entry import LayerCalibration
 from .formats import Format
 from .smoothing import smoothing_factors
@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 _MOST_COMPARED = 2**26
 # On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
+# What a range that few values have left is widened by beyond that: others, as those of the next time step, will go a
+# little farther, and each time is a call in float.
+_SPARE = 1.25
 
 
 @dataclasses.dataclass
@@ -174,13 +177,18 @@ class Layer:
             if self._is_lost(seen.lowest_peak):
                 self._narrow(seen)
             else:
-                low, high = wanted(seen, self.format, self.method)
-                self._move(widened(self.qparams, low, high, self.format), self.observed.joined(seen))
                 self.lowest_peak = min(self.lowest_peak, seen.lowest_peak)
+                if x.numel() < FEW and self._widened(seen) is not self.qparams:
+                    low, high = wanted(seen, self.format, "minmax")
+                    seen = self._spread(*(_SPARE / self.format.headroom * bound for bound in (low, high)))
+                self._move(self._widened(seen), self.observed.joined(seen))
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
             seen.histograms.clear()
         return True
+
+    def _widened(self, seen: ActivationRange) -> torch.Tensor:
+        return widened(self.qparams, *wanted(seen, self.format, self.method), self.format)
 
     def step(self, seen: Seen) -> None:
         """Have the range fit inputs better of which this was stored: twice as wide if some of it was clipped, else as

@@ -125,7 +125,8 @@ class QuantizedGraph:
                     break
                 else:
                     self._follow(parameters, weights)
-            else:  # another thread changes them faster than they can be quantized
+            else:
+                self._runs("float", "another thread changes weights faster than they can be quantized")
                 return self._run_float(args)
             if weights.numbers.widen(self._compiled.numbers(args)):
                 weights.schedule.restart()
@@ -147,6 +148,8 @@ class QuantizedGraph:
                 return self(*args)
         except OnlineQuantError:
             raise
+        except _CallersError as failed:
+            raise failed.error from failed.error.__cause__
         except Exception as error:
             self._give_up(error)
             return self._run_float(args)
@@ -195,6 +198,8 @@ class QuantizedGraph:
             weights = WeightSet(parameters, self._names, self._candidates, layers, number, every)
             if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
                 weights.schedule.restart()
+            # To a LoRA applies what was found out about the model.
+            weights.is_compared = known is not None and known.is_compared and known in self._sets.values()
             registry.add(weights)
             for old in list(self._sets.values()):
                 if old.is_dead() or registry.is_successor(named, old):
@@ -254,12 +259,33 @@ class QuantizedGraph:
             step = weights.calls() + 1
             last = step >= self._config.calibration_steps
             self._show_progress(step, self._config.calibration_steps)
-        result = self._call_observed(args, parameters, weights, last)
+        try:
+            result = self._call_observed(args, parameters, weights, last)
+        except Exception as error:
+            return self._do_unobserved(args, error)
         weights.numbers.widen(self._compiled.numbers(args))
         weights.count_call(self._fingerprint(weights, parameters, again=last))
         self._report.calls_observed = weights.calls()
         if last:
             self._end_observing(args, weights, result)
+        return result
+
+    def _do_unobserved(self, args: Sequence[Any], error: Exception) -> Any:
+        """The float result of a call that has failed while it was observed; the next one is observed again. What float
+        raises as well is the caller's, and no reason to give up."""
+        result = None
+        if self._may_repeat:
+            try:
+                result = self._run_float(args)
+            except Exception as caller_error:
+                raise _CallersError(caller_error) from None
+        if self._failures >= _MOST_FAILURES:
+            self._give_up(error)
+        else:
+            self._failures += 1
+            _log.warning("a call could not be observed, so the next one is: %s: %s", type(error).__name__, error)
+        if not self._may_repeat:  # whoever's it is, it has been half done
+            raise _CallersError(error)
         return result
 
     def _call_observed(
@@ -482,7 +508,6 @@ class QuantizedGraph:
                 weights.start_over()
                 self._entries.pop(weights, None)
                 self._choice.is_made = False
-                self._watch.compare_again()
                 self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
 
     def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
@@ -616,6 +641,13 @@ class QuantizedGraph:
         for entry in self._entries.values():
             entry.release()
         return "float", f"it failed: {type(error).__name__}: {error}"
+
+
+class _CallersError(Exception):
+    """``error`` is what the caller gets: the model raises it in float as well."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
 
 def _report_fork(report: Report) -> None:

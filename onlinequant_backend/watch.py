@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ class Watch:
         self._report = traced.report
         # With ``max_error`` the error was measured when layers were selected.
         self._compares = traced.config.max_error is None
+        self._errors: weakref.WeakKeyDictionary[WeightSet, float] = weakref.WeakKeyDictionary()
         self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
         inputs = graph.placeholders(traced.module)
@@ -62,17 +64,13 @@ class Watch:
         is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
         if drifted or is_lost:
             return self._follow(compiled, args, weights, drifted, is_lost, result)
-        if self._compares and not is_capturing:
+        if self._compares and not weights.is_compared and not is_capturing:
             self._compare(args, weights, result)
         return result
 
-    def compare_again(self) -> None:
-        """Have the next call compared with float as the first one was: it is calibrated anew."""
-        self._compares = self._traced.config.max_error is None
-
     def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
-        self._compares = False
+        weights.is_compared = True
         if not self._traced.may_repeat or self._traced.is_random or weights.has_freed() or not weights.selection:
             return
         try:
@@ -81,7 +79,10 @@ class Watch:
         except Exception:  # out of memory, say
             _log.info("the error of a step is not measured", exc_info=True)
             return
-        self._report.error = error if math.isfinite(error) else None
+        if not math.isfinite(error):
+            return
+        self._errors[weights] = error
+        self._report.error = max(self._errors.values())  # several models may share a graph
         for warning in self._report.warnings():
             _log.warning("%s: %s", self._report.model, warning)
 

@@ -63,6 +63,7 @@ class WeightSet:
         extras: of each compiled graph, how it is called with these weights, and its extra inputs.
         generation: stands for the copies and ranges that this set has been brought up to date with last.
         changed: the copies that ``follow`` has made again.
+        is_compared: whether a step in 8 bit was compared with float.
         ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
             references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
     """
@@ -84,6 +85,7 @@ class WeightSet:
         self.extras: dict[object, Prepared] = {}
         self.generation = -1
         self.changed: set[Copy] = set()
+        self.is_compared = False
         self.ids = tuple(map(id, parameters))
         self.alive = True
         self._candidates = candidates
@@ -129,6 +131,7 @@ class WeightSet:
         for layer in self.layers:
             layer.start_over()
         self.selection = None
+        self.is_compared = False
 
     def is_calibrated(self) -> bool:
         """Whether there is nothing left to observe."""

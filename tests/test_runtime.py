@@ -17,6 +17,7 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend import compat, copies, merged, ops
 from onlinequant_backend.kernels import cpu as kernels_cpu
+from onlinequant_backend.layers import Layer
 from onlinequant_backend.weights import registry
 from tests.tiny import OPTIONS, Net, net, noise, relative_error
 
@@ -839,3 +840,75 @@ def test_a_number_that_must_be_compiled_in_is_reported(
     assert (report.phase, len(inductor.graphs)) == ("float", 8)
     assert "pass a tensor instead of a number that is never the same (time)" in report.phase_reason
     assert caplog.text.count("pass a tensor") == 1
+
+
+class Stumbling(nn.Module):
+    """A model that looks rows up, which fails for those that are not there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(8, 16)
+        self.linear = nn.Linear(16, 16)
+        self.requires_grad_(False)
+
+    def forward(self, indices: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.rows(indices))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wrong_calls", [1, 5])
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_call_that_is_wrong_is_the_callers_and_changes_nothing(
+    before: int, wrong_calls: int, inductor: EagerInductor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, good = Stumbling(), torch.arange(8)
+    step = compiled(model)
+    for _ in range(before):
+        step(good)
+    for _ in range(wrong_calls):
+        with pytest.raises(IndexError):
+            step(good + 1)
+    for _ in range(3):
+        result = step(good)
+    assert 0 < relative_error(result, model(good)) < CLOSE
+    assert oq.reports()[-1].phase == "quantized"
+    assert not caplog.records
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("failures", "phase"), [(1, "quantized"), (3, "float")])
+def test_observing_that_fails_is_tried_again_a_few_times(
+    failures: int, phase: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = [failures]
+    observe = Layer.observe
+
+    def fail(layer: Layer, *args: Any, **named: Any) -> None:
+        if left[0]:
+            left[0] -= 1
+            raise MemoryError("no memory to observe with")
+        observe(layer, *args, **named)
+
+    monkeypatch.setattr(Layer, "observe", fail)
+    model = net()
+    step = compiled(model)
+    for _ in range(failures):
+        assert torch.equal(step(X), model(X))
+    for _ in range(3):
+        assert relative_error(step(X), model(X)) < CLOSE
+    report = oq.reports()[-1]
+    assert report.phase == phase
+    assert ("no memory to observe with" in report.phase_reason) == (phase == "float")
+
+
+@torch.no_grad()
+def test_the_report_says_what_the_last_call_ran(inductor: EagerInductor) -> None:
+    model = Stumbling()
+    step = torch.compile(model, backend=oq.onlinequant, options=OPTIONS, dynamic=True)
+    for _ in range(4):
+        step(torch.arange(8))
+    assert oq.reports()[-1].phase == "quantized"
+    assert step(torch.arange(0)).shape == (0, 16)
+    assert (oq.reports()[-1].phase, oq.reports()[-1].phase_reason) == ("float", "this call has no values")
+    step(torch.arange(8))
+    assert oq.reports()[-1].phase == "quantized"

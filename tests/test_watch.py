@@ -16,7 +16,7 @@ from onlinequant_backend.layers import Layer
 from onlinequant_backend.report import VISIBLE
 from onlinequant_backend.sampling import sampling_run
 from onlinequant_backend.watch import Watch
-from tests.small import small
+from tests.small import WIDE, forget_everything, small
 from tests.test_runtime import CLOSE, EagerInductor, compiled, inductor
 from tests.tiny import OPTIONS, net, noise, relative_error
 
@@ -320,3 +320,115 @@ def test_what_is_random_draws_no_more_than_eager_does(inductor: EagerInductor) -
     for picture in expected:
         assert relative_error(step(X), picture) < CLOSE
     assert oq.reports()[-1].error is None
+
+
+def pieces(*shape: int) -> torch.Tensor:
+    """Positive values that pile up at the upper end of their range."""
+    return noise(*shape).abs().clamp(max=1)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (noise(64, 16).abs(), -noise(64, 16).abs()),
+        (-noise(64, 16).abs(), noise(64, 16).abs()),
+        (noise(64, 16).abs(), noise(64, 16)),
+        (pieces(64, 16), 3 * pieces(64, 16)),
+        (pieces(64, 16), pieces(64, 16) - 2),
+        (noise(1, 4), 8 * noise(1, 4)),
+        (noise(1, 1), -8 * noise(1, 1)),
+        (100 * noise(64, 16), 0.001 * noise(64, 16)),
+        (noise(64, 16), 1e-5 * noise(64, 16)),
+        (pieces(64, 16), 1e-5 * pieces(64, 16)),
+    ],
+)
+def test_inputs_that_do_not_fit_their_range_are_noticed(
+    before: torch.Tensor, after: torch.Tensor, precision: str, inductor: EagerInductor
+) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(before.shape[1], 8, bias=False).requires_grad_(False)
+    step = compiled(model, drift_check_every=4, precision=precision)
+    for _ in range(5):
+        step(before)
+    assert not oq.reports()[-1].widened
+    errors = [relative_error(step(after), model(after)) for _ in range(8)]
+    assert max(errors[4:]) < CLOSE
+    # What was observed, and what has come since, is right from the first check on.
+    for _ in range(3):
+        errors = [relative_error(step(x), model(x)) for x in (before, before, before, before, after, after)]
+    assert max(errors[:4]) < CLOSE
+    assert len(inductor.graphs) == 1
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
+def test_a_range_is_not_narrowed_again_and_again(inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    step = started(model)
+    for x in (*[0.01 * X] * 8, *[X] * 8):
+        step(x)
+    monkeypatch.setattr(Layer, "refit", lambda layer, x: pytest.fail("both are known"))
+    for x in [0.01 * X, X] * 20:
+        step(x)
+
+
+@torch.no_grad()
+def test_zeros_change_no_range(inductor: EagerInductor) -> None:
+    model = small()
+    step = started(model, drift_check_every=1)
+    for _ in range(3):
+        assert relative_error(step(0 * X), model(0 * X)) < CLOSE
+    assert relative_error(step(X), model(X)) < CLOSE
+    assert "conv_in" not in oq.reports()[-1].widened
+
+
+@torch.no_grad()
+def test_without_float_weights_ranges_are_narrowed_until_they_fit(inductor: EagerInductor) -> None:
+    model, other = small(), small()
+    step = started(model, free_float_weights=True, drift_check_every=1)
+    for _ in range(2):
+        result = step(0.02 * X)
+    assert relative_error(result, other(0.02 * X)) < 2 * CLOSE
+    assert oq.reports()[-1].widened["conv_in"] < 0.05
+    assert "narrowed" in oq.reports()[-1].table()
+
+
+@torch.no_grad()
+def test_ranges_that_were_narrowed_are_found_by_the_next_process(inductor: EagerInductor) -> None:
+    step = started(small(), drift_check_every=1)
+    step(0.01 * X)
+    step(WIDE)  # after whose compile all is saved
+    forget_everything()
+    step = compiled(small())
+    step(WIDE)
+    assert oq.reports()[-1].cache_hit
+
+
+class Plain(torch.nn.Module):
+    """One layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(16, 16, bias=False).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+@torch.no_grad()
+def test_each_model_that_shares_a_graph_is_compared_with_float(inductor: EagerInductor) -> None:
+    fine, coarse = Plain(), Plain()
+    coarse.linear.weight.mul_(1e-3)[:, 0] = 50
+    x = noise(32, 16)
+    small_channel = torch.cat([x[:, :1] / 1e3, x[:, 1:]], 1)
+    for model in (fine, coarse):
+        model.compile(backend=oq.onlinequant, options=dict(OPTIONS))
+    for model, given in ((fine, x), (coarse, small_channel)):
+        for _ in range(4):
+            model(given)
+    (report,) = oq.reports()
+    assert report.error is not None and report.error > VISIBLE
+    assert report.error == pytest.approx(relative_error(coarse(small_channel), coarse.forward(small_channel)), rel=1e-3)
