@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import secrets
@@ -49,6 +50,7 @@ from .files import (
     publish_folder,
     read_file,
     replaced,
+    write_atomically,
 )
 from .files import directory_size as directory_size
 from .listing import EntryInfo
@@ -159,6 +161,21 @@ class Cache:
             with going_on("cannot make room in the cache %s", self.root):
                 eviction.evict(self.root, self._limit, {folder, _inductor_folder(self.root, key), *_in_use})
             return folder / STATS_FILE
+        return None
+
+    def update_stats(self, key: str, stats: str) -> None:
+        """Replace the statistics of ``key``, JSON, if it has an entry."""
+        if self.root is not None and self.has(key):
+            with going_on("cannot write to the cache %s", self.root), contextlib.suppress(FileNotFoundError):
+                write_atomically(self.root / ENTRIES / key / STATS_FILE, stats)
+
+    def load_error(self, key: str) -> float | None:
+        """The error of a step that the statistics of ``key`` tell; None if they tell none."""
+        if self.root is not None and self.has(key):
+            with going_on("cannot read the cache %s", self.root), contextlib.suppress(FileNotFoundError):
+                stats = parse_object(read_file(self.root / ENTRIES / key / STATS_FILE, MAX_BYTES), STATS_FILE)
+                error = stats.get("error")
+                return error if isinstance(error, float) and 0 <= error < math.inf else None
         return None
 
     def load_autotuning(self, key: str) -> str | None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from .drift import FEW
 from .entry import LEAST_SCALE
 from .formats import Format
 
@@ -38,6 +39,7 @@ class ActivationRange:
     Attributes:
         histograms: for each call that it was asked for, the share of values in each bin and the bins' centres, float32
             [BINS] both; without meaning where a range is not finite.
+        values: how many there were in the smallest call.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class ActivationRange:
         lowest_peak: torch.Tensor | None = None,
     ) -> None:
         self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.values = math.inf
         # Put together when they are asked for: on a GPU that would be four more kernels a call.
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._lowest_peak = lowest_peak  # of those that are put together already
@@ -56,6 +59,7 @@ class ActivationRange:
     def update(self, x: torch.Tensor, with_histogram: bool = True) -> None:
         """Widen the range by ``x`` (any float dtype and shape) and keep its histogram; never waits for a GPU."""
         low, high = torch.aminmax(x)
+        self.values = min(self.values, x.numel())
         self._bounds.append((low, high))
         if with_histogram:
             self.histograms.append(_histogram(x, low.float(), high.float()))
@@ -64,7 +68,7 @@ class ActivationRange:
         """The same, that goes on by itself."""
         other = ActivationRange()
         other.histograms, other._bounds = list(self.histograms), list(self._bounds)
-        other._lowest_peak = self._lowest_peak
+        other.values, other._lowest_peak = self.values, self._lowest_peak
         return other
 
     def joined(self, other: ActivationRange) -> ActivationRange:
@@ -214,16 +218,19 @@ def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
 
 
 def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
-    """The largest share of values that any observed call has beyond the range; see ``drift.clipped``."""
+    """The largest share of values that any observed call has beyond the range; see ``drift.clipped``.
+
+    Of as many values again, one is expected at each end beyond all that were observed.
+    """
     inverse, zero_point, _ = qparams.tolist()
     lowest, highest = format.limits
-    largest = 0.0
+    largest, unseen = 0.0, 2 / observed.values if observed.histograms and observed.values >= FEW else 0.0
     for shares, centres in observed.histograms:
         q = centres * inverse + zero_point
         # Half a step rounds to a limit, and a bin reaches an eighth of one beyond its centre.
         clipped = (q > highest - 0.625) | (q < lowest + 0.625)
         largest = max(largest, float(shares[clipped].sum()))
-    return largest
+    return min(largest + unseen, 1.0)
 
 
 def _clipped(

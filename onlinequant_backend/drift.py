@@ -33,7 +33,7 @@ _FACTOR = 4
 # So few values beyond a range say nothing in a tensor of a thousand; in one of a dozen each is a large part of it.
 _HANDFUL = 4
 _HANDFUL_OF = 32  # one in so many
-FEW = _HANDFUL * _HANDFUL_OF
+FEW = _HANDFUL * _HANDFUL_OF  # of fewer values each counts
 # Values of which none is as many steps away from zero are rounded by so much that it shows.
 FEWEST_STEPS = 8
 

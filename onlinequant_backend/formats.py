@@ -57,8 +57,8 @@ LIMITS = {torch.uint8: (0.0, 254.0), torch.int8: (-127.0, 127.0), torch.float8_e
 NOT_FINITE = {torch.uint8: 255.0, torch.int8: -128.0, torch.float8_e4m3fn: math.nan}
 
 # Integers leave the code at each limit to what lies beyond a range: without it, nothing would tell an input whose
-# values pile up at the end of its range from one that is clipped. Half a step rounds to a limit, rounding the zero point
-# moves a range by up to another half, and results may come out a little larger than they should.
+# values pile up at the end of its range from one that is clipped. Half a step rounds to a limit, rounding the zero
+# point moves a range by up to another half, and results may come out a little larger than they should.
 _MARGIN = 1.125
 
 ONEDNN = Format("onednn", torch.uint8, torch.int8, 127)

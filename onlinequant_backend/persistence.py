@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import json
 import logging
@@ -72,6 +73,16 @@ class Entry:
         """What another process has measured of this model's layers; see ``Cache.load_autotuning``."""
         return self._cache.load_autotuning(self.key)
 
+    def load_error(self) -> float | None:
+        """The error of a step that an earlier process has measured; None if it has not."""
+        return self._cache.load_error(self.key)
+
+    def save_error(self, report: Report, error: float) -> None:
+        """Have the saved statistics tell the error of a step."""
+        kept = dataclasses.replace(report, error=error, key=self.key)
+        with going_on("cannot save the statistics"):
+            self._cache.update_stats(self.key, _json(kept))
+
     def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
         """Save what was observed and measured, and the report beside it, and let others in.
 
@@ -84,8 +95,7 @@ class Entry:
         if known and fingerprint == weights:
             report.key = self.key
             with going_on("cannot save the calibration"):
-                stats = json.dumps(report.to_dict(), indent=2, default=repr) + "\n"
-                path = self._cache.publish(self.key, self._calibration(layers, report), stats, autotuning)
+                path = self._cache.publish(self.key, self._calibration(layers, report), _json(report), autotuning)
                 report.stats_path = None if path is None else str(path)
         # Also where calibrating was begun at another size, whose graph may never be called again.
         for entry in list(_entries):
@@ -115,3 +125,7 @@ class Entry:
         now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
         about = {"torch": torch.__version__, "precision": report.precision, "created": now}
         return Calibration(report.model, max(layer.calls for layer in layers), tuple(saved), about)
+
+
+def _json(report: Report) -> str:
+    return json.dumps(report.to_dict(), indent=2, default=repr) + "\n"

@@ -78,7 +78,7 @@ class QuantizedGraph:
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._kinds: dict[tuple[Any, ...], int] = {}
         self._compiled = CompiledGraphs(traced, self._build)
-        self._watch = Watch(traced)
+        self._watch = Watch(traced, self._keep_error)
         self._choice = Choice(traced)
         self._lock = forks.rlock()
         self._gave_up = False  # on all calls; ``_has_failed`` may have been for one size
@@ -236,8 +236,11 @@ class QuantizedGraph:
             if weights.selection is not None:
                 return None
             if not weights.is_calibrated() and weights not in self._entries:
-                restored = self._entry(weights, parameters).restore(weights.layers)
+                entry = self._entry(weights, parameters)
+                restored = entry.restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
+                if restored and self._report.error is None:
+                    self._report.error = entry.load_error()
             if weights.is_calibrated():
                 # Quick are another set of weights, for which there is no compile, and what another process has left.
                 if self._may_work_aside() and not self._compiled.known and not self._is_left(weights, parameters):
@@ -430,6 +433,10 @@ class QuantizedGraph:
         """Have the report say what the call that goes on does: other sizes or weights may do otherwise."""
         if self._report.phase_reason is not reason and not self._gave_up:
             self._report.phase, self._report.phase_reason = phase, reason
+
+    def _keep_error(self, weights: WeightSet, error: float) -> None:
+        if weights in self._entries and self._report.stats_path is not None:
+            self._entries[weights].save_error(self._report, error)
 
     def _say(self, phase: str, reason: str, in_log: bool = True) -> None:
         self._report.phase, self._report.phase_reason = phase, reason

@@ -28,9 +28,15 @@ _MOST_CHANGES = 32
 
 
 class Watch:
-    """Watches one graph."""
+    """Watches one graph.
 
-    def __init__(self, traced: TracedGraph) -> None:
+    ``keep_error`` is told what the error of a step is with which weights.
+    """
+
+    def __init__(
+        self, traced: TracedGraph, keep_error: Callable[[WeightSet, float], None] = lambda weights, error: None
+    ) -> None:
+        self._keep_error = keep_error
         self._traced = traced
         self._report = traced.report
         # With ``max_error`` the error was measured when layers were selected.
@@ -83,6 +89,7 @@ class Watch:
             return
         self._errors[weights] = error
         self._report.error = max(self._errors.values())  # several models may share a graph
+        self._keep_error(weights, error)
         for warning in self._report.warnings():
             _log.warning("%s: %s", self._report.model, warning)
 

@@ -21,6 +21,7 @@ from onlinequant_backend import compat, entry, keys
 from onlinequant_backend.cache import Cache
 from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
+from onlinequant_backend.watch import Watch
 from tests.small import (
     CLOSE,
     FOUND,
@@ -64,6 +65,17 @@ def test_the_next_process_finds_everything() -> None:
     assert found.key == made.key
     assert found.decisions == made.decisions
     assert not is_locked()
+
+
+def test_the_next_process_knows_the_error_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = run(small())
+    assert made.stats_path is not None and made.error is not None
+    assert oq.Report.load(made.stats_path).error == made.error
+    forget_everything()
+    monkeypatch.setattr(Watch, "_compare", lambda *_: None)  # it would measure that again
+    found = run(small())
+    assert found.stats_path is not None
+    assert found.error == oq.Report.load(found.stats_path).error == made.error
 
 
 def test_each_precision_has_a_calibration_of_its_own() -> None:
@@ -380,7 +392,7 @@ def test_a_model_that_fails_is_not_locked(when: str, inductor: EagerInductor, mo
         monkeypatch.setattr("onlinequant_backend.calibration.Observation.see", fail)
     else:
         inductor.error = MemoryError("no memory")
-    for _ in range(2):
+    for _ in range(3):
         assert torch.equal(step(X), model(X))
     assert oq.reports()[-1].phase == "float"
     assert not is_locked()
