@@ -39,14 +39,11 @@ def test_quantize_rounds_to_the_nearest(low: float, high: float, format: Format,
     xq = ops.quantize(x, scales, format.activation, False)
     assert xq.dtype is format.activation
     if format is ONEDNN:
-        assert int(xq.max()) - int(xq.min()) >= 254
+        assert int(xq.max()) - int(xq.min()) >= 251
     else:
-        assert int(xq.abs().max()) == 127
-    # Half a step, and at the ends another half that rounding the zero point may have moved the range by.
+        assert int(xq.abs().max()) == 126
     error = (reference.dequantize(xq, scales) - x.double()).abs()
-    inside = (x > low + scales[2] / 2) & (x < high - scales[2] / 2)
-    assert error[inside].max() <= scales[2] * 0.5001
-    assert error.max() <= scales[2] * 1.0001
+    assert error.max() <= scales[2] * 0.5001
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -100,7 +100,7 @@ def test_what_does_not_fit_is_not_imported_and_says_why(there: Cache, tmp_path: 
     for data, why in (
         (b"", "0 bytes are no safetensors file"),
         (good[:-1], "bytes instead of"),
-        (good.replace(b'"version":"3"', b'"version":"7"'), "its version is '7'; this onlinequant reads '3'"),
+        (good.replace(b'"version":"4"', b'"version":"7"'), "its version is '7'; this onlinequant reads '4'"),
         (good.replace(b"UNet2D", b"UNet3D"), "its checksum is wrong"),
     ):
         (tmp_path / "file").write_bytes(data)
