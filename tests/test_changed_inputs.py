@@ -1,4 +1,4 @@
-"""Every kind of change of a layer's inputs, in every format, is noticed by the call that looks for it; no change is none.
+"""Every kind of change of a layer's inputs, in every format, is noticed by the call that looks for it.
 
 A check sees quantized values only, so what is noticed must not depend on anything else.
 """

@@ -278,7 +278,7 @@ def test_what_another_thread_reads_is_not_written() -> None:
     assert is_reading.wait(60)
     weights[1].mul_(8)
     assert made.follow(weights) == 1
-    made.layers[0].widen(X * 5)
+    made.layers[0].refit(X * 5)
     is_over.set()
     thread.join()
     assert all(torch.equal(tensor.float(), before.float()) for tensor, before in zip(read, kept, strict=True))
