@@ -135,7 +135,9 @@ def test_a_process_that_has_waited_for_long_enough_goes_on_alone(start: Start) -
 
 def test_a_new_process_with_another_resolution_calibrates_nothing(start: Start, cache: Path) -> None:
     made = quantize(start(), *SMALL)
-    answer = start().ask("call", *WIDE)
+    process = start()
+    process.ask("call", *WIDE)  # the first of a size looks for drift, and may be in float
+    answer = process.ask("call", *WIDE)
     assert (answer["phase"], answer["calls_observed"], answer["cache_hit"]) == ("quantized", 0, True)
     assert 0 < error(answer, *WIDE) < CLOSE
     assert answer["key"] != made["key"] and answer["key"][:48] == made["key"][:48]
