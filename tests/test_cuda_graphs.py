@@ -6,6 +6,7 @@ Most tests run twice: on a GPU, and on the CPU with a stand-in for what CUDA doe
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import functools
 import gc
 import logging
@@ -20,7 +21,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from onlinequant_backend import cuda_graphs, drift
+from onlinequant_backend import cuda_graphs, drift, graph_memory
 from onlinequant_backend.cuda_graphs import GraphedCall, _Lane
 from onlinequant_backend.graph_memory import allocates_in_graph
 
@@ -449,10 +450,11 @@ def test_memory_is_shared_and_given_back() -> None:
         torch.cuda.synchronize()
         gc.collect()
         torch.cuda.empty_cache()
+        in_graphs = ctypes.c_uint64()
         if allocates_in_graph():  # torch does not know of the graphs' memory
-            free, total = torch.cuda.mem_get_info()
-            return (total - free) / 2**20
-        return torch.cuda.memory_reserved() / 2**20
+            reserved_now = 2  # CU_GRAPH_MEM_ATTR_RESERVED_MEM_CURRENT
+            assert not graph_memory._driver().cuDeviceGetGraphMemAttribute(0, reserved_now, ctypes.byref(in_graphs))
+        return (torch.cuda.memory_reserved() + in_graphs.value) / 2**20
 
     before = reserved()
     calls = [GraphedCall(function, device, (False,)) for _ in range(3)]
