@@ -35,9 +35,7 @@ _RANDOM = re.compile(
     r"(rand|randn|randint|randperm|normal|bernoulli|multinomial|poisson|uniform|exponential|cauchy|geometric|log_normal"
     r"|random|rrelu|gumbel_softmax|(feature_)?(alpha_)?dropout[123]?d?)(_like)?_?"
 )
-
-# Tensor methods whose result shares its memory with their input.
-VIEWS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
+_IN_PLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS)
 
 
 def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
@@ -273,24 +271,38 @@ def _replace_in(user: fx.Node, node: fx.Node, number: float) -> None:
 
 def writes_in_place(node: fx.Node) -> bool:
     """Whether a call may write into a tensor that it is given."""
+    name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
+    is_named_so = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method":
-        return str(node.target).endswith("_") and not str(node.target).endswith("__")
+        return is_named_so or name in _IN_PLACE_METHODS
     if node.op != "call_function":
         return False
     if isinstance(node.target, torch._ops.OpOverload):  # a user's own, too
         return bool(node.target._schema.is_mutable)
-    name = getattr(node.target, "__name__", "")
-    in_place = node.target in _IN_PLACE_OPERATORS or (name.endswith("_") and not name.endswith("__"))
+    if isinstance(node.target, torch._ops.OpOverloadPacket):
+        overloads = [getattr(node.target, overload) for overload in node.target.overloads() if "out" not in overload]
+        return "out" in node.kwargs or any(overload._schema.is_mutable for overload in overloads)
+    if isinstance(node.target, torch._ops.HigherOrderOperator):
+        return "mutation" in name or any(any(map(writes_in_place, body.nodes)) for body in _bodies(node))
+    in_place = is_named_so or node.target in _IN_PLACE_OPERATORS
     return in_place or "out" in node.kwargs or _asked_to_write_in_place(node)
 
 
+def _bodies(node: fx.Node) -> Iterator[fx.Graph]:
+    """The graphs that a higher-order operator is given, as those of ``torch.cond`` and of checkpoints are."""
+    for value in node.all_input_nodes:
+        body = operator.attrgetter(str(value.target))(value.graph.owning_module) if value.op == "get_attr" else None
+        if isinstance(body, fx.GraphModule):
+            yield body.graph
+
+
 def _asked_to_write_in_place(node: fx.Node) -> bool:
-    """Whether a function of ``torch.nn.functional`` is called with ``inplace=True``, as activations are, or keeps
-    running statistics, as norms do; by name or by position."""
+    """Whether a function of ``torch.nn.functional`` is called with ``inplace=True``, as activations are, keeps running
+    statistics, as norms do, or limits the norm of embeddings; by name or by position."""
     if not getattr(node.target, "__module__", "").startswith("torch.nn.functional"):
         return False
     keeps = _given(node, "running_mean") is not None and (_given(node, "training") or _given(node, "use_input_stats"))
-    return bool(_given(node, "inplace") or keeps)
+    return bool(_given(node, "inplace") or keeps or _given(node, "max_norm") is not None)
 
 
 def _given(node: fx.Node, name: str) -> Any:
@@ -312,12 +324,11 @@ def is_random(node: fx.Node) -> bool:
     return not is_functional or _given(node, "training") is not False  # dropout, at most times
 
 
-def readers(node: fx.Node) -> Iterator[fx.Node]:
-    """Everything that reads ``node`` or what shares its memory."""
-    for user in node.users:
-        yield user
-        if (user.op == "call_method" and user.target in VIEWS) or writes_in_place(user):
-            yield from readers(user)
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether a call is a dropout that gives back what it is given."""
+    if node.target is not torch.nn.functional.dropout or argument(node, 3, "inplace", False):
+        return False
+    return argument(node, 1, "p", 0.5) == 0 or not argument(node, 2, "training", True)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:

@@ -25,9 +25,9 @@ from typing import Any
 
 import torch
 import torch.fx as fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import compat, graph
+from .aliasing import plain_tensors
 from .config import QuantConfig
 from .passes import LayerInfo
 from .precision import Precision
@@ -92,14 +92,6 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
     for views in samples.values():  # one copy from the device for each kind, not one for each parameter
         digest.update(torch.cat(views).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_PART]
-
-
-def plain_tensors(parameter: torch.Tensor) -> list[torch.Tensor]:
-    """``parameter`` itself, or what a quantized one is made of."""
-    if not is_traceable_wrapper_subclass(parameter):
-        return [parameter]
-    names, _ = parameter.__tensor_flatten__()
-    return [tensor for name in names for tensor in plain_tensors(getattr(parameter, name))]
 
 
 def _machine(precision: Precision, device: torch.device) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import compat, forks, graph, keys, selection
+from .aliasing import plain_tensors
 from .background import Background
 from .build import CompiledGraph, build
 from .cache import Cache
@@ -681,7 +682,7 @@ _Places = list[tuple[Any, ...]]
 
 def _places(parameters: Sequence[torch.Tensor]) -> _Places:
     """Where and what they are: ComfyUI moves models away that are not being called, and back."""
-    plain = itertools.chain.from_iterable(map(keys.plain_tensors, parameters))
+    plain = itertools.chain.from_iterable(map(plain_tensors, parameters))
     # Nothing else gets the address of a storage that is known weakly.
     return [(x.device, x.dtype, x.stride(), StorageWeakRef(x.untyped_storage())) for x in plain]
 

@@ -18,6 +18,7 @@ from .fuse_group_norm import fuse_group_norm
 from .fuse_layer_norm import fuse_layer_norm
 from .insert_observers import insert_observers
 from .keep_output_layout import keep_output_layout
+from .keep_views import keep_views
 from .layer import ConvGeometry, LayerInfo, PassContext, info_of, layer_nodes, layer_reads
 from .merge_linears import merge_linears
 from .name_layers import name_layers
@@ -57,6 +58,7 @@ REWRITE: tuple[Pass, ...] = (
     fuse_channel_add,
     merge_linears,
     fuse_geglu,
+    keep_views,
     keep_output_layout,
     drop_unused_inputs,
     outline_regions,

@@ -6,6 +6,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph
+from onlinequant_backend.aliasing import Memory
 
 from .layer import PassContext
 
@@ -21,11 +22,13 @@ def drop_identities(graph_module: fx.GraphModule, context: PassContext) -> int:
         %div = call_function[target=operator.truediv](args = (%dropout, 1.0))
 
     After: ``%x`` in their place, so that later passes find what belongs together side by side. Leaves alone in-place
-    calls, and divisions of anything but floating-point tensors.
+    calls, divisions of anything but floating-point tensors, and whatever has to be in memory of its own: since that is
+    returned, or since it or ``%x`` is written in place, under any name.
     """
+    memory = Memory(graph_module)
     dropped = 0
     for node in list(graph_module.graph.nodes):
-        if _is_division_by_one(node) or _is_idle_dropout(node):
+        if (_is_division_by_one(node) or graph.is_idle_dropout(node)) and not _is_memory_needed(node, memory):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph_module.graph.erase_node(node)
             dropped += 1
@@ -41,7 +44,5 @@ def _is_division_by_one(node: fx.Node) -> bool:
     return is_one and isinstance(value, torch.Tensor) and value.is_floating_point()
 
 
-def _is_idle_dropout(node: fx.Node) -> bool:
-    if node.target is not torch.nn.functional.dropout or graph.argument(node, 3, "inplace", False):
-        return False
-    return graph.argument(node, 1, "p", 0.5) == 0 or not graph.argument(node, 2, "training", True)
+def _is_memory_needed(node: fx.Node, memory: Memory) -> bool:
+    return memory.is_written(node) or memory.is_written(node.all_input_nodes[0]) or memory.returns(node) > 0

@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
 
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from onlinequant_backend import graph
+from onlinequant_backend.aliasing import Memory
 
 from .layer import PassContext
 
@@ -36,13 +35,10 @@ def functionalize(graph_module: fx.GraphModule, context: PassContext) -> int:
     sums of several dtypes.
     """
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
-    owners: dict[int, list[fx.Node]] = {}
-    for node in graph_module.graph.nodes:
-        for storage in _storages(node):
-            owners.setdefault(storage, []).append(node)
+    memory = Memory(graph_module)
     changed = 0
     for node in list(graph_module.graph.nodes):
-        if node.target in _OUT_OF_PLACE and _is_private(node, owners, order):
+        if node.target in _OUT_OF_PLACE and _is_private(node, memory, order):
             written = node.args[0]
             written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])
             node.target = _OUT_OF_PLACE[node.target]
@@ -50,13 +46,7 @@ def functionalize(graph_module: fx.GraphModule, context: PassContext) -> int:
     return changed
 
 
-def _storages(node: fx.Node) -> Iterator[int]:
-    for value in pytree.tree_leaves(node.meta.get("example_value")):
-        if isinstance(value, torch.Tensor):
-            yield value.untyped_storage()._cdata
-
-
-def _is_private(node: fx.Node, owners: dict[int, list[fx.Node]], order: dict[fx.Node, int]) -> bool:
+def _is_private(node: fx.Node, memory: Memory, order: dict[fx.Node, int]) -> bool:
     """Whether nobody would notice if an in-place operator left what it writes into as it is."""
     written, value = node.args[0], node.args[1]
     if not isinstance(written, fx.Node) or not isinstance(written.meta.get("example_value"), torch.Tensor):
@@ -65,8 +55,7 @@ def _is_private(node: fx.Node, owners: dict[int, list[fx.Node]], order: dict[fx.
     target = graph.example(written)
     if not isinstance(other, (torch.Tensor, int, float)) or torch.result_type(target, other) != target.dtype:
         return False
-    (storage,) = _storages(written)
-    for owner in owners[storage]:
+    for owner in memory.owners(written):
         if owner.op in ("placeholder", "get_attr"):
             return False
         is_before = order[owner] < order[node]

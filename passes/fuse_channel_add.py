@@ -6,6 +6,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import compat, graph, ops
+from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.kernels import tuning
 
 from .layer import PassContext, info_of
@@ -26,18 +27,25 @@ def fuse_channel_add(graph_module: fx.GraphModule, context: PassContext) -> int:
         %flatten = call_function[target=aten.flatten](args = (%embedding, 1))
         %conv = call_function[target=onlinequant.conv](args = (%x, ..., torch.float16, None, %flatten))
 
-    Leaves alone sums of another shape or dtype, in-place adds, and convolutions whose result somebody else reads or
-    that run as a matrix product. Residuals stay as well: the convolution's blocks would read them when all else is
-    done, and the GroupNorm that follows reads everything anyway (94 us a convolution of SDXL's became 116 us).
+    Leaves alone sums of another shape or dtype, in-place adds, and convolutions whose result somebody else reads, whose
+    bias is written in place, or that run as a matrix product. Residuals stay as well: the convolution's blocks would
+    read them when all else is done, and the GroupNorm that follows reads everything anyway (94 us a convolution of
+    SDXL's became 116 us).
     """
     if context.precision.format.is_packed:
         return 0
+    memory = Memory(graph_module)
     fused = 0
     for conv in list(graph_module.graph.nodes):
         add = next(iter(conv.users)) if conv.target is ops.conv and len(conv.users) == 1 else None
-        if add is not None and len(conv.args) == 9 and _has_kernel(conv):
+        if add is not None and len(conv.args) == 9 and _has_kernel(conv) and not _is_bias_written(conv, memory):
             fused += _fuse(graph_module, conv, add)
     return fused
+
+
+def _is_bias_written(conv: fx.Node, memory: Memory) -> bool:
+    bias = conv.args[4]
+    return isinstance(bias, fx.Node) and memory.is_written(bias)
 
 
 def _has_kernel(conv: fx.Node) -> bool:
@@ -57,7 +65,7 @@ def _fuse(graph_module: fx.GraphModule, conv: fx.Node, add: fx.Node) -> bool:
     with graph_module.graph.inserting_before(add):
         row = graph_module.graph.call_function(torch.ops.aten.flatten.using_ints, (other, 1))
         new = graph_module.graph.call_function(ops.conv, (*conv.args, None, row))
-    new.meta = dict(conv.meta)
+    new.meta = {**conv.meta, "example_value": graph.example(add)}
     add.replace_all_uses_with(new)
     graph_module.graph.erase_node(add)
     graph_module.graph.erase_node(conv)

@@ -7,6 +7,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph, ops
+from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.kernels import tuning
 
 from .layer import PassContext, info_of
@@ -31,16 +32,20 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
             args = (%x, %qparams_0, %weight, %scale, %b, %qparams_1, torch.float8_e4m3fn))
 
     The wide result never reaches memory. If anything but the quantize node reads ``%mul``, the fused op returns that.
-    Leaves alone what differs: the tanh approximation, more readers of a part, formats without a fused kernel.
+    Leaves alone what differs: the tanh approximation, more readers of a part, a bias that is written in place,
+    formats without a fused kernel.
     """
     if context.precision.format.is_packed:
         return 0
+    memory = Memory(graph_module)
     fused = 0
     for linear in list(graph_module.graph.nodes):
         result = _product(linear) if linear.target is ops.linear and info_of(linear) is not None else None
         if result is None or not _has_kernel(linear, context):
             continue
         x, qparams, weight, scale, bias, dtype = linear.args
+        if isinstance(bias, fx.Node) and memory.is_written(bias):  # it is read later from now on
+            continue
         quantize = _only_user(result)
         if quantize is not None and quantize.target is ops.quantize and not quantize.args[3]:
             result, out_qparams, dtype = quantize, quantize.args[1], quantize.args[2]
@@ -72,7 +77,7 @@ def _product(linear: fx.Node) -> fx.Node | None:
     if gelu is None or gelu.target is not torch._C._nn.gelu or graph.argument(gelu, 1, "approximate", "none") != "none":
         return None
     product = _only_user(gelu)
-    if product is None or product.target not in (operator.mul, operator.imul, torch.mul):
+    if product is None or product.target not in (operator.mul, operator.imul, torch.mul) or product.kwargs:
         return None
     return product if set(product.args) == {value, gelu} and value is not None and len(value.users) == 1 else None
 

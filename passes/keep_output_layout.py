@@ -36,20 +36,27 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
     output = graph_module.graph.output_node()
     changed = 0
     for node in list(output.all_input_nodes):
-        if node.op == "placeholder" or node.meta.get(_IS_KEPT):
-            continue
-        memory_format, order = _layout(node)
-        if order is None:
-            continue
-        with graph_module.graph.inserting_before(output):
-            ordered = _permuted(graph_module, node, order)
-            restored = graph_module.graph.call_function(_contiguous, (ordered,), {"memory_format": memory_format})
-            restored.meta["example_value"] = ordered.meta["example_value"]
-            restored = _permuted(graph_module, restored, [order.index(i) for i in range(len(order))])
-        restored.meta[_IS_KEPT] = True
-        output.replace_input_with(node, restored)
-        changed += 1
+        if node.op != "placeholder" and not node.meta.get(_IS_KEPT):
+            changed += in_float_layout(graph_module, node, output) is not None
     return changed
+
+
+def in_float_layout(graph_module: fx.GraphModule, node: fx.Node, before: fx.Node) -> fx.Node | None:
+    """Have ``before`` and all that comes after it read ``node`` in the strides that it has in the float graph; None
+    where there are gaps or values share memory."""
+    memory_format, order = _layout(node)
+    if order is None:
+        return None
+    with graph_module.graph.inserting_before(before):
+        ordered = _permuted(graph_module, node, order)
+        restored = graph_module.graph.call_function(_contiguous, (ordered,), {"memory_format": memory_format})
+        restored.meta["example_value"] = ordered.meta["example_value"]
+        own = {ordered, restored}
+        restored = _permuted(graph_module, restored, [order.index(i) for i in range(len(order))])
+    restored.meta[_IS_KEPT] = True
+    later = {user for user in node.users if user not in own and not user < before}
+    node.replace_all_uses_with(restored, delete_user_cb=later.__contains__)
+    return restored
 
 
 def _permuted(graph_module: fx.GraphModule, node: fx.Node, order: Sequence[int]) -> fx.Node:

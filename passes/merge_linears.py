@@ -7,6 +7,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph, ops
+from onlinequant_backend.aliasing import Memory
 
 from .layer import LayerInfo, PassContext, layer_nodes
 
@@ -27,15 +28,18 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
         %k = call_function[target=operator.getitem](args = (%split, 1))
 
     One product of many columns fills the GPU where several of few do not, and it starts once. Leaves alone linears that
-    differ in dtype or in whether they have a bias, those with a bias that is computed or that the graph returns (Dynamo
-    guards on strides, and these are views now), and any that ``context.merge`` refuses. Runs after ``rewrite_linear``;
-    every input of the replaced products that nothing else reads goes.
+    differ in dtype or in whether they have a bias, those with a bias that is computed or written in place, those that
+    the graph returns (Dynamo guards on strides, and these are views now), and any that ``context.merge`` refuses. Runs
+    after ``rewrite_linear``, and before ``keep_views``, since rows of a part do not lie one behind the other; every
+    input of the replaced products that nothing else reads goes.
     """
+    memory = Memory(graph_module)
     groups: dict[tuple[Any, ...], list[tuple[fx.Node, LayerInfo]]] = {}
     for node, info in layer_nodes(graph_module):
-        if node.target is ops.linear and not _is_returned(node):
+        if node.target is ops.linear and not memory.returns(node):
             x, qparams, _, _, bias, dtype = node.args
-            if bias is None or (isinstance(bias, fx.Node) and bias.op == "placeholder"):
+            is_input = isinstance(bias, fx.Node) and bias.op == "placeholder" and not memory.is_written(bias)
+            if bias is None or is_input:
                 groups.setdefault((x, qparams, bias is None, dtype), []).append((node, info))
     merged = 0
     for members in groups.values():
@@ -44,10 +48,6 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
             _merge(graph_module, members, indices, context)
             merged += len(members)
     return merged
-
-
-def _is_returned(node: fx.Node) -> bool:
-    return any(reader.op == "output" for reader in graph.readers(node))
 
 
 def _merge(
@@ -71,9 +71,6 @@ def _merge(
         product = graph_module.graph.call_function(ops.linear, args)
         parts = graph_module.graph.call_function(torch.ops.aten.split_with_sizes.default, (product, sizes, -1))
         for i, node in enumerate(nodes):
-            for reader in graph.readers(node):
-                if reader.op == "call_method" and reader.target == "view":
-                    reader.target = "reshape"  # rows of a part do not lie one behind the other: there may be no view
             part = graph_module.graph.call_function(operator.getitem, (parts, i))
             part.meta = {key: value for key, value in node.meta.items() if key != "onlinequant"}
             node.replace_all_uses_with(part)

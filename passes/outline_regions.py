@@ -10,6 +10,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import compat, graph
+from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.repeats import repeated_runs
 
 from .layer import PassContext, info_of
@@ -43,7 +44,8 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
         %b = call_function[target=operator.getitem](args = (%call_1, 0))
 
     Regions are equal in every call, constant, shape, stride and dtype, and in how their values depend on each other.
-    Returns how many regions there are. Leaves graphs alone that write in place or have symbolic sizes. Runs last.
+    Returns how many regions there are. Leaves graphs alone that write in place, have symbolic sizes, or have results in
+    memory that is an input's or another result's. Runs last.
     """
     if not _may_be_outlined(graph_module, context):
         return 0
@@ -60,7 +62,7 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
 def _may_be_outlined(graph_module: fx.GraphModule, context: PassContext) -> bool:
     is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in graph.placeholders(graph_module))
     in_place = any(map(graph.writes_in_place, graph_module.graph.nodes))
-    return context.in_regions and not is_symbolic and not in_place
+    return context.in_regions and not is_symbolic and not in_place and not Memory(graph_module).has_results_in_common()
 
 
 def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -45,7 +45,10 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
                 dtype = context.precision.format.activation
                 args = (source, qparams, dtype, info.kind == "conv", not context.saturates)
                 shared[key] = graph_module.graph.call_function(ops.quantize, args)
-        node.replace_input_with(x, shared[key])
+        if node.args:  # not all uses of it, for it may be the bias as well
+            node.update_arg(0, shared[key])
+        else:
+            node.update_kwarg("input", shared[key])
     return len(shared)
 
 

@@ -8,6 +8,7 @@ import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onlinequant_backend import exclusion, graph
+from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.report import CANDIDATE
 
 from .layer import (
@@ -27,6 +28,8 @@ _log = logging.getLogger("onlinequant")
 _BLOCK_LENGTH = 32
 # The share of a model's operations that its first or last layer may have to stay in float.
 _LITTLE_WORK = 0.05
+# Tensor methods that only arrange values anew.
+_ARRANGEMENTS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
 _NOT_WORTH_IT = "quick, but its error would be the whole picture's"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -44,10 +47,11 @@ def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
     many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
+    memory = Memory(graph_module)
     possible = 0
     work = sum(info.flops for _, info in layer_nodes(graph_module))
     for node, info in layer_nodes(graph_module):
-        impossible = _impossible(node, info)
+        impossible = _impossible(node, info, memory)
         if impossible is None and not context.measured:
             info.index = possible
             possible += 1
@@ -89,16 +93,28 @@ def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: Pas
     if _is_shortcut(node, info):
         return f"a shortcut around a residual block: {_NOT_WORTH_IT}"
     if info.flops < _LITTLE_WORK * work:
-        if any(reader.op == "output" for reader in graph.readers(node)):
+        if _is_result(node):
             return f"the model's last layer: {_NOT_WORTH_IT}"
         if info.kind == "conv" and _is_input(graph.argument(node, 0, "input")):
             return f"the model's first layer: {_NOT_WORTH_IT}"
     return None
 
 
+def _is_result(node: fx.Node) -> bool:
+    """Whether a value is one that the model gives, be it in another form or with something written into it."""
+    return any(
+        user.op == "output" or ((_is_arranging(user) or graph.writes_in_place(user)) and _is_result(user))
+        for user in node.users
+    )
+
+
+def _is_arranging(node: fx.Node) -> bool:
+    return node.op == "call_method" and node.target in _ARRANGEMENTS
+
+
 def _is_input(node: fx.Node) -> bool:
     """Whether a value is one that the model was given, be it in another dtype or form."""
-    while node.op == "call_method" and node.target in (*graph.VIEWS, *CASTS, "contiguous"):
+    while _is_arranging(node) or (node.op == "call_method" and node.target in (*CASTS, "contiguous")):
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
@@ -140,13 +156,15 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
         )
 
 
-def _impossible(node: fx.Node, info: LayerInfo) -> str | None:
+def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
     """Why no 8-bit kernel could stand in for this node, or None; fills in a convolution's geometry."""
     if node.target in TRANSPOSED_TARGETS:
         return "transposed convolutions have no 8-bit kernel"
     parameter = weight_parameter(node)
     if parameter is None:
         return "its weight is computed in the graph, not a parameter"
+    if memory.is_written(parameter):
+        return "its weight is written in the graph"
     weight = graph.example(parameter)
     # ComfyUI's and torchao's, say.
     if type(weight).__name__ == "QuantizedTensor" or is_traceable_wrapper_subclass(weight):

@@ -6,6 +6,7 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph
+from onlinequant_backend.aliasing import Memory
 
 from .layer import PassContext
 
@@ -26,13 +27,14 @@ def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int
         %second = call_function[target=torch._C._nn.linear](args = (%silu_1, %w1, %b1))
 
     After: both linears read ``%silu``, so that they can share a quantized copy and be merged into one product. Leaves
-    alone what is written in place, or computed on different sides of such a write.
+    alone what is written in place or returned, under any name, or computed on different sides of a write.
     """
     first: dict[Any, fx.Node] = {}
+    memory = Memory(graph_module)
     writes = shared = 0
     for node in list(graph_module.graph.nodes):
         writes += graph.writes_in_place(node)
-        if node.target not in _ACTIVATIONS or not _is_only_read(node):
+        if node.target not in _ACTIVATIONS or memory.is_written(node) or memory.returns(node):
             continue
         known = first.setdefault((node.target, node.args, tuple(sorted(node.kwargs.items())), writes), node)
         if known is not node:
@@ -40,8 +42,3 @@ def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int
             graph_module.graph.erase_node(node)
             shared += 1
     return shared
-
-
-def _is_only_read(node: fx.Node) -> bool:
-    readers = (node, *graph.readers(node))
-    return not any(reader.op == "output" or graph.writes_in_place(reader) for reader in readers)

@@ -32,10 +32,31 @@ def test_what_changes_nothing_goes(identity: Callable[[torch.Tensor], torch.Tens
     probe.assert_settled(drop_identities)
 
 
+def written_before(x: torch.Tensor) -> torch.Tensor:
+    x[:, :4].mul_(3)
+    return x / 1.0
+
+
+def input_written_after(x: torch.Tensor) -> torch.Tensor:
+    y = x / 1.0
+    x.detach().add_(1)
+    return x * y
+
+
+def result_written_after(x: torch.Tensor) -> torch.Tensor:
+    y = F.dropout(x / 1.0, training=False)
+    y.chunk(2, -1)[0].add_(1)
+    return x * y
+
+
 @pytest.mark.parametrize(
     "function",
     [
-        lambda x: x / 2.0,
+        written_before,
+        input_written_after,
+        result_written_after,
+        lambda x: (x / 1.0)[0],
+        lambda x: (x, x / 1.0),
         lambda x: 1.0 / x,
         lambda x: x / x,
         lambda x: (x > 0).to(torch.int64) / 1.0,
@@ -44,5 +65,5 @@ def test_what_changes_nothing_goes(identity: Callable[[torch.Tensor], torch.Tens
     ],
 )
 def test_what_changes_something_stays(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    probe = GraphProbe(lambda x: function(x) * 2, X)
+    probe = GraphProbe(lambda x: function(x * 2), X)
     assert probe.run(drop_identities) == {"drop_identities": 0}

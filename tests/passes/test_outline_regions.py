@@ -218,6 +218,17 @@ def test_what_differs_or_is_short_is_left_alone(steps: Sequence[Step]) -> None:
     assert probe.run(outline_regions) == {"outline_regions": 0}
 
 
+def test_results_in_one_memory_are_left_alone() -> None:
+    model = Repeating([long] * 3)
+
+    def twice(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = model(x)
+        return y, y[0]
+
+    probe = GraphProbe(twice, X, regional_compilation=True)
+    assert probe.run(outline_regions) == {"outline_regions": 0}
+
+
 def test_symbolic_sizes_are_left_alone() -> None:
     probe = GraphProbe(Repeating([long] * 3), X, dynamic=True, regional_compilation=True)
     assert probe.run(outline_regions) == {"outline_regions": 0}

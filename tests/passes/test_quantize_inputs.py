@@ -85,6 +85,16 @@ def test_only_selected_layers_read_8_bit(
         assert {info.reason for info in probe.infos} == {"excluded by '*'"}
 
 
+@torch.no_grad()
+def test_an_input_that_is_the_bias_as_well() -> None:
+    module, x = WithWeight(lambda x, w: F.linear(x, w, x), 32, 32), noise(32)
+    probe = GraphProbe(module, x, precision=host_precision()).analyze()
+    layers = probe.observe()
+    probe.run(*REWRITE)
+    (result,) = probe.call_quantized(layers)
+    assert 0 < relative_error(result, module(x)) < 0.05
+
+
 def add_in_place(x: torch.Tensor) -> torch.Tensor:
     x.add_(100)
     return x

@@ -47,6 +47,7 @@ def test_order_of_the_passes() -> None:
             "fuse_channel_add",
             "merge_linears",
             "fuse_geglu",
+            "keep_views",
             "keep_output_layout",
             "drop_unused_inputs",
             "outline_regions",

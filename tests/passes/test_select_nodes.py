@@ -94,6 +94,7 @@ def test_convolution_over_time_is_quantized() -> None:
         (WithWeight(lambda x, w: F.conv2d(x, w * 2), 4, 4, 3, 3), IMAGE, "its weight is computed in the graph"),
         (WithWeight(lambda x, w: F.linear(x, w * 2), 8, 8), ROWS, "its weight is computed in the graph"),
         (WithWeight(lambda x, w: F.linear(w, x), 4, 8), ROWS, "its weight is computed in the graph"),
+        (WithWeight(lambda x, w: F.linear(x, w) * w[0].mul_(2), 8, 8), ROWS, "its weight is written in the graph"),
         (nn.Linear(8, 8).double(), ROWS.double(), "its dtype torch.float64 has no 8-bit kernel"),
     ],
 )

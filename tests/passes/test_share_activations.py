@@ -16,6 +16,11 @@ from tests.graph_probe import SYMMETRIC, GraphProbe
 from tests.tiny import noise
 
 X = noise(2, 32)
+# What a value may be written through, without any node that is called after it.
+VIEWS = (
+    *(lambda x: x.view(-1), lambda x: x[:, :2], lambda x: x.chunk(2, -1)[1], lambda x: x.detach(), lambda x: x.t()),
+    *(lambda x: F.dropout(x, training=False), lambda x: x.as_strided((2,), (1,)), lambda x: x.to(torch.float32)),
+)
 
 
 class Blocks(nn.Module):
@@ -54,10 +59,13 @@ def written_before(x: torch.Tensor) -> torch.Tensor:
     return first + F.silu(x)
 
 
-def written_after(x: torch.Tensor) -> torch.Tensor:
-    first, second = F.silu(x), F.silu(x)
-    first.view(-1).add_(1)
-    return first * second
+def written_after(view: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def function(x: torch.Tensor) -> torch.Tensor:
+        first, second = F.silu(x), F.silu(x)
+        view(first).add_(1)
+        return first * second
+
+    return function
 
 
 @pytest.mark.parametrize(
@@ -68,8 +76,9 @@ def written_after(x: torch.Tensor) -> torch.Tensor:
         lambda x: F.gelu(x) + F.gelu(x, approximate="tanh"),
         lambda x: F.silu(x.clone(), True) + F.silu(x),
         written_before,
-        written_after,
+        *map(written_after, VIEWS),
         lambda x: (F.silu(x), F.silu(x)),
+        lambda x: (F.silu(x), F.silu(x)[0]),
     ],
 )
 def test_what_differs_or_is_written_stays(function: Callable[[torch.Tensor], torch.Tensor]) -> None:

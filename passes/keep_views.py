@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import torch
+import torch.fx as fx
+
+from onlinequant_backend import compat
+from onlinequant_backend.aliasing import Memory
+
+from .keep_output_layout import in_float_layout
+from .layer import PassContext
+
+_IS_KEPT = "has_kept_views"  # in a node's ``meta``
+
+
+def keep_views(graph_module: fx.GraphModule, context: PassContext) -> int:
+    """Let a view of an 8-bit layer's result be one where that matters: such layers may write another memory layout.
+
+    Before::
+
+        %conv = call_function[target=onlinequant.conv](args = (%x, ...))
+        %flatten = call_method[target=flatten](args = (%conv, 2))
+        %add_ = call_method[target=add_](args = (%flatten, 1))
+        %conv_1 = call_function[target=onlinequant.conv](args = (%conv, ...))
+        %view = call_method[target=view](args = (%conv_1, 1, -1))
+
+    After, where ``%flatten`` would have been a copy, and ``%view`` impossible::
+
+        %conv = call_function[target=onlinequant.conv](args = (%x, ...))
+        %contiguous = call_function[target=aten.contiguous](args = (%conv,), kwargs = {memory_format: contiguous})
+        %flatten = call_method[target=flatten](args = (%contiguous, 2))
+        %add_ = call_method[target=add_](args = (%flatten, 1))
+        %conv_1 = call_function[target=onlinequant.conv](args = (%contiguous, ...))
+        %reshape = call_method[target=reshape](args = (%conv_1, 1, -1))
+
+    So is what the graph returns as several tensors in the same memory. Leaves alone what has the same shape under all
+    of its names, as what an activation was written into has.
+    """
+    memory = Memory(graph_module)
+    changed = 0
+    for node in list(graph_module.graph.nodes):
+        is_shared = memory.is_written(node) or memory.returns(node) > 1
+        if is_shared and not node.meta.get(_IS_KEPT) and _is_made_here(node, memory) and _has_views(node, memory):
+            node.meta[_IS_KEPT] = True
+            changed += in_float_layout(graph_module, node, node.next) is not None
+        elif not is_shared and node.op == "call_method" and node.target == "view" and _has_sizes(node):
+            node.target = "reshape"
+            changed += 1
+    return changed
+
+
+def _is_made_here(node: fx.Node, memory: Memory) -> bool:
+    return node.op.startswith("call") and memory.owners(node)[0] is node
+
+
+def _has_views(node: fx.Node, memory: Memory) -> bool:
+    return len({_shape(owner) for owner in memory.owners(node)}) > 1
+
+
+def _shape(node: fx.Node) -> tuple[tuple[int, ...], ...]:
+    value = node.meta.get("example_value")
+    if not isinstance(value, torch.Tensor):
+        return ()
+    return tuple(tuple(map(compat.hint, numbers)) for numbers in (value.shape, value.stride()))
+
+
+def _has_sizes(view: fx.Node) -> bool:
+    """Whether a ``view`` is not one of another dtype."""
+    return len(view.args) > 1 and not isinstance(view.args[1], torch.dtype)
