@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import types
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.variables import builder
 from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
+from torch.utils.weak import WeakIdRef
 
 
 class UnwrappedError(ShortenTraceback):
@@ -381,24 +383,25 @@ def inductor_option_types() -> dict[str, type | None]:
     return types
 
 
-def watch_swaps(before: Callable[[torch.Tensor], None], after: Callable[[torch.Tensor], None]) -> None:
-    """Have ``before`` and ``after`` called with both tensors around each of torch's swaps from now on."""
-    swap: Any = torch.utils.swap_tensors
-    if getattr(swap, "_before", None) is before:
-        return
+class HarmlessReference(WeakIdRef):
+    """A weak reference to a tensor that does not keep torch from swapping it: it goes on referring to the same object,
+    whose content is another one then."""
 
-    @functools.wraps(swap)
-    def swap_tensors(t1: torch.Tensor, t2: torch.Tensor) -> None:
-        before(t1)
-        before(t2)
-        try:
-            swap(t1, t2)
-        finally:
-            after(t1)
-            after(t2)
+    def __init__(self, tensor: torch.Tensor, callback: Callable[[Any], object]) -> None:
+        super().__init__(tensor, callback)
+        # The function looks this name up whenever it is called; its own may have been imported by others long ago.
+        vars(torch.utils)["weakref"] = _weakref_without_harmless
 
-    swap_tensors._before = before  # type: ignore[attr-defined]
-    torch.utils.swap_tensors = swap_tensors
+
+_weakref_without_harmless = types.ModuleType("weakref")
+_weakref_without_harmless.__dict__.update(vars(weakref))
+
+
+def _getweakrefs(value: Any) -> list[Any]:
+    return [reference for reference in weakref.getweakrefs(value) if not isinstance(reference, HarmlessReference)]
+
+
+_weakref_without_harmless.getweakrefs = _getweakrefs  # type: ignore[attr-defined]
 
 
 def compile_lock() -> Any:

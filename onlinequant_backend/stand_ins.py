@@ -12,29 +12,24 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils.weak import WeakIdRef
 
 from . import compat
 
 
 class StandIn:
-    """Lives for as long as one tensor, whatever that is swapped with; call it for the tensor."""
+    """Lives for as long as one tensor, whatever that is swapped with; call it for the tensor.
+
+    It has the only weak reference to the tensor that this package makes.
+    """
 
     def __init__(self, tensor: torch.Tensor) -> None:
-        self.refer_to(tensor)
+        forget: Callable[[Any], object] = functools.partial(_forget, id(tensor))
+        self._reference: Callable[[], Any] = compat.HarmlessReference(tensor, forget)
 
     def __call__(self) -> torch.Tensor | None:
         """The tensor, or None once it is gone."""
         found: torch.Tensor | None = self._reference()
         return found
-
-    def refer_to(self, tensor: torch.Tensor) -> None:
-        """Have the only weak reference to ``tensor`` that this package makes."""
-        self._reference: Callable[[], Any] = WeakIdRef(tensor, functools.partial(_forget, id(tensor)))
-
-    def let_go(self) -> None:
-        """Have none until ``refer_to``."""
-        self._reference = lambda: None
 
 
 _stand_ins: dict[int, StandIn] = {}
@@ -42,7 +37,6 @@ _stand_ins: dict[int, StandIn] = {}
 
 def stand_in(tensor: torch.Tensor) -> StandIn:
     """The one for ``tensor``: always the same."""
-    compat.watch_swaps(_let_go, _refer_to)
     known = _stand_ins.get(id(tensor))
     if known is None:
         known = _stand_ins.setdefault(id(tensor), StandIn(tensor))  # another thread may have been first
@@ -62,15 +56,3 @@ def weakly(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
 
 def _forget(identity: int, _reference: object) -> None:
     _stand_ins.pop(identity, None)
-
-
-def _let_go(tensor: torch.Tensor) -> None:
-    known = _stand_ins.get(id(tensor))
-    if known is not None:
-        known.let_go()
-
-
-def _refer_to(tensor: torch.Tensor) -> None:
-    known = _stand_ins.get(id(tensor))
-    if known is not None:
-        known.refer_to(tensor)

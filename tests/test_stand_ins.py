@@ -3,7 +3,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -43,14 +43,16 @@ def test_it_is_one_and_dies_with_its_tensor() -> None:
     assert known() is None and len(died) == 1
 
 
+@pytest.mark.parametrize("swap", [torch.utils.swap_tensors, lambda *both: torch.utils.swap_tensors(*both)])
 @pytest.mark.parametrize("also_the_other", [False, True])
-def test_it_stays_with_a_tensor_that_is_swapped(also_the_other: bool) -> None:
+def test_it_stays_with_a_tensor_that_is_swapped(also_the_other: bool, swap: Callable[..., None]) -> None:
+    """Whether the function is looked up in torch now, or was before the first weak reference."""
     tensor, other = (nn.Parameter(noise(4, seed=seed)) for seed in (1, 2))
     known = stand_in(tensor)
     if also_the_other:
         assert stand_in(other) is not known
     expected = other.detach().clone()
-    torch.utils.swap_tensors(tensor, other)
+    swap(tensor, other)
     assert torch.equal(tensor, expected)
     assert stand_in(tensor) is known and known() is tensor
 
