@@ -70,7 +70,6 @@ class QuantizedGraph:
         self._parameters = getter(parameters)
         self._names = list(graph.parameter_names(self._graph).values())
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
-        self._places_of_weights = places(self._candidates)
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[tuple[int, ...], WeightSet] = {}  # by the parameters' identities
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
@@ -182,16 +181,21 @@ class QuantizedGraph:
         with self._lock:
             named = dict(zip(self._names, parameters, strict=True))
             known = registry.predecessor(named)
+            # A weight may have been given to a second layer since this graph was traced.
+            numbers = places(id(parameters[candidate]) for candidate in self._candidates)
+            numbers_of_names = places(self._candidates)
             layers = [
                 registry.layer(
                     parameters[candidate],
                     info.geometry,
                     self._precision.format,
                     self._config.calibration_method,
-                    old=known.layer(self._names[candidate], place) if known else None,
-                    place=place,
+                    old=known.layer(self._names[candidate], of_name) if known else None,
+                    place=number,
                 )
-                for info, candidate, place in zip(self._infos, self._candidates, self._places_of_weights, strict=True)
+                for info, candidate, number, of_name in zip(
+                    self._infos, self._candidates, numbers, numbers_of_names, strict=True
+                )
             ]
             layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
             number = self._layouts.setdefault(layout, len(self._layouts))

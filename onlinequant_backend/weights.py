@@ -14,7 +14,7 @@ import contextlib
 import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,13 +40,13 @@ def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
     return lambda sequence: tuple(sequence[position] for position in positions)
 
 
-def places(candidates: Sequence[int]) -> list[int]:
-    """Of each layer, how many before it have the same weight; ``candidates`` says which weight each layer has."""
+def places(weights: Iterable[int]) -> list[int]:
+    """Of each layer, how many before it have the same weight; ``weights``: what identifies each layer's."""
     seen: Counter[int] = Counter()
     numbers = []
-    for candidate in candidates:
-        numbers.append(seen[candidate])
-        seen[candidate] += 1
+    for weight in weights:
+        numbers.append(seen[weight])
+        seen[weight] += 1
     return numbers
 
 
@@ -93,8 +93,8 @@ class WeightSet:
             name: weakref.ref(stand_in(parameter), self._expire)
             for name, parameter in zip(names, parameters, strict=True)
         }
-        self._places = places(candidates)
-        keys = zip((names[candidate] for candidate in candidates), self._places, strict=True)
+        self._places = places(self.ids[candidate] for candidate in candidates)
+        keys = zip((names[candidate] for candidate in candidates), places(candidates), strict=True)
         self._index = {key: index for index, key in enumerate(keys)}
 
     def _expire(self, _guard: object) -> None:
@@ -112,7 +112,7 @@ class WeightSet:
         return any(id(parameter()) in ids for parameter in known if parameter is not None)
 
     def layer(self, name: str, place: int = 0) -> Layer | None:
-        """The layer whose weight has this name, at so many places after its first."""
+        """The layer whose weight has this name, at so many places of this name after its first."""
         index = self._index.get((name, place))
         return None if index is None else self.layers[index]
 

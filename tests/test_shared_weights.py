@@ -259,3 +259,31 @@ def test_a_weight_that_is_used_twice_has_two_ranges(
         assert all(0 < relative_error(*pair) < 0.02 for pair in zip(step(x, y), model(x, y), strict=True))
         model.linear.weight.mul_(-1)
         forget_everything()
+
+
+class Pair(nn.Module):
+    """Two linear layers of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.first(x), self.second(y)
+
+
+@pytest.mark.parametrize("calls", [1, 3])
+def test_layers_that_get_one_weight_later_keep_their_ranges(calls: int, inductor: EagerInductor) -> None:  # noqa: F811
+    torch.manual_seed(0)
+    model = Pair().requires_grad_(False)
+    x, y = noise(128, 64), noise(128, 64, seed=2) * 100
+    step = compiled(model)
+    for _ in range(calls):
+        step(x, y)
+    model.second.weight = model.first.weight
+    for _ in range(3):
+        results = step(x, y)
+    assert all(0 < relative_error(*pair) < 0.02 for pair in zip(results, model(x, y), strict=True))
+    model.first.weight = nn.Parameter(-model.first.weight, requires_grad=False)
+    assert all(0 < relative_error(*pair) < 0.02 for pair in zip(step(x, y), model(x, y), strict=True))
+    assert len(oq.reports()) == 1
