@@ -351,11 +351,14 @@ class Registry:
         old: Layer | None = None,
         place: int = 0,
     ) -> Layer:
-        """The layer of ``weight``, at the place of this number. Where there is none, it takes over ``old``, the layer
-        of the weight whose place in the model it has taken, if that fits, or else gets a new one."""
+        """The layer of ``weight``, at the place of this number, or at another one that is ``old``: the layer of the
+        weight whose place in the model it has taken. Where there is none, it takes over ``old``, if that fits, or else
+        gets a new one."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
             layers = self._layers_of(kind).setdefault(stand_in(weight), {})
+            if old is not None and any(layer is old for layer in layers.values()):
+                return old  # so many layers before it had this weight as well
             if place not in layers:
                 first = next(iter(layers.values()), None)
                 layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
@@ -364,7 +367,8 @@ class Registry:
     def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
         """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
         with self._lock:
-            return self._layers_of(layer.kind).get(stand_in(weight), {}).get(place, layer)
+            layers = self._layers_of(layer.kind).get(stand_in(weight), {})
+            return layer if any(each is layer for each in layers.values()) else layers.get(place, layer)
 
     def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
         """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
