@@ -39,13 +39,9 @@ def onlinequant(
     tracing.is_traced(graph_module, config.shapes)
     device = _device(example_inputs)
     resolved = precision.resolve(config.precision, device)
-    analyzed = graph.copy_graph(graph_module)
-    graph.name_parameters(analyzed, example_inputs, tracing.root())
-    run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
-    infos = [info for _, info in layer_nodes(analyzed)]
+    analyzed, infos, reason = _analyzed(graph_module, example_inputs, config, resolved, device)
     _say_unmatched(config.exclude, infos)
     model = tracing.model_name()
-    reason = _why_float(infos, resolved, example_inputs)
     identity = keys.identity(analyzed, config, resolved, device) if reason is None else None
     known = None if identity is None else graphs.get((model, identity))
     if known is not None:
@@ -64,7 +60,8 @@ def onlinequant(
         entry.phase, entry.phase_reason = "float", reason
         _log.info("%s stays in float: %s", entry.model, reason)
         progress.tell(entry.summary())
-        if config.compile_in_background:  # whoever does not want to wait for 8 bit does not for float either
+        # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
+        if config.compile_in_background or compat.is_transforming():
             return _as_it_is(graph_module, entry)
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
@@ -73,6 +70,28 @@ def onlinequant(
     if identity is not None:
         graphs[model, identity] = quantized
     return quantized
+
+
+def _analyzed(
+    graph_module: fx.GraphModule,
+    inputs: Sequence[Any],
+    config: QuantConfig,
+    resolved: precision.Precision,
+    device: torch.device,
+) -> tuple[fx.GraphModule, list[LayerInfo], str | None]:
+    """A copy of a graph whose layers are known, these layers, and why it stays in float, if it does."""
+    reason = graph.oddity(graph_module)
+    if reason is not None:
+        return graph_module, [], reason
+    try:
+        analyzed = graph.copy_graph(graph_module)
+        graph.name_parameters(analyzed, inputs, tracing.root())
+        run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
+    except Exception as error:  # whatever a graph may hold, torch can compile it
+        _log.exception("onlinequant failed, so the model goes on in float")
+        return graph_module, [], f"it failed: {type(error).__name__}: {error}"
+    infos = [info for _, info in layer_nodes(analyzed)]
+    return analyzed, infos, _why_float(infos, resolved, inputs)
 
 
 def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:

@@ -404,6 +404,11 @@ def _getweakrefs(value: Any) -> list[Any]:
 _weakref_without_harmless.getweakrefs = _getweakrefs  # type: ignore[attr-defined]
 
 
+def is_transforming() -> bool:
+    """Whether this thread is within a transform of ``torch.func``, whose tensors are wrappers without values."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def compile_lock() -> Any:
     """Dynamo's lock, a reentrant one: neither Dynamo nor Inductor compiles in two threads at once."""
     return torch._dynamo.convert_frame.compile_lock

@@ -69,6 +69,22 @@ def is_concrete(value: Any) -> bool:
     return not any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
 
 
+def oddity(graph_module: fx.GraphModule) -> str | None:
+    """What among a graph's values is no tensor that our passes and layers know how to handle, or None.
+
+    Neither sizes nor the memory of such values can be asked for.
+    """
+    for node in graph_module.graph.nodes:
+        for value in tree_leaves(node.meta.get("example_value")):
+            if not isinstance(value, torch.Tensor):
+                continue
+            if torch._C._functorch.is_functorch_wrapped_tensor(value):
+                return "it holds a transform of torch.func, such as vmap or grad, and 8-bit layers have none"
+            if value.layout is not torch.strided:
+                return f"it holds nested or sparse tensors ({value.layout}), of which 8-bit layers take none"
+    return None
+
+
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The graph's inputs in call order."""
     return [node for node in graph_module.graph.nodes if node.op == "placeholder"]

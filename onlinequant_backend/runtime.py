@@ -101,7 +101,7 @@ class QuantizedGraph:
         if self._has_failed and self._may_try_again(run):
             self._has_failed = self._gave_up = False
             self._compiled.forget_failed()
-        if self._gave_up or self._background.is_busy():
+        if self._gave_up or self._background.is_busy() or compat.is_transforming():
             return self._run_float(args)
         if self._grad_enabled and torch.is_grad_enabled() and any(map(graph.requires_grad, args)):
             # Dynamo does not guard a parameter's requires_grad. 8-bit ops have no gradient; the float graph has.

@@ -23,7 +23,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, sym_or
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import compat, shapes
+from . import compat, graph, shapes
 from .errors import OnlineQuantError
 from .passes import LayerInfo
 from .trouble import warn_once
@@ -186,6 +186,8 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
     if attempt is None:  # Dynamo has no part in this
         return
     attempt.until_traced.close()
+    if graph.oddity(graph_module) is not None:  # the sizes of such tensors are no numbers
+        return
     with contextlib.suppress(TypeError):  # it may be of a kind that nobody can refer to
         _backends[compat.innermost_backend(attempt.compilation.backend)] = True
     frame = attempt.frame = attempt.frame or _frame(attempt.compilation)

@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from onlinequant_backend import backend
+import onlinequant_backend as oq
+from onlinequant_backend import backend, compat
 from tests.graph_probe import EIGHT_BITS, GraphProbe
+from tests.small import CLOSE, compiled
+from tests.test_runtime import EagerInductor
+from tests.tiny import noise, relative_error
+
+X = noise(8, 16)
+
+
+@pytest.fixture(autouse=True)
+def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+
+
+class Called(nn.Module):
+    """What ``call`` makes of two linear layers and an input."""
+
+    def __init__(self, call: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.call = nn.Sequential(nn.Linear(16, 16), nn.SiLU(), nn.Linear(16, 16)), call
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.call(self.layers, x)
 
 
 @pytest.mark.parametrize(
@@ -41,3 +66,67 @@ def test_where_nothing_qualifies_the_reason_names_what_to_change(options: dict[s
 def test_excluding_everything_is_called_that() -> None:
     probe = GraphProbe(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.empty(8, 8), exclude=("*",)).analyze()
     assert backend._why_float(probe.infos, EIGHT_BITS, []) == "exclude matches all layers"
+
+
+def jagged(rows: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor_from_jagged(rows, torch.tensor([0, 3, len(rows)]))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (lambda layers, x: torch.vmap(layers)(x), "torch.func"),
+        (lambda layers, x: torch.func.grad(lambda y: layers(y).square().sum())(x), "torch.func"),
+        (lambda layers, x: torch.func.jvp(layers, (x,), (x,))[1], "torch.func"),
+        (lambda layers, x: layers(jagged(x)).values(), "torch.jagged"),
+    ],
+    ids=["vmap", "grad", "jvp", "jagged"],
+)
+def test_tensors_that_no_layer_takes(call: Callable[[nn.Module, torch.Tensor], torch.Tensor], reason: str) -> None:
+    model = Called(call)
+    step = compiled(model)
+    for x in (X, X, noise(11, 16), noise(12, 16)):
+        assert relative_error(step(x), model(x)) < 1e-5
+    assert all(report.phase == "float" and reason in report.phase_reason for report in oq.reports())
+    assert oq.reports()
+
+
+@torch.no_grad()
+def test_nested_inputs() -> None:
+    model = Called(lambda layers, x: layers(x))
+    step = compiled(model)
+    for rows in (X, X, noise(11, 16), noise(12, 16)):
+        x = jagged(rows)
+        assert relative_error(step(x).values(), model(x).values()) < 1e-5
+    assert [report.phase for report in oq.reports()] == ["float"] * len(oq.reports())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", [0, 3])
+def test_calls_within_a_transform_are_in_float(before: int) -> None:
+    """And those after it are as before."""
+    model = Called(lambda layers, x: layers(x))
+    step = compiled(model)
+    for _ in range(before):
+        step(X)
+    for _ in range(2):
+        assert relative_error(torch.func.functionalize(step)(X), model(X)) < 1e-5
+    for _ in range(3):
+        result = step(X)
+    assert 0 < relative_error(result, model(X)) < CLOSE
+
+
+@torch.no_grad()
+def test_what_cannot_be_analyzed_stays_in_float(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> int:
+        raise NotImplementedError("no such thing")
+
+    monkeypatch.setattr(backend, "ANALYZE", (fail,))
+    model = Called(lambda layers, x: layers(x))
+    step = compiled(model)
+    for _ in range(2):
+        assert relative_error(step(X), model(X)) < 1e-5
+    assert oq.reports()[-1].phase_reason == "it failed: NotImplementedError: no such thing"
