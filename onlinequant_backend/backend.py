@@ -6,12 +6,12 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx as fx
 
-from . import cache, compat, exclusion, graph, keys, precision, progress, report, tracing
+from . import cache, compat, exclusion, graph, keys, operations, precision, progress, report, tracing
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .runtime import NEEDS_GRADIENTS, QuantizedGraph, graphs
@@ -39,10 +39,11 @@ def onlinequant(
     tracing.is_traced(graph_module, config.shapes)
     device = _device(example_inputs)
     resolved = precision.resolve(config.precision, device)
-    analyzed, infos, reason = _analyzed(graph_module, example_inputs, config, resolved, device)
+    analyzed, infos, reason, identity, is_known_elsewhere = _analyze(
+        graph_module, example_inputs, config, resolved, device
+    )
     _say_unmatched(config.exclude, infos)
     model = tracing.model_name()
-    identity = keys.identity(analyzed, config, resolved, device) if reason is None else None
     known = None if identity is None else graphs.get((model, identity))
     if known is not None:
         return known
@@ -65,6 +66,9 @@ def onlinequant(
             return _as_it_is(graph_module, entry)
         return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
+    if not is_known_elsewhere:
+        _log.info("%s: nothing is kept in the cache, since it calls functions that are in this process alone", model)
+        store = cache.Cache(None, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", "observing in float"
     quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
     if identity is not None:
@@ -72,26 +76,47 @@ def onlinequant(
     return quantized
 
 
-def _analyzed(
+class _Analysis(NamedTuple):
+    """What is found out about a graph.
+
+    Attributes:
+        module: a copy of the graph whose layers are known.
+        infos: its layers.
+        reason: why it stays in float; None if it does not.
+        identity: see ``keys.identity``.
+        is_known_elsewhere: whether its operations are the same in another process.
+    """
+
+    module: fx.GraphModule
+    infos: list[LayerInfo]
+    reason: str | None
+    identity: str | None = None
+    is_known_elsewhere: bool = False
+
+
+def _analyze(
     graph_module: fx.GraphModule,
     inputs: Sequence[Any],
     config: QuantConfig,
     resolved: precision.Precision,
     device: torch.device,
-) -> tuple[fx.GraphModule, list[LayerInfo], str | None]:
-    """A copy of a graph whose layers are known, these layers, and why it stays in float, if it does."""
-    reason = graph.oddity(graph_module)
-    if reason is not None:
-        return graph_module, [], reason
+) -> _Analysis:
+    oddity = graph.oddity(graph_module)
+    if oddity is not None:
+        return _Analysis(graph_module, [], oddity)
     try:
         analyzed = graph.copy_graph(graph_module)
         graph.name_parameters(analyzed, inputs, tracing.root())
         run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
+        infos = [info for _, info in layer_nodes(analyzed)]
+        reason = _why_float(infos, resolved, inputs)
+        if reason is not None:
+            return _Analysis(analyzed, infos, reason)
+        identity = keys.identity(analyzed, config, resolved, device)
+        return _Analysis(analyzed, infos, None, identity, not operations.is_of_this_process(analyzed))
     except Exception as error:  # whatever a graph may hold, torch can compile it
         _log.exception("onlinequant failed, so the model goes on in float")
-        return graph_module, [], f"it failed: {type(error).__name__}: {error}"
-    infos = [info for _, info in layer_nodes(analyzed)]
-    return analyzed, infos, _why_float(infos, resolved, inputs)
+        return _Analysis(graph_module, [], f"it failed: {type(error).__name__}: {error}")
 
 
 def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:

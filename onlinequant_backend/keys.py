@@ -3,7 +3,8 @@
 A key is 64 hex digits, four parts of 16 each, so that entries that may share something have equal parts:
 
 ========  ========================================================================================
-portable  the layers with their geometry, and how they are calibrated: the same on every machine
+portable  the layers with their geometry, what is computed between them, and how they are calibrated: the same on
+          every machine and at every size
 weights   a fingerprint of the parameters: two checkpoints of one architecture never share an entry
 machine   this package's sources, torch, triton, and what the device can do
 graph     the FX graph with arguments, shapes, strides and dtypes, autocast, and the options
@@ -18,7 +19,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from . import compat, graph
+from . import compat, graph, operations
 from .aliasing import plain_tensors
 from .config import QuantConfig
 from .passes import LayerInfo
@@ -36,8 +36,6 @@ from .samples import sample
 _PART = 16
 # Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
 _SAMPLES = 1024
-# What ``repr`` says of a function or module: true in one process only.
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def entry_key(
@@ -48,15 +46,21 @@ def entry_key(
     precision: Precision,
     device: torch.device,
     state: compat.GlobalState,
+    operations_part: str,
 ) -> str:
-    """The key of ``graph_module``, which was traced in this ``state``, with weights of this ``fingerprint``, of which
-    ``infos`` may be quantized."""
+    """The key of ``graph_module``, which was traced in this ``state`` and whose ``operations_digest`` this is, with
+    weights of this ``fingerprint``, of which ``infos`` may be quantized."""
     return (
-        _part(_portable(infos, config, precision))
+        _part(_portable(infos, operations_part, config, precision))
         + weights
         + _part(_machine(precision, device))
         + _part(_graph(graph_module, config, state))
     )
+
+
+def operations_digest(graph_module: fx.GraphModule) -> str:
+    """16 hex digits of what ``graph_module`` computes: equal at all sizes, and in all processes."""
+    return _part(operations.text(graph_module))
 
 
 def weights_part(key: str) -> str:
@@ -73,12 +77,12 @@ def _part(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_PART]
 
 
-def _portable(infos: Sequence[LayerInfo], config: QuantConfig, precision: Precision) -> str:
+def _portable(infos: Sequence[LayerInfo], operations_part: str, config: QuantConfig, precision: Precision) -> str:
     layers = [(info.name, info.kind, info.weight_shape, repr(info.geometry)) for info in infos]
     # A zero point means nothing where activations are symmetric: int8 on CPUs and on GPUs are calibrated apart.
     stored = str(precision.format.activation)
     how = (precision.name, stored, config.calibration_method, config.calibration_steps, config.sensitivity)
-    return json.dumps([layers, how])
+    return json.dumps([layers, operations_part, how])
 
 
 def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
@@ -110,7 +114,7 @@ def _graph(graph_module: fx.GraphModule, config: QuantConfig, state: compat.Glob
     lines = [config.cache_key(), f"{state.default_dtype} {state.autocast}"]
     for node in graph_module.graph.nodes:
         text = f"{node.op} {_target(node.target)} {node.args} {node.kwargs} {_layout(node.meta.get('example_value'))}"
-        lines.append(_ADDRESS.sub("", text))
+        lines.append(operations.ADDRESS.sub("", text))
     return "\n".join(lines)
 
 
@@ -125,7 +129,9 @@ def identity(
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):  # values that the text does not show
             return None
-        lines.append(f"{node.name} {node.op} {_target(node.target)} {node.args} {node.kwargs}")
+        # As it is, not by its name: functions that one function has made share theirs.
+        called = node.target if isinstance(node.target, str) else id(node.target)
+        lines.append(f"{node.name} {node.op} {called} {node.args} {node.kwargs}")
         if node.op == "placeholder":
             lines.append(f"{graph.is_parameter(node)} {graph.is_wrapped_float(node)} {_symbolic(node)}")
     return "\n".join(lines)
@@ -142,7 +148,7 @@ def _symbolic(node: fx.Node) -> str:
 def _target(target: Any) -> str:
     if isinstance(target, str):
         return target
-    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+    return operations.name(target) or str(target)
 
 
 def _layout(value: Any) -> str:

@@ -58,6 +58,7 @@ class Layer:
         calls: how many calls its input was observed for.
         frozen: whether observing is over and the input's quantization parameters are fixed for good.
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
+        calibrated_in: stands for what the graph computes in which that was, see ``keys``; "" where it was in several.
         lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
         smoothing: what the channels of its input are multiplied by before they are quantized, and those of its weight
@@ -83,7 +84,7 @@ class Layer:
         self.device = torch.device(device)
         self.calls = 0
         self.frozen = False
-        self.calibrated_for = ""
+        self.calibrated_for = self.calibrated_in = ""
         self.lock = forks.rlock()
         self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
@@ -134,11 +135,12 @@ class Layer:
     def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.smoothing is None else x * self.smoothing
 
-    def count_call(self, fingerprint: str) -> None:
-        """Count one observed call of a model whose weights have this fingerprint."""
+    def count_call(self, fingerprint: str, operations: str = "") -> None:
+        """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
         if self.frozen:
             return
         self.calibrated_for = fingerprint if self.calls == 0 or self.calibrated_for == fingerprint else ""
+        self.calibrated_in = operations if self.calls == 0 or self.calibrated_in == operations else ""
         self.calls += 1
 
     def freeze(self) -> None:
@@ -218,7 +220,7 @@ class Layer:
         self._set_qparams(qparams)
         self.growth *= self._values[2] / before
 
-    def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str) -> None:
+    def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str, calibrated_in: str = "") -> None:
         """Take over what another process observed."""
         with torch.inference_mode(False):
             bounds = (saved.minimum, saved.maximum, saved.lowest_peak)
@@ -235,7 +237,7 @@ class Layer:
         self.clipped = saved.clipped
         self.lowest_peak = math.inf
         self.calls = calls
-        self.calibrated_for = calibrated_for
+        self.calibrated_for, self.calibrated_in = calibrated_for, calibrated_in
         self.freeze()
 
     def fits(self, saved: LayerCalibration) -> bool:

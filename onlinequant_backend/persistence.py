@@ -35,8 +35,11 @@ class Entry:
     processes that want the same wait for it and then find everything done.
     """
 
-    def __init__(self, cache: Cache, key: str, infos: Sequence[LayerInfo], lock_timeout: float) -> None:
+    def __init__(
+        self, cache: Cache, key: str, infos: Sequence[LayerInfo], lock_timeout: float, operations: str = ""
+    ) -> None:
         self.key = key
+        self._operations = operations
         self._cache = cache
         self._infos = infos
         self._lock_timeout = lock_timeout
@@ -66,7 +69,7 @@ class Entry:
             return False
         for layer, layer_saved in zip(layers, saved.layers, strict=True):
             if not layer.frozen:
-                layer.restore(layer_saved, saved.calls, keys.weights_part(self.key))
+                layer.restore(layer_saved, saved.calls, keys.weights_part(self.key), self._operations)
         return True
 
     def load_autotuning(self) -> str | None:
@@ -89,8 +92,10 @@ class Entry:
         ``fingerprint``: of the weights now.
         """
         weights = keys.weights_part(self.key)
-        # A LoRA may have come since: then these are not the ranges of the weights that the key stands for.
-        known = all(layer.calibrated_for == weights for layer in layers)
+        # A LoRA may have come since, or another graph of the model have been observed: then these are not the ranges of
+        # what the key stands for.
+        state = weights, self._operations
+        known = all((layer.calibrated_for, layer.calibrated_in) == state for layer in layers)
         report.stats_path = None
         if known and fingerprint == weights:
             report.key = self.key

@@ -272,7 +272,7 @@ class QuantizedGraph:
         except Exception as error:
             return self._do_unobserved(args, error)
         weights.numbers.widen(self._compiled.numbers(args))
-        weights.count_call(self._fingerprint(weights, parameters, again=last))
+        weights.count_call(self._fingerprint(weights, parameters, again=last), self._traced.operations)
         self._report.calls_observed = weights.calls()
         if last:
             self._end_observing(args, weights, result)
@@ -400,10 +400,11 @@ class QuantizedGraph:
     def _entry(self, weights: WeightSet, parameters: Sequence[torch.Tensor]) -> Entry:
         if weights not in self._entries:
             known = self._fingerprint(weights, parameters)
-            how = self._config, self._precision, self._device, self._traced.state
+            operations = self._traced.operations
+            how = self._config, self._precision, self._device, self._traced.state, operations
             key = keys.entry_key(self._graph, self._infos, known, *how)
             self._report.key = key
-            entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout)
+            entry = self._entries[weights] = Entry(self._cache, key, self._infos, self._config.lock_timeout, operations)
             weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
         return self._entries[weights]
 
@@ -483,7 +484,7 @@ class QuantizedGraph:
         weights.select(parameters, chosen)
         # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
         fingerprint = self._fingerprint(weights, parameters)
-        if any(layer.calibrated_for != fingerprint for layer in weights.layers):
+        if not weights.is_calibrated_for(fingerprint, self._traced.operations):
             weights.schedule.restart()
         if self._compiled.known and weights in self._entries:  # no compile will come, after which it would be published
             self._settle(*_standing(weights), parameters, weights, is_compiled=False)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from . import compat, graph
+from . import compat, graph, keys
 from .config import QuantConfig
 from .passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from .precision import Precision
@@ -39,6 +39,11 @@ class TracedGraph:
     def infos(self) -> list[LayerInfo]:
         """Its layers that may be in 8 bit, by their indices."""
         return [info for _, info in layer_nodes(self.module) if info.index is not None]
+
+    @functools.cached_property
+    def operations(self) -> str:
+        """Stands for what it computes; see ``keys.operations_digest``."""
+        return keys.operations_digest(self.module)
 
     @functools.cached_property
     def may_repeat(self) -> bool:

@@ -141,10 +141,14 @@ class WeightSet:
         """How many calls every layer that is not calibrated yet has been observed for."""
         return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
 
-    def count_call(self, fingerprint: str) -> None:
-        """Count one observed call of a model whose weights have this fingerprint."""
+    def count_call(self, fingerprint: str, operations: str = "") -> None:
+        """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
         for layer in set(self.layers):
-            layer.count_call(fingerprint)
+            layer.count_call(fingerprint, operations)
+
+    def is_calibrated_for(self, fingerprint: str, operations: str) -> bool:
+        """Whether all that was observed was observed with such weights in such a graph."""
+        return all((layer.calibrated_for, layer.calibrated_in) == (fingerprint, operations) for layer in self.layers)
 
     def freeze(self) -> None:
         """Observing is over."""

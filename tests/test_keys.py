@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat, keys, precision
 from onlinequant_backend.formats import INT8, ONEDNN, ONEDNN_7, Format
 from tests.model_process import ModelProcess
-from tests.small import WIDE, X, compiled, forget_everything, small
+from tests.small import CLOSE, WIDE, X, compiled, entries, forget_everything, small
 from tests.test_runtime import EagerInductor
-from tests.tiny import noise
+from tests.tiny import noise, relative_error
 
 PARTS = ("portable", "weights", "machine", "graph")
 
@@ -256,3 +257,80 @@ def test_other_layers_of_equal_weights() -> None:
         return Strided(stride).requires_grad_(False)
 
     assert changed(key(model(1)), key(model(2))) == {"portable", "graph"}
+
+
+class Scaled(nn.Module):
+    """Two linear layers, between which ``function`` is called."""
+
+    def __init__(self, function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.function = nn.Linear(8, 8), nn.Linear(8, 8), function
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.function(self.first(x)))
+
+
+def viewed(x: torch.Tensor) -> torch.Tensor:
+    return x.view(x.shape[0], x.shape[1], 2, 4)[:, : x.shape[1]].reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    "functions",
+    [
+        (lambda x: x, lambda x: x * 10),
+        (lambda x: x * 10, lambda x: x * 0.1),
+        (lambda x: x * 10.0, lambda x: 10.0 - x),
+        (lambda x: x.chunk(2, -1)[0].repeat(1, 1, 2), lambda x: x.chunk(2, -1)[1].repeat(1, 1, 2)),
+        (lambda x: x + torch.tensor([1, 2]).repeat(4), lambda x: x + torch.tensor([1, 9]).repeat(4)),
+        (lambda x: F.max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 8)),
+    ],
+)
+def test_other_operations_of_equal_layers(functions: tuple[Callable[[torch.Tensor], torch.Tensor], ...]) -> None:
+    """They read other values: what was observed in one is not for the other, on no machine."""
+    first, second = (key(Scaled(function), noise(2, 8, 8)) for function in functions)
+    assert changed(first, second) == {"portable", "graph"}
+    assert oq.reports()[-1].cache_hit is False
+
+
+@pytest.mark.parametrize("function", [viewed, lambda x: x + torch.arange(x.shape[1])[:, None]])
+def test_equal_operations_at_other_sizes(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    model = Scaled(function)
+    forget_everything()
+    step = compiled(model)
+    found = []
+    for x in (noise(2, 4, 8), noise(3, 6, 8)):
+        for _ in range(3):
+            step(x)
+        found.append(oq.reports()[-1].key)
+    assert [report.calls_observed for report in oq.reports()] == [2, 0]  # the second is for all sizes
+    assert changed(*found) == {"graph"}
+    assert changed(found[0], key(model, noise(3, 6, 8))) == {"graph"}
+
+
+def of_its_own(factor: float) -> nn.Module:
+    """A model of a class of its own, with a function of its own that Dynamo does not look into."""
+
+    @torch.compiler.allow_in_graph
+    def times(x: torch.Tensor) -> torch.Tensor:
+        return x * factor
+
+    class Own(Scaled):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.second(times(self.first(x)))
+
+    return Own(times)
+
+
+def test_functions_that_were_made_alike() -> None:
+    """Only this process can tell them apart, so nothing of them is kept."""
+    models = [of_its_own(factor) for factor in (1.0, 100.0)]
+    forget_everything()
+    x = noise(64, 8)
+    for step, model in [(compiled(model), model) for model in models]:
+        for _ in range(3):
+            result = step(x)
+        assert 0 < relative_error(result, model(x)) < CLOSE
+    assert [report.calls_observed for report in oq.reports()] == [2, 2]
+    assert entries() == []
