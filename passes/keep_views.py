@@ -32,17 +32,17 @@ def keep_views(graph_module: fx.GraphModule, context: PassContext) -> int:
         %conv_1 = call_function[target=onlinequant.conv](args = (%contiguous, ...))
         %reshape = call_method[target=reshape](args = (%conv_1, 1, -1))
 
-    So is what the graph returns as several tensors in the same memory. Leaves alone what has the same shape under all
-    of its names, as what an activation was written into has.
+    So is what the graph returns as several tensors in the same memory. Leaves alone what is written and has the same
+    shape under all of its names, as what an activation was written into has.
     """
     memory = Memory(graph_module)
     changed = 0
     for node in list(graph_module.graph.nodes):
-        is_shared = memory.is_written(node) or memory.returns(node) > 1
-        if is_shared and not node.meta.get(_IS_KEPT) and _is_made_here(node, memory) and _has_views(node, memory):
-            node.meta[_IS_KEPT] = True
-            changed += in_float_layout(graph_module, node, node.next) is not None
-        elif not is_shared and node.op == "call_method" and node.target == "view" and _has_sizes(node):
+        if memory.is_written(node) or memory.returns(node) > 1:
+            if _is_made_here(node, memory) and _has_views(node, memory) and not node.meta.get(_IS_KEPT):
+                node.meta[_IS_KEPT] = True
+                changed += in_float_layout(graph_module, node, node.next) is not None
+        elif node.op == "call_method" and node.target == "view" and _has_sizes(node):
             node.target = "reshape"
             changed += 1
     return changed
@@ -53,7 +53,8 @@ def _is_made_here(node: fx.Node, memory: Memory) -> bool:
 
 
 def _has_views(node: fx.Node, memory: Memory) -> bool:
-    return len({_shape(owner) for owner in memory.owners(node)}) > 1
+    """Whether other values in the memory of ``node`` would be elsewhere if that were laid out in another way."""
+    return memory.returns(node) > 1 or len({_shape(owner) for owner in memory.owners(node)}) > 1
 
 
 def _shape(node: fx.Node) -> tuple[tuple[int, ...], ...]:

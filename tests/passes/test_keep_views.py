@@ -70,8 +70,9 @@ def test_what_is_written_through_a_view_reaches_it(function: Function) -> None:
     probe.assert_settled(keep_views)
 
 
-def test_two_results_in_one_memory_stay_so() -> None:
-    _, changes, results = rewritten(lambda h: (h, h.flatten(2)))
+@pytest.mark.parametrize("view", [lambda h: h.flatten(2), lambda h: h.expand(h.shape)])
+def test_two_results_in_one_memory_stay_so(view: Function) -> None:
+    _, changes, results = rewritten(lambda h: (h, view(h)))
     assert changes["keep_views"] == 1
     assert len({result.untyped_storage().data_ptr() for result in results}) == 1
 
