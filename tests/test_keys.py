@@ -309,6 +309,22 @@ def test_equal_operations_at_other_sizes(function: Callable[[torch.Tensor], torc
     assert changed(found[0], key(model, noise(3, 6, 8))) == {"graph"}
 
 
+def test_ranges_of_one_graph_are_not_kept_for_another_one_of_its_model() -> None:
+    """Where both are traced in one process, the second runs with the ranges of the first, until they are outgrown."""
+    model = Scaled(lambda x: x * 0.01)
+    other = Scaled(lambda x: x * 1.0)
+    other.first, other.second = model.first, model.second
+    x = noise(64, 8)
+    forget_everything()
+    for step in (compiled(model), compiled(other)):
+        for _ in range(3):
+            step(x)
+    assert [report.calls_observed for report in oq.reports()] == [2, 0]
+    assert len(entries()) == 1
+    key(other, x)
+    assert oq.reports()[-1].cache_hit is False
+
+
 def of_its_own(factor: float) -> nn.Module:
     """A model of a class of its own, with a function of its own that Dynamo does not look into."""
 
