@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from onlinequant_backend import OnlineQuantError, compat, onlinequant
+from onlinequant_backend.backend import failures_raised
 from onlinequant_backend.garbage import uncollected
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
 from onlinequant_backend.sampling import SamplingRun, current_run
@@ -104,7 +105,7 @@ class CompiledMethod:
             if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
-                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin(original):
+                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin(original), failures_raised():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")

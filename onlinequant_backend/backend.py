@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import logging
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +22,17 @@ from .traced import TracedGraph
 from .trouble import warn_once
 
 _log = logging.getLogger("onlinequant")
+_are_failures_raised: contextvars.ContextVar[bool] = contextvars.ContextVar("onlinequant_raises", default=False)
+
+
+@contextlib.contextmanager
+def failures_raised() -> Iterator[None]:
+    """Within the block, a graph that cannot be analysed raises, for whoever tries again later; else it stays float."""
+    token = _are_failures_raised.set(True)
+    try:
+        yield
+    finally:
+        _are_failures_raised.reset(token)
 
 
 def onlinequant(
@@ -115,6 +128,8 @@ def _analyze(
         identity = keys.identity(analyzed, config, resolved, device)
         return _Analysis(analyzed, infos, None, identity, not operations.is_of_this_process(analyzed))
     except Exception as error:  # whatever a graph may hold, torch can compile it
+        if _are_failures_raised.get():
+            raise
         _log.exception("onlinequant failed, so the model goes on in float")
         return _Analysis(graph_module, [], f"it failed: {type(error).__name__}: {error}")
 

@@ -172,7 +172,8 @@ class Copy:
         """Allocate what ``requantize`` will need. With the room of all copies allocated first, what is allocated only
         to quantize them leaves no holes between them: a GPU's memory is given back in large pieces."""
         if self.weight is None and self._room is None and not self.format.is_packed:
-            self._room = self._new_tensor(weight)
+            with torch.inference_mode(False):
+                self._room = self._new_tensor(weight)
 
     def leave_room(self) -> None:
         """Give back what ``make_room`` has allocated, if it was not needed."""

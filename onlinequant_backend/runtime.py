@@ -305,7 +305,8 @@ class QuantizedGraph:
             selection.compile_ahead(self._graph, self._precision.format, self._device)
         turn = self._turn() if self._places is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
-        with turn, torch.no_grad():
+        room = weights.room(parameters, candidates) if last else contextlib.nullcontext()  # their errors are measured
+        with turn, torch.no_grad(), room:
             return self._traced.observed(*args, Observation(weights.layers, floats, last, kept=frozenset(candidates)))
 
     def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:

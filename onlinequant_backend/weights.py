@@ -171,7 +171,7 @@ class WeightSet:
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
         stale: set[Copy] = set()
-        with copies_lock, self._room(parameters, indices):
+        with copies_lock, self.room(parameters, indices):
             # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
             for some in (indices, [index for index in indices if self.layers[index].copy.merged is not None]):
                 for index in some:
@@ -185,8 +185,8 @@ class WeightSet:
         return len(stale)
 
     @contextlib.contextmanager
-    def _room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
-        """Within the block, there is room for the copies that these layers do not have yet."""
+    def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
+        """Within the block, there is room for the copies that these layers do not have yet; see ``Copy.make_room``."""
         copies = [self.layers[index].copy for index in indices]
         try:
             for index, copy in zip(indices, copies, strict=True):

@@ -55,7 +55,7 @@ def assert_moved_aside(root: Path, store: Cache, caplog: pytest.LogCaptureFixtur
         (CALIBRATION_FILE, b"", "0 bytes are no safetensors file"),
         (CALIBRATION_FILE, CALIBRATION.to_bytes(KEY)[:-1], "bytes instead of"),
         (CALIBRATION_FILE, CALIBRATION.to_bytes(SIBLING), f"belongs to the key {SIBLING}"),
-        (CALIBRATION_FILE, CALIBRATION.to_bytes(KEY).replace(b'"version":"3"', b'"version":"4"'), "version is '4'"),
+        (CALIBRATION_FILE, CALIBRATION.to_bytes(KEY).replace(b'"version":"4"', b'"version":"5"'), "version is '5'"),
         (STATS_FILE, b"", "is not JSON"),
         (STATS_FILE, b"[" * 200_000, "is not JSON"),
         (STATS_FILE, b"[]", "not a JSON object"),
