@@ -87,6 +87,7 @@ class Copy:
         weight, weight_scale: the copy, or None.
         merged: what it is a part of, or None.
         in_use: whether a graph runs on it.
+        room: memory for the copy that is about to be made.
         freed: whether the float weight is gone, so that it cannot be made anew.
     """
 
@@ -95,7 +96,7 @@ class Copy:
         self.format = format
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
-        self._room: torch.Tensor | None = None
+        self.room: torch.Tensor | None = None
         self.merged: MergedWeight | None = None
         self.in_use = False
         self.freed = False
@@ -168,24 +169,18 @@ class Copy:
         else:
             self.weight = self.weight_scale = None
 
-    def make_room(self, weight: torch.Tensor) -> None:
-        """Allocate what ``requantize`` will need. With the room of all copies allocated first, what is allocated only
-        to quantize them leaves no holes between them: a GPU's memory is given back in large pieces."""
-        if self.weight is None and self._room is None and not self.format.is_packed:
-            with torch.inference_mode(False):
-                self._room = self._new_tensor(weight)
-
-    def leave_room(self) -> None:
-        """Give back what ``make_room`` has allocated, if it was not needed."""
-        self._room = None
+    def needs_room(self) -> bool:
+        """Whether there is neither a copy nor memory for one."""
+        return self.weight is None and self.room is None and not self.format.is_packed
 
     def _taken_room(self, weight: torch.Tensor) -> torch.Tensor:
-        room, self._room = self._room, None
+        room, self.room = self.room, None
         if room is None or room.shape != weight.shape or room.device != weight.device:
-            return self._new_tensor(weight)
+            return self.new_tensor(weight)
         return room
 
-    def _new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
+    def new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
+        """Memory for a copy of ``weight``."""
         if self.format.is_packed:
             return cpu.new_handle(weight.shape)
         memory_format = CHANNELS_LAST.get(weight.dim(), torch.contiguous_format)
@@ -247,6 +242,32 @@ class Copy:
     def nbytes(self) -> int:
         """The memory that it takes."""
         return 0 if self.weight is None else self.weight.nbytes
+
+
+def make_room(copies: Sequence[Copy], weights: Sequence[torch.Tensor]) -> None:
+    """Allocate what ``requantize`` will need to make ``copies`` of ``weights``, as far as there are none yet.
+
+    With the room of all copies allocated first, what is allocated only to quantize them leaves no holes between them: a
+    GPU's memory is given back in large pieces. Several linear layers' copies will be one merged weight, most likely, so
+    they lie one after the other, as ``MergedWeight`` wants them.
+    """
+    new = [(copy, weight) for copy, weight in zip(copies, weights, strict=True) if copy.needs_room()]
+    with torch.inference_mode(False):
+        if len(new) > 1 and len({copy for copy, _ in new}) == len(copies) and _can_be_one(weights):
+            rows = [len(weight) for weight in weights]
+            whole = torch.empty(sum(rows), weights[0].shape[1], dtype=copies[0].format.weight, device=weights[0].device)
+            for copy, part in zip(copies, whole.split(rows), strict=True):
+                copy.room = part
+            return
+        for copy, weight in new:
+            if copy.needs_room():
+                copy.room = copy.new_tensor(weight)
+
+
+def _can_be_one(weights: Sequence[torch.Tensor]) -> bool:
+    # Each part may also be read alone, by kernels that want addresses which are multiples of 16.
+    alike = len({(weight.dim(), weight.shape[1:], weight.device) for weight in weights}) == 1
+    return alike and weights[0].dim() == 2 and all(weight.numel() % 16 == 0 for weight in weights)
 
 
 def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:

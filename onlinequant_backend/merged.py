@@ -34,7 +34,7 @@ class MergedWeight:
         self.shares_scale = copies[0].format.linear_per_tensor
         self._rows = [weight.shape[0] for weight in weights]
         with torch.inference_mode(False), torch.no_grad():
-            self.weight = torch.cat([weight.view(torch.uint8) for weight in weights]).view(weights[0].dtype)
+            self.weight = _whole(weights)
             self.weight_scale = scales[0].clone() if self.shares_scale else torch.cat(scales)
             self._hand_out()
             if not self.shares_scale:
@@ -80,6 +80,16 @@ class MergedWeight:
 
     def _show(self) -> None:
         self.weight_scale.fill_(self._scale if all(map(math.isfinite, self._needed.values())) else math.nan)
+
+
+def _whole(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rows of ``weights`` in one tensor: in that which they are parts of, or else in a new one."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.data_ptr() != end:
+            return torch.cat([weight.view(torch.uint8) for weight in weights]).view(first.dtype)
+        end += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1), first.storage_offset())
 
 
 def _rescale(copy: Copy, old: float, new: float) -> None:

@@ -70,6 +70,7 @@ class QuantizedGraph:
         self._parameters = getter(parameters)
         self._names = list(graph.parameter_names(self._graph).values())
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
+        self._together = selection.together(self._graph)
         self._grad_enabled = torch.is_grad_enabled()
         self._sets: dict[tuple[int, ...], WeightSet] = {}  # by the parameters' identities
         self._entries: weakref.WeakKeyDictionary[WeightSet, Entry] = weakref.WeakKeyDictionary()
@@ -200,7 +201,7 @@ class QuantizedGraph:
             layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
             number = self._layouts.setdefault(layout, len(self._layouts))
             every = self._config.drift_check_every
-            weights = WeightSet(parameters, self._names, self._candidates, layers, number, every)
+            weights = WeightSet(parameters, self._names, self._candidates, layers, number, every, self._together)
             if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
                 weights.schedule.restart()
             # To a LoRA applies what was found out about the model.

@@ -107,6 +107,12 @@ def tune(info: LayerInfo, format: Format, device: torch.device) -> Timing:
     return timing
 
 
+def together(graph_module: fx.GraphModule) -> list[tuple[int, ...]]:
+    """The indices of layers that most likely will be one product, for each such product."""
+    indices = [tuple(info.index for info in members if info.index is not None) for members, _ in _groups(graph_module)]
+    return [group for group in indices if len(group) > 1]
+
+
 def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], fx.Node]]:
     """The layers that could be quantized, together those that will be one product; and what makes the values that
     they read, be they ordered anew or not."""

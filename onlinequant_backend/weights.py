@@ -21,7 +21,7 @@ import torch
 
 from . import drift, forks
 from .changes import Snapshot
-from .copies import Copy, Generation, copies_lock
+from .copies import Copy, Generation, copies_lock, make_room
 from .formats import Format
 from .hollow import hollow_out
 from .layers import Layer
@@ -53,6 +53,8 @@ def places(weights: Iterable[int]) -> list[int]:
 class WeightSet:
     """The weights that one call brings along, their layers, and a snapshot that tells cheaply whether any has changed.
 
+    ``together``: indices of layers whose copies most likely will be merged, for each merged one.
+
     Attributes:
         layers: one ``Layer`` for each candidate node, in the order of their indices.
         schedule: which calls look whether activations still fit their ranges.
@@ -76,6 +78,7 @@ class WeightSet:
         layers: Sequence[Layer],
         layout: int,
         drift_check_every: int = 0,
+        together: Sequence[Sequence[int]] = (),
     ) -> None:
         self.layers = tuple(layers)
         self.schedule = drift.Schedule(drift_check_every)
@@ -89,6 +92,7 @@ class WeightSet:
         self.ids = tuple(map(id, parameters))
         self.alive = True
         self._candidates = candidates
+        self._together = together
         self._guards = {
             name: weakref.ref(stand_in(parameter), self._expire)
             for name, parameter in zip(names, parameters, strict=True)
@@ -186,15 +190,20 @@ class WeightSet:
 
     @contextlib.contextmanager
     def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
-        """Within the block, there is room for the copies that these layers do not have yet; see ``Copy.make_room``."""
+        """Within the block, there is room for the copies that these layers do not have yet; see ``make_room``."""
+        wanted = set(indices)
+        grouped = {index for group in self._together for index in group}
+        groups = [*self._together, *((index,) for index in indices if index not in grouped)]
         copies = [self.layers[index].copy for index in indices]
         try:
-            for index, copy in zip(indices, copies, strict=True):
-                copy.make_room(parameters[self._candidates[index]])
+            for group in groups:
+                members = [index for index in group if index in wanted]
+                weights = [parameters[self._candidates[index]] for index in members]
+                make_room([self.layers[index].copy for index in members], weights)
             yield
         finally:
             for copy in copies:
-                copy.leave_room()
+                copy.room = None
 
     def _claim(self, index: int, weight: torch.Tensor) -> None:
         """Have a layer's copy be one that ``weight`` may be quantized into."""

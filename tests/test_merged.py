@@ -15,7 +15,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import build, formats, ops
-from onlinequant_backend.copies import Call, quantize_weight
+from onlinequant_backend.copies import Call, Copy, make_room, quantize_weight
 from onlinequant_backend.formats import FP8, INT8, Format
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.merged import MergedWeight
@@ -38,12 +38,15 @@ def new_weights(factors: Sequence[float] = (1, 1, 1)) -> list[nn.Parameter]:
     ]
 
 
-def selected(weights: Sequence[torch.Tensor], format: Format = FP8) -> WeightSet:
+def selected(
+    weights: Sequence[torch.Tensor], format: Format = FP8, together: Sequence[Sequence[int]] = ()
+) -> WeightSet:
     """A set whose layers have seen an input and run in 8 bit."""
     layers = [registry.layer(weight, None, format, "minmax") for weight in weights]
     for layer in layers:
         layer.observed.update(X)
-    made = WeightSet(weights, [str(i) for i in range(len(weights))], range(len(weights)), layers, layout=0)
+    names = [str(i) for i in range(len(weights))]
+    made = WeightSet(weights, names, range(len(weights)), layers, layout=0, together=together)
     registry.add(made)
     made.select(weights, range(len(weights)))
     return made
@@ -431,3 +434,30 @@ def test_blocks_of_one_graph_have_merged_weights_of_their_own(
     for block in blocks:
         assert relative_error(block(*INPUTS), block.forward(*INPUTS)) < CLOSE
     assert len(inductor.graphs) == 1
+
+
+@pytest.mark.parametrize("format", [FP8, INT8])
+def test_copies_made_to_be_merged_are_merged_where_they_are(format: Format) -> None:
+    weights = [noise(rows, 16, seed=rows) for rows in (8, 24, 4, 12)]
+    made = selected(weights, format, together=[(0, 2, 3)])
+    before = [layer.weight for layer in made.layers]
+    expected = merge(selected([weight.clone() for weight in weights], format), (0, 2, 3))
+    merged = merge(made, (0, 2, 3))
+    assert torch.equal(merged.weight.float(), expected.weight.float())
+    assert torch.equal(merged.weight_scale, expected.weight_scale)
+    assert merged.weight.is_contiguous() and merged.weight.shape == (24, 16)
+    for layer, weight in zip(made.layers, before, strict=True):
+        assert layer.weight is not None and weight is not None
+        assert layer.weight.data_ptr() == weight.data_ptr()
+    assert storage(merged.weight) == storage(before[2]) != storage(before[1])
+    two = merge(selected([weight.clone() for weight in weights], format, together=[(0, 2, 3)]), (0, 2))
+    assert_near(two, [weights[0], weights[2]])  # the third was refused, say
+
+
+@pytest.mark.parametrize("shapes", [[(8, 16), (8, 32)], [(3, 7), (5, 7)], [(8, 16), (8, 16, 1, 1)]])
+def test_what_cannot_be_one_weight_is_made_apart(shapes: list[tuple[int, ...]]) -> None:
+    weights = [noise(*shape, seed=len(shape)) for shape in shapes]
+    copies = [Copy(None, FP8) for _ in weights]
+    make_room(copies, weights)
+    assert [copy.room is not None and tuple(copy.room.shape) for copy in copies] == shapes
+    assert storage(copies[0].room) != storage(copies[1].room)

@@ -358,7 +358,7 @@ def test_copies_are_allocated_before_what_is_needed_to_make_them(monkeypatch: py
     weights = [noise(24, 24, seed=1), noise(32, 24, seed=2), noise(8, 16, 3, 3, seed=3)]
     layers = [registry.layer(weight, PADDED if weight.dim() == 4 else None, FP8, "minmax") for weight in weights]
     done: list[str] = []
-    quantize, allocate = copies.quantize_weight, Copy._new_tensor
+    quantize, allocate = copies.quantize_weight, Copy.new_tensor
 
     def quantized(*args: Any) -> Any:
         done.append("quantized")
@@ -369,7 +369,7 @@ def test_copies_are_allocated_before_what_is_needed_to_make_them(monkeypatch: py
         return allocate(self, weight)
 
     monkeypatch.setattr(copies, "quantize_weight", quantized)
-    monkeypatch.setattr(Copy, "_new_tensor", allocated)
+    monkeypatch.setattr(Copy, "new_tensor", allocated)
     assert set_of(weights, layers).quantize(weights, range(3)) == 3
     assert done == ["allocated"] * 3 + ["quantized"] * 3
     for layer, weight in zip(layers, weights, strict=True):
