@@ -389,6 +389,8 @@ class QuantizedGraph:
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, weights)
                 compiled.count(args, weights)
+            if weights.begin_check():
+                weights.end_check()  # what it finds is found again by the next call
         _log.debug("warmed up in %.1f s", time.perf_counter() - start)
 
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
