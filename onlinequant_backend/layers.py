@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 _MOST_COMPARED = 2**26
 # On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
-# What a range that few values have left is widened by beyond that: others, as those of the next time step, will go a
-# little farther, and each time is a call in float.
-_SPARE = 1.25
+# What a range that values have left is widened by beyond these: others, as those of the next seed or time step, will go
+# a little farther, and each time is a call in float. The largest of few values varies more.
+_SPARE, _SPARE_OF_FEW = 1.125, 1.25
 
 
 @dataclasses.dataclass
@@ -180,14 +180,17 @@ class Layer:
                 self._narrow(seen)
             else:
                 self.lowest_peak = min(self.lowest_peak, seen.lowest_peak)
-                if x.numel() < FEW and self._widened(seen) is not self.qparams:
-                    low, high = wanted(seen, self.format, "minmax")
-                    seen = self._spread(*(_SPARE / self.format.headroom * bound for bound in (low, high)))
-                self._move(self._widened(seen), self.observed.joined(seen))
+                needed = seen if self._widened(seen) is self.qparams else self._with_spare(seen, x.numel() < FEW)
+                self._move(self._widened(needed), self.observed.joined(needed))
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
             seen.histograms.clear()
         return True
+
+    def _with_spare(self, seen: ActivationRange, is_of_few: bool) -> ActivationRange:
+        low, high = wanted(seen, self.format, "minmax" if is_of_few else self.method)
+        spare = max(_SPARE_OF_FEW if is_of_few else _SPARE, self.format.headroom) / self.format.headroom**2
+        return self._spread(low * spare, high * spare)
 
     def _widened(self, seen: ActivationRange) -> torch.Tensor:
         return widened(self.qparams, *wanted(seen, self.format, self.method), self.format)

@@ -177,6 +177,21 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
     assert layer.growth > 2
 
 
+@pytest.mark.parametrize("format", [ONEDNN, INT8, FP8])
+@pytest.mark.parametrize("values", [48, 9600])
+def test_a_wider_range_has_room_for_the_next_values(format: Format, values: int) -> None:
+    """Those of another seed or time step go a little farther, and each time would be a call in float."""
+    layer = Layer(None, format, "minmax")
+    x = noise(values // 48, 48)
+    layer.observe(x, noise(32, 48))
+    layer.freeze()
+    layer.refit(4 * x)
+    assert 4 <= layer.growth < 6
+    largest = x.abs().max().expand(values)  # all of them at the end
+    assert share_of(quantized(4.4 * largest, layer.qparams, format)) <= layer.clipped
+    assert drift.has_drifted(share_of(quantized(12 * largest, layer.qparams, format)), layer.clipped)
+
+
 def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
     kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
