@@ -284,6 +284,7 @@ class Observation:
         probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
             probing, when there is nothing else to do.
         refitting: indices of the frozen layers whose ranges are to be right for this call's inputs as well.
+        drifted: indices of those among them that have left their ranges, which get room for more.
         lost: indices of those whose inputs were not finite, so that no range can.
         gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
             outside of a pass for these, when there is nothing else to do.
@@ -296,6 +297,7 @@ class Observation:
     kept: Container[int] = ()
     probed: Container[int] | None = None
     refitting: Container[int] = ()
+    drifted: Container[int] = ()
     lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
@@ -311,7 +313,7 @@ class Observation:
         if self.probed is not None:
             return layer.quantized_output(x, bias, y) if index in self.probed else y
         if layer.frozen:
-            if index in self.refitting and not layer.refit(x):
+            if index in self.refitting and not layer.refit(x, index in self.drifted):
                 self.lost.add(index)
             return y
         shared = self.layers[first]

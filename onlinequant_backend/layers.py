@@ -168,9 +168,10 @@ class Layer:
         """Whether inputs of this largest magnitude are too coarse in this range, and less than half of all before."""
         return peak < min(FEWEST_STEPS * self.format.step * self._values[2], self.lowest_peak / 2)
 
-    def refit(self, x: torch.Tensor) -> bool:
+    def refit(self, x: torch.Tensor, has_drifted: bool = True) -> bool:
         """Have the range be right for ``x``, the layer's input of a call: as wide as that and all before need, or, if
-        it would be lost in that, as wide as it needs alone. False if no range can."""
+        it would be lost in that, as wide as it needs alone. False if no range can. ``has_drifted``: whether it was not,
+        and so may be too narrow for the next input, too."""
         with torch.inference_mode(False), torch.no_grad():
             seen = ActivationRange()
             seen.update(self._smoothed(x), with_histogram=not self.format.activation.is_floating_point)
@@ -180,7 +181,8 @@ class Layer:
                 self._narrow(seen)
             else:
                 self.lowest_peak = min(self.lowest_peak, seen.lowest_peak)
-                needed = seen if self._widened(seen) is self.qparams else self._with_spare(seen, x.numel() < FEW)
+                needs_more = has_drifted and self._widened(seen) is not self.qparams
+                needed = self._with_spare(seen, x.numel() < FEW) if needs_more else seen
                 self._move(self._widened(needed), self.observed.joined(needed))
             # What is clipped on purpose is no drift the next time.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,9 @@ _log = logging.getLogger("onlinequant")
 
 # Changes of a range until a call fits.
 _MOST_CHANGES = 32
+# The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float: where
+# only few values differ from each other, one of them is much.
+_ADDED = 0.01
 
 
 class Watch:
@@ -122,9 +126,10 @@ class Watch:
 
     def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
         """The float result; ranges become what this call needs."""
-        observation = Observation(weights.layers, refitting=weights.selection or ())
+        observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
+        before = _growth(weights)
         result = self._traced.observed(*args, observation)
-        self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost})
+        self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
         if observation.lost:  # the next call may be no better
             weights.schedule.restart()
         return result
@@ -145,25 +150,31 @@ class Watch:
     ) -> Any:
         """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
         for _ in range(_MOST_CHANGES):
+            before = _growth(weights)
             for index, seen in drifted.items():
                 weights.layers[index].step(seen)
-            self._note(weights, drifted)
+            self._note(weights, drifted, before)
             if not drifted or not self._traced.may_repeat:
                 break
             result, all_seen = compiled.count(args, weights)
             drifted = weights.drifted(all_seen)
         return result
 
-    def _note(self, weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> None:
-        """Say which ranges are others now."""
-        growth = {info.name: layer.growth for info, layer in zip(self._traced.infos, weights.layers, strict=True)}
-        known = self._report.widened
-        self._report.widened = {name: factor for name, factor in growth.items() if factor != 1}
-        if self._report.widened != known:
-            _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
-            # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
-            is_narrower = any(factor < known.get(name, 1) for name, factor in growth.items())
-            weights.schedule.restart(checks_all=is_narrower)
-        else:  # looking again would only make the next call slow as well
-            for index, seen in drifted.items():
+    def _note(self, weights: WeightSet, drifted: Mapping[int, drift.Seen], before: Sequence[float]) -> None:
+        """Say which ranges are others now than ``before``, and look again if any is."""
+        after = _growth(weights)
+        for index, seen in drifted.items():
+            is_right_in_float = after[index] == before[index] and seen.clipped < _ADDED
+            if after == before or is_right_in_float:  # looking again would only make the next call slow as well
                 weights.layers[index].accept(seen)
+        if after == before:
+            return
+        names = (info.name for info in self._traced.infos)
+        self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
+        _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
+        # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
+        weights.schedule.restart(checks_all=any(map(operator.lt, after, before)))
+
+
+def _growth(weights: WeightSet) -> list[float]:
+    return [layer.growth for layer in weights.layers]
