@@ -77,7 +77,10 @@ def onlinequant(
         # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
         if config.compile_in_background or compat.is_transforming():
             return _as_it_is(graph_module, entry)
-        return compat.compile_fx(graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False)
+        with tracing.compiled_as_traced():
+            return compat.compile_fx(
+                graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False
+            )
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
     if not is_known_elsewhere:
         _log.info("%s: nothing is kept in the cache, since it calls functions that are in this process alone", model)

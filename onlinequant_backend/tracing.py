@@ -12,15 +12,17 @@ import contextlib
 import copy
 import dataclasses
 import enum
+import itertools
 import logging
 import threading
-from collections.abc import Callable, Hashable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.fx as fx
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, sym_or
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from . import compat, graph, shapes
@@ -207,6 +209,19 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
     attempt.graph = traced
 
 
+@contextlib.contextmanager
+def compiled_as_traced() -> Iterator[None]:
+    """Within the block the backend compiles what it was given: if that fails with the sizes that were made symbolic,
+    Dynamo traces once more."""
+    try:
+        yield
+    except Exception as error:
+        attempt = _attempt()
+        if attempt is None or not attempt.made_symbolic:
+            raise
+        raise _AnotherWay(f"it cannot be compiled: {type(error).__name__}: {error}") from error
+
+
 def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
     """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
     these among them."""
@@ -249,7 +264,9 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
     frame = _frame(compilation)
     before = frame.way
     while True:
-        attempt = _Attempt(compilation, frame, frame.next_way())
+        # With gradients it stays in float, and Inductor compiles fewer backward graphs with symbolic sizes.
+        way = Way.OWN if _needs_gradients(compilation) else frame.next_way()
+        attempt = _Attempt(compilation, frame, way)
         try:
             return attempt(trace)
         except (OnlineQuantError, BackendCompilerFailed):
@@ -267,6 +284,13 @@ def _compile(compilation: compat.Compilation, trace: Callable[[], _T]) -> _T:
             error = reason
         frame.way = Way(attempt.way + 1)
         _log.debug("%s is traced in another way: %s: %s", _name(compilation), type(error).__name__, error)
+
+
+def _needs_gradients(compilation: compat.Compilation) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    parameters = () if compilation.root is None else compilation.root.parameters()
+    return any(map(graph.requires_grad, itertools.chain(parameters, tree_leaves(compilation.scope["L"]))))
 
 
 def _say_it_is_uncompiled(compilation: compat.Compilation) -> None:

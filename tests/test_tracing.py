@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import compat, shapes
 from tests.small import CLOSE, compiled
 from tests.test_runtime import EagerInductor
 from tests.tiny import OPTIONS, net, noise, relative_error
@@ -187,6 +187,41 @@ class Spy:
     def __call__(self, graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         self.shapes.append([tuple(x.shape) for x in inputs if isinstance(x, torch.Tensor)])
         return graph_module.forward
+
+
+def test_gradients_are_traced_as_torch_does() -> None:
+    """Inductor cannot put some backward graphs' symbolic strides in order."""
+    model, traced = net().requires_grad_(True), []
+    step = torch.compile(model, backend=_keeping(traced))
+    for size in (8, 12):
+        x = noise(1, 4, size, size)
+        assert torch.equal(step(x), model(x))
+        with torch.no_grad():
+            step(x)
+    assert [shapes.has_symbols(graph_module) for graph_module in traced] == [False, True, True]
+
+
+def _keeping(traced: list[torch.fx.GraphModule]) -> Callable[..., Any]:
+    def keeping(graph_module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        traced.append(graph_module)
+        return oq.onlinequant(graph_module, inputs, options=OPTIONS)
+
+    return keeping
+
+
+@torch.no_grad()
+def test_what_inductor_cannot_compile_for_all_sizes_is_traced_for_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(graph_module: torch.fx.GraphModule, inputs: Sequence[Any], *_: Any, **__: Any) -> Callable[..., Any]:
+        if sum(isinstance(value, torch.SymInt) for value in inputs) > 1:
+            raise TypeError("cannot determine truth value of Relational")
+        return graph_module
+
+    monkeypatch.setattr(compat, "compile_fx", failing)
+    model = net()
+    step = compiled(model, {"precision": "float"})
+    for size in ((8, 8), (8, 12)):
+        x = noise(1, 4, *size)
+        assert torch.equal(step(x), model(x))
 
 
 @torch.no_grad()
