@@ -15,7 +15,7 @@ from .calibration import ActivationRange, clipped_share, covered, doubled, freez
 from .copies import Copy, Generation, copies_lock, read_elsewhere
 from .drift import FEW, FEWEST_STEPS, Seen, has_drifted
 from .entry import LayerCalibration
-from .formats import Format
+from .formats import NOT_FINITE, Format
 from .smoothing import smoothing_factors
 
 if TYPE_CHECKING:
@@ -153,6 +153,11 @@ class Layer:
     def has_drifted(self, seen: Seen) -> bool:
         """Whether inputs have left the range, or use next to nothing of it."""
         return has_drifted(seen.clipped, self.clipped) or self._is_lost(self._peak(seen))
+
+    def is_finite(self, seen: Seen) -> bool:
+        """Whether all values of which this was stored were numbers: else no range fits them."""
+        not_finite = NOT_FINITE[self.format.activation]
+        return not_finite not in (seen.lowest, seen.highest) and math.isfinite(seen.highest)
 
     def accept(self, seen: Seen) -> None:
         """Inputs of which this was seen in 8 bit are as they should: to do their call again would change no range."""

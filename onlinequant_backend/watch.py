@@ -151,6 +151,7 @@ class Watch:
         """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
         for _ in range(_MOST_CHANGES):
             before = _growth(weights)
+            drifted = {index: seen for index, seen in drifted.items() if weights.layers[index].is_finite(seen)}
             for index, seen in drifted.items():
                 weights.layers[index].step(seen)
             self._note(weights, drifted, before)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -394,6 +395,21 @@ def test_without_float_weights_ranges_are_narrowed_until_they_fit(inductor: Eage
     assert relative_error(result, other(0.02 * X)) < 2 * CLOSE
     assert oq.reports()[-1].widened["conv_in"] < 0.05
     assert "narrowed" in oq.reports()[-1].table()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_without_float_weights_what_is_not_finite_changes_no_range(
+    value: float, precision: str, inductor: EagerInductor
+) -> None:
+    model, other = small(), small()
+    step = started(model, free_float_weights=True, drift_check_every=1, precision=precision)
+    x = X.clone()
+    x[0, 0, 0, 0] = value
+    assert step(x).isnan().any()
+    assert not oq.reports()[-1].widened
+    assert relative_error(step(X), other(X)) < CLOSE
 
 
 @torch.no_grad()
