@@ -22,14 +22,20 @@ ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-# Calls that are given sizes one by one. To others a list, slice or tuple has sizes, and a number is calculated with.
+# Calls that are given sizes, one by one or in a list. In other lists are dimensions, indices or values.
 _TAKE_SIZES = frozenset(
     [
         *("arange", "empty", "expand", "eye", "linspace", "narrow", "new_empty", "new_ones", "new_zeros", "ones"),
         *("rand", "randn", "repeat", "repeat_interleave", "reshape", "split", "unflatten", "unfold", "view", "zeros"),
     ]
 )
-_TAKE_VALUES = frozenset(["as_tensor", "tensor"])  # in lists
+# In a list, and other numbers beside it.
+_TAKE_LISTS_OF_SIZES = _TAKE_SIZES | frozenset(
+    [
+        *("as_strided", "broadcast_to", "fold", "full", "interpolate", "layer_norm", "new_full", "pad", "rms_norm"),
+        *("split_with_sizes", "tile"),
+    ]
+)
 _SIZE = "#"
 _SAMPLES = 1024  # values of a constant
 
@@ -97,7 +103,8 @@ class _Writer:
         if isinstance(value, (slice, torch.device)) or (is_size and type(value) in (int, list, tuple, torch.Size)):
             return _SIZE
         if isinstance(value, (list, tuple)):
-            return f"[{' '.join(self._shown(item, called not in _TAKE_VALUES, called) for item in value)}]"
+            are_sizes = called in _TAKE_LISTS_OF_SIZES
+            return f"[{' '.join(self._shown(item, are_sizes, called) for item in value)}]"
         known = name(value) if callable(value) else None
         return known or ADDRESS.sub("", repr(value))
 

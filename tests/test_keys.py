@@ -276,6 +276,12 @@ def viewed(x: torch.Tensor) -> torch.Tensor:
     return x.view(x.shape[0], x.shape[1], 2, 4)[:, : x.shape[1]].reshape(x.shape)
 
 
+def resized(x: torch.Tensor) -> torch.Tensor:
+    x = x + torch.zeros((x.shape[0], 1, 8)) + x.new_full([x.shape[1], 8], 2)
+    x = F.layer_norm(x, x.shape[2:])
+    return F.interpolate(F.interpolate(x, 2 * x.shape[2]), size=x.shape[2:])
+
+
 @pytest.mark.parametrize(
     "functions",
     [
@@ -285,6 +291,8 @@ def viewed(x: torch.Tensor) -> torch.Tensor:
         (lambda x: x.chunk(2, -1)[0].repeat(1, 1, 2), lambda x: x.chunk(2, -1)[1].repeat(1, 1, 2)),
         (lambda x: x + torch.tensor([1, 2]).repeat(4), lambda x: x + torch.tensor([1, 9]).repeat(4)),
         (lambda x: F.max_pool2d(x, 1), lambda x: F.adaptive_max_pool2d(x, 8)),
+        (lambda x: x + x.sum([0], keepdim=True), lambda x: x + x.sum([1], keepdim=True)),
+        (lambda x: x + x[:, 0, None], lambda x: x + x[:, 1, None]),
     ],
 )
 def test_other_operations_of_equal_layers(functions: tuple[Callable[[torch.Tensor], torch.Tensor], ...]) -> None:
@@ -294,7 +302,7 @@ def test_other_operations_of_equal_layers(functions: tuple[Callable[[torch.Tenso
     assert oq.reports()[-1].cache_hit is False
 
 
-@pytest.mark.parametrize("function", [viewed, lambda x: x + torch.arange(x.shape[1])[:, None]])
+@pytest.mark.parametrize("function", [viewed, lambda x: x + torch.arange(x.shape[1])[:, None], resized])
 def test_equal_operations_at_other_sizes(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
     model = Scaled(function)
     forget_everything()
