@@ -25,16 +25,25 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
 # Calls that are given sizes, one by one or in a list. In other lists are dimensions, indices or values.
 _TAKE_SIZES = frozenset(
     [
-        *("arange", "empty", "expand", "eye", "linspace", "narrow", "new_empty", "new_ones", "new_zeros", "ones"),
-        *("rand", "randn", "repeat", "repeat_interleave", "reshape", "split", "unflatten", "unfold", "view", "zeros"),
+        *(
+            "arange",
+            "broadcast_to",
+            "empty",
+            "expand",
+            "eye",
+            "linspace",
+            "narrow",
+            "new_empty",
+            "new_ones",
+            "new_zeros",
+        ),
+        *("ones", "rand", "randn", "repeat", "repeat_interleave", "reshape", "split", "tile", "unflatten", "unfold"),
+        *("view", "zeros"),
     ]
 )
 # In a list, and other numbers beside it.
 _TAKE_LISTS_OF_SIZES = _TAKE_SIZES | frozenset(
-    [
-        *("as_strided", "broadcast_to", "fold", "full", "interpolate", "layer_norm", "new_full", "pad", "rms_norm"),
-        *("split_with_sizes", "tile"),
-    ]
+    ["as_strided", "fold", "full", "interpolate", "layer_norm", "new_full", "pad", "rms_norm", "split_with_sizes"]
 )
 _SIZE = "#"
 _SAMPLES = 1024  # values of a constant

@@ -277,7 +277,7 @@ def viewed(x: torch.Tensor) -> torch.Tensor:
 
 
 def resized(x: torch.Tensor) -> torch.Tensor:
-    x = x + torch.zeros((x.shape[0], 1, 8)) + x.new_full([x.shape[1], 8], 2)
+    x = x + torch.zeros((x.shape[0], 1, 8)).broadcast_to(*x.shape) + x.new_full([x.shape[1], 8], 2)
     x = F.layer_norm(x, x.shape[2:])
     return F.interpolate(F.interpolate(x, 2 * x.shape[2]), size=x.shape[2:])
 
