@@ -154,6 +154,10 @@ class Layer:
         """Whether inputs have left the range, or use next to nothing of it."""
         return has_drifted(seen.clipped, self.clipped) or self._is_lost(self._peak(seen))
 
+    def is_coarse(self, seen: Seen) -> bool:
+        """Whether rounding shows in inputs of which this was stored."""
+        return self._is_coarse_at(self._peak(seen))
+
     def is_finite(self, seen: Seen) -> bool:
         """Whether all values of which this was stored were numbers: else no range fits them."""
         not_finite = NOT_FINITE[self.format.activation]
@@ -171,7 +175,10 @@ class Layer:
 
     def _is_lost(self, peak: float) -> bool:
         """Whether inputs of this largest magnitude are too coarse in this range, and less than half of all before."""
-        return peak < min(FEWEST_STEPS * self.format.step * self._values[2], self.lowest_peak / 2)
+        return self._is_coarse_at(peak) and peak < self.lowest_peak / 2
+
+    def _is_coarse_at(self, peak: float) -> bool:
+        return peak < FEWEST_STEPS * self.format.step * self._values[2]
 
     def refit(self, x: torch.Tensor, has_drifted: bool = True) -> bool:
         """Have the range be right for ``x``, the layer's input of a call: as wide as that and all before need, or, if

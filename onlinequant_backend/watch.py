@@ -46,6 +46,7 @@ class Watch:
         # With ``max_error`` the error was measured when layers were selected.
         self._compares = traced.config.max_error is None
         self._errors: weakref.WeakKeyDictionary[WeightSet, float] = weakref.WeakKeyDictionary()
+        self._changed: weakref.WeakSet[WeightSet] = weakref.WeakSet()  # whose ranges have, since the error was measured
         self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
         inputs = graph.placeholders(traced.module)
@@ -71,6 +72,9 @@ class Watch:
             result, seen = compiled.count(args, weights)
             drifted = weights.drifted(seen)
             looks = True
+            if weights in self._changed and weights.are_coarse(seen):  # for a range that larger inputs have widened
+                self._changed.discard(weights)
+                weights.is_compared = False
         is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
         if drifted or is_lost:
             return self._follow(compiled, args, weights, drifted, is_lost, result)
@@ -170,6 +174,7 @@ class Watch:
                 weights.layers[index].accept(seen)
         if after == before:
             return
+        self._changed.add(weights)
         names = (info.name for info in self._traced.infos)
         self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
         _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))

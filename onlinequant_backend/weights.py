@@ -172,6 +172,12 @@ class WeightSet:
         found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
         return {i: each for i, each in found.items() if each is not None and self.layers[i].has_drifted(each)}
 
+    def are_coarse(self, seen: Mapping[int, drift.Seen]) -> bool:
+        """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
+        layers = (self.layers[index] for index in self.selection or ())
+        found = ((layer, seen.get(layer.qparams.data_ptr())) for layer in layers)
+        return any(each is not None and layer.is_coarse(each) for layer, each in found)
+
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
         stale: set[Copy] = set()

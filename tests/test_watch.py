@@ -268,6 +268,23 @@ def test_an_error_that_shows_is_said(inductor: EagerInductor, caplog: pytest.Log
 
 
 @torch.no_grad()
+def test_an_error_that_a_wider_range_has_made_is_said(
+    inductor: EagerInductor, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = small()
+    step = started(model)
+    first = oq.reports()[-1].error
+    for x in (1000 * X, X, X):
+        result = step(x)
+    error = relative_error(result, model(X))
+    assert first is not None and first < CLOSE < VISIBLE < error
+    assert oq.reports()[-1].error == pytest.approx(error)
+    assert any("differs" in record.message for record in caplog.records)
+    step(1000 * X)  # is no reason to ask again
+    assert oq.reports()[-1].error == pytest.approx(error)
+
+
+@torch.no_grad()
 def test_zero_never_widens(inductor: EagerInductor) -> None:
     model = net()
     step = compiled(model, drift_check_every=0)
