@@ -265,6 +265,10 @@ class Layer:
         observed = ActivationRange(*(torch.tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds))
         return is_frozen_from(saved.qparams, observed, self.format, self.method)
 
+    def go_back(self, observed: ActivationRange, smoothing: torch.Tensor | None) -> None:
+        """Have seen no more than this, while observing."""
+        self.observed, self.smoothing, self._ranged = observed, smoothing, False
+
     def start_over(self) -> None:
         """Forget what was observed: the weight now is another model's."""
         self.observed = ActivationRange()

@@ -269,7 +269,8 @@ class QuantizedGraph:
             last = step >= self._config.calibration_steps
             self._show_progress(step, self._config.calibration_steps)
         try:
-            result = self._call_observed(args, parameters, weights, last)
+            with weights.observed_or_not():
+                result = self._call_observed(args, parameters, weights, last)
         except Exception as error:
             return self._do_unobserved(args, error)
         weights.numbers.widen(self._compiled.numbers(args))

@@ -145,6 +145,19 @@ class WeightSet:
         """How many calls every layer that is not calibrated yet has been observed for."""
         return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
 
+    @contextlib.contextmanager
+    def observed_or_not(self) -> Iterator[None]:
+        """A call that fails within the block leaves nothing of what was observed of it."""
+        layers = [layer for layer in self.layers if not layer.frozen]
+        kept = {id(layer.observed): layer.observed.copied() for layer in layers}  # some layers share theirs
+        before = [(kept[id(layer.observed)], layer.smoothing) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, (observed, smoothing) in zip(layers, before, strict=True):
+                layer.go_back(observed, smoothing)
+            raise
+
     def count_call(self, fingerprint: str, operations: str = "") -> None:
         """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
         for layer in set(self.layers):

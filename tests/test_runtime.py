@@ -913,3 +913,24 @@ def test_the_report_says_what_the_last_call_ran(inductor: EagerInductor) -> None
     assert (oq.reports()[-1].phase, oq.reports()[-1].phase_reason) == ("float", reason)
     step(torch.arange(8))
     assert oq.reports()[-1].phase == "quantized"
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("factor", [1000.0, math.nan])
+@pytest.mark.parametrize("calls", [0, 1])
+def test_nothing_is_observed_of_a_call_that_fails(calls: int, factor: float, inductor: EagerInductor) -> None:
+    model = net()
+
+    def picking(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        return model(x).flatten().index_select(0, index)
+
+    step = torch.compile(picking, backend=oq.onlinequant, options=OPTIONS)
+    inside, outside = torch.arange(64), torch.tensor([X.numel()])
+    for _ in range(calls):
+        step(X, inside)
+    with pytest.raises(IndexError):
+        step(factor * X, outside.expand(64).contiguous())
+    for _ in range(4):
+        result = step(X, inside)
+    assert oq.reports()[-1].phase == "quantized"
+    assert 0 < relative_error(result, picking(X, inside)) < CLOSE
