@@ -26,8 +26,8 @@ _log = logging.getLogger("onlinequant")
 
 # Changes of a range until a call fits.
 _MOST_CHANGES = 32
-# The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float: where
-# only few values differ from each other, one of them is much.
+# The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float:
+# where only few values differ from each other, one of them is much.
 _ADDED = 0.01
 
 

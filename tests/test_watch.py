@@ -17,6 +17,7 @@ from onlinequant_backend.layers import Layer
 from onlinequant_backend.report import VISIBLE
 from onlinequant_backend.sampling import sampling_run
 from onlinequant_backend.watch import Watch
+from onlinequant_backend.weights import WeightSet
 from tests.small import WIDE, forget_everything, small
 from tests.test_runtime import CLOSE, EagerInductor, compiled, inductor
 from tests.tiny import OPTIONS, net, noise, relative_error
@@ -465,3 +466,37 @@ def test_each_model_that_shares_a_graph_is_compared_with_float(inductor: EagerIn
     (report,) = oq.reports()
     assert report.error is not None and report.error > VISIBLE
     assert report.error == pytest.approx(relative_error(coarse(small_channel), coarse.forward(small_channel)), rel=1e-3)
+
+
+class Sum(torch.nn.Module):
+    """Two layers, each of an input of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(64, 64), torch.nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.a(x) + self.b(y)
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
+def test_what_errors_of_other_layers_push_beyond_a_range_is_no_drift(
+    inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of few values that differ, one is much. Where other ranges grow a little at each step, none would be in 8 bit."""
+    torch.manual_seed(0)
+    model = Sum().requires_grad_(False)
+    step = compiled(model, drift_check_every=1)
+    x, y = noise(64, 64, seed=1), noise(64, 64, seed=2)
+    for _ in range(3):
+        step(x, y)
+    pushed = drift.Seen(0.002, 1, 254)  # of the first layer in 8 bit; in float its range is right
+
+    def drifted(weights: WeightSet, _: object) -> dict[int, drift.Seen]:
+        return {0: pushed} if weights.layers[0].clipped < pushed.clipped else {}
+
+    monkeypatch.setattr(WeightSet, "drifted", drifted)
+    errors = [relative_error(step(x, y * 1.05**i), model(x, y * 1.05**i)) for i in range(1, 6)]
+    assert errors[0] == 0  # the call that finds out
+    assert all(0 < error < CLOSE for error in errors[1:])
