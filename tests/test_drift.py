@@ -240,7 +240,7 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
 @pytest.mark.parametrize(
     ("values", "beyond", "drifts"),
-    [(1000, 4, False), (1000, 6, True), (64, 2, False), (64, 3, True), (4, 0, False), (4, 1, True), (1, 1, True)],
+    [(1000, 4, False), (1000, 7, True), (64, 2, False), (64, 3, True), (4, 0, False), (4, 1, True), (1, 1, True)],
 )
 def test_a_handful_of_many_values_is_no_drift(values: int, beyond: int, drifts: bool) -> None:
     xq = torch.full((values,), 100, dtype=torch.uint8)
