@@ -16,9 +16,8 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import compat, copies
 from onlinequant_backend.background import Background
-from onlinequant_backend.copies import Copy
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.persistence import Entry
 from onlinequant_backend.progress import told_to
@@ -260,16 +259,17 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
     changed = threading.Event()
 
     def change_afterwards(layer: Layer, given: torch.Tensor) -> None:
-        new_tensor = Copy._new_tensor
+        quantize = copies.quantize_weight
 
-        def change(of: Copy, q: torch.Tensor) -> torch.Tensor:
+        def change(*args: Any) -> Any:
+            result = quantize(*args)
             if threading.current_thread() is not threading.main_thread() and given is weight and not changed.is_set():
                 weight.copy_(-weight)  # after it was read, before anybody could take note of it
                 changed.set()
-            return new_tensor(of, q)
+            return result
 
         with monkeypatch.context() as patch:
-            patch.setattr(Copy, "_new_tensor", change)
+            patch.setattr(copies, "quantize_weight", change)
             requantize(layer, given)
 
     for _ in range(2):
