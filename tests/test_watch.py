@@ -389,7 +389,7 @@ def test_a_range_is_not_narrowed_again_and_again(inductor: EagerInductor, monkey
     step = started(model)
     for x in (*[0.01 * X] * 8, *[X] * 8):
         step(x)
-    monkeypatch.setattr(Layer, "refit", lambda layer, x: pytest.fail("both are known"))
+    monkeypatch.setattr(Layer, "refit", lambda layer, x, has_drifted: pytest.fail("both are known"))
     for x in [0.01 * X, X] * 20:
         step(x)
 
