@@ -27,6 +27,8 @@ SAMPLES = 65536
 BINS = 1024
 # Share of the observed values that "percentile" clips, of both ends together.
 _CLIPPED_SHARE = 1e-4
+# The share of a floating format's headroom that may be gone before a range is widened.
+_SPARED = 0.01
 # Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
@@ -172,7 +174,7 @@ def widened(qparams: torch.Tensor, low: float, high: float, format: Format) -> t
     nothing of it is clipped, or in a floating format next to nothing of the headroom gone."""
     inverse, zero_point, _ = values = qparams.tolist()
     lowest, highest = format.limits
-    margin = -0.01 * highest if format.activation.is_floating_point else 0.5
+    margin = -_SPARED * highest if format.activation.is_floating_point else 0.5
     if lowest + margin < low * inverse + zero_point and high * inverse + zero_point < highest - margin:
         return qparams
     known_low, known_high = _range(values, format)
@@ -192,11 +194,13 @@ def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
 
 
 def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: Format, method: str) -> bool:
-    """Whether ``freeze`` can have made these of such a range, from whatever histograms."""
+    """Whether ``freeze`` and ``widened`` can have made these of such a range, from whatever histograms."""
     whole = _range(freeze(observed, format, "minmax").tolist(), format)
     method = "minmax" if format.activation.is_floating_point else method
     least = {"minmax": 1.0, "mse": _CLIP_RATIOS[-1]}.get(method, 0.0)
-    margin = 1.01 * qparams[2]  # the zero point is rounded, which moves both ends
+    # Zero points are rounded, which moves both ends, and what is beyond by next to nothing widens no range.
+    margin = 2 * qparams[2]
+    least -= _SPARED if format.activation.is_floating_point else 0
     return all(
         least * abs(end) - margin <= abs(of_part) <= abs(end) + margin
         for end, of_part in zip(whole, _range(qparams, format), strict=True)

@@ -215,8 +215,7 @@ class Layer:
         _, zero_point, scale = self._values
         with torch.inference_mode(False), torch.no_grad():
             if has_drifted(seen.clipped, self.clipped):
-                qparams = doubled(self.qparams, self.format)
-                self._move(qparams, self.observed.joined(self._spread(*covered(qparams.tolist(), self.format))))
+                self._move(doubled(self.qparams, self.format), self.observed)
             elif (seen.lowest, seen.highest) != (zero_point, zero_point):
                 half = self.format.step / 2
                 low, high = seen.lowest - half - zero_point, seen.highest + half - zero_point
@@ -233,7 +232,8 @@ class Layer:
 
     def _move(self, qparams: torch.Tensor, observed: ActivationRange) -> None:
         before = self._values[2]
-        self.observed = observed
+        # Ranges that were widened are rounded each time.
+        self.observed = observed.joined(self._spread(*covered(qparams.tolist(), self.format)))
         self._set_qparams(qparams)
         self.growth *= self._values[2] / before
 

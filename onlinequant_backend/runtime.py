@@ -245,6 +245,8 @@ class QuantizedGraph:
                 entry = self._entry(weights, parameters)
                 restored = entry.restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
+                if restored:
+                    self._rests[weights] = self._rest(weights, parameters)
                 if restored and self._report.error is None:
                     self._report.error = entry.load_error()
             if weights.is_calibrated():
@@ -253,6 +255,8 @@ class QuantizedGraph:
                     self._finish_aside(args)
                     return self._run_float(args)
                 self._select(args, parameters, weights)
+                if weights.selection is None:
+                    return self._calibrate(args, parameters, weights)
                 return None
             return self._observe(args, parameters, weights)
 
@@ -314,6 +318,7 @@ class QuantizedGraph:
     def _end_observing(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         if self._config.sensitivity == "end_to_end":
             measure_end_to_end(self._traced.observed, args, weights.layers, self._infos, result)
+        self._rests[weights] = self._rest(weights, self._parameters(args))
         weights.freeze()
 
     def _may_work_aside(self) -> bool:
@@ -365,7 +370,8 @@ class QuantizedGraph:
                     return
                 if weights.selection is None:
                     self._end_run(args, parameters, weights)
-                self._compile(self._compiled.key(args, weights), args, weights)
+                if weights.selection is not None:
+                    self._compile(self._compiled.key(args, weights), args, weights)
         except Exception as error:
             if self._was_moved(parameters):
                 self._moves += 1
@@ -476,7 +482,13 @@ class QuantizedGraph:
             self._progress = None
 
     def _select(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
-        """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are."""
+        """Put the selected layers of a set in 8 bit. The graph's first set to get here decides which these are.
+
+        None are if another checkpoint was loaded since the last observed call."""
+        rest = self._rest(weights, parameters)
+        if self._rests.setdefault(weights, rest) != rest:
+            self._start_over(weights)
+            return
         weights.quantize(parameters, [i for i, info in enumerate(self._infos) if info.quantized])
         refusals = [layer.refusal() for layer in weights.layers]
         if not self._choice.is_made:
@@ -485,7 +497,6 @@ class QuantizedGraph:
         alike = list(weights.smoothing().values())
         pattern = tuple((i, alike.index(factors)) for i, factors in weights.smoothing().items())
         weights.kind = self._kinds.setdefault((weights.layout, chosen, pattern), len(self._kinds))
-        self._rests[weights] = keys.fingerprint(weights.rest(parameters))
         weights.select(parameters, chosen)
         # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
         fingerprint = self._fingerprint(weights, parameters)
@@ -518,15 +529,24 @@ class QuantizedGraph:
         assert weights.selection is not None
         if not weights.is_calibrated():  # another graph of this model has come to the conclusion below
             weights.selection = None
-        elif weights.selection and weights.changed >= {weights.layers[index].copy for index in weights.selection}:
-            # A LoRA leaves biases and norms as they are; moving the model changes no value.
-            rest = keys.fingerprint(weights.rest(parameters))
-            if rest != self._rests[weights]:
-                _log.info("another checkpoint was loaded, so it is calibrated anew")
-                weights.start_over()
-                self._entries.pop(weights, None)
-                self._choice.is_made = False
-                self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
+            return
+        have_all_changed = weights.changed >= {weights.layers[index].copy for index in weights.selection}
+        # A LoRA leaves biases and norms as they are; moving the model changes no value.
+        if weights.selection and have_all_changed and self._rest(weights, parameters) != self._rests[weights]:
+            self._start_over(weights)
+
+    @staticmethod
+    def _rest(weights: WeightSet, parameters: Sequence[torch.Tensor]) -> str:
+        return keys.fingerprint(weights.rest(parameters))
+
+    def _start_over(self, weights: WeightSet) -> None:
+        """Observe a set anew, which now holds another checkpoint."""
+        _log.info("another checkpoint was loaded, so it is calibrated anew")
+        weights.start_over()
+        del self._rests[weights]
+        self._entries.pop(weights, None)
+        self._choice.is_made = False
+        self._report.phase, self._report.phase_reason = "calibrating", "another checkpoint was loaded"
 
     def _compile(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
         """The 8-bit graph for these sizes, or why it cannot be built."""

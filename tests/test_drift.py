@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +105,36 @@ def observed(x: torch.Tensor) -> ActivationRange:
     seen = ActivationRange()
     seen.update(x)
     return seen
+
+
+@FORMATS
+@pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("seed", range(4))
+def test_ranges_that_have_changed_can_be_saved_and_restored(format: Format, method: str, seed: int) -> None:
+    """However often they have: another process would observe anew."""
+    random.seed(seed)
+    layer, weight = Layer(None, format, method), noise(8, 16)
+    for _ in range(2):
+        layer.observe(noise(64, 16, seed=seed), weight)
+        layer.count_call("")
+    layer.freeze()
+    for turn in range(20):
+        x = random.choice([torch.abs, torch.relu, torch.neg])(noise(random.choice([2, 64]), 16, seed=turn))
+        if random.random() < 0.5:  # just about as large as before
+            assert layer.observed.maximum is not None
+            x *= random.choice([0.97, 1.005, 1.2]) * float(layer.observed.maximum) / float(x.abs().max())
+        else:
+            x[0, 0] *= random.choice([1, 30, 300]) * random.choice([0.01, 1, 100])
+        if random.random() < 0.25:
+            values = quantized(x, layer.qparams, format).flatten()
+            low, high = map(float, drift._bounds_of(values))
+            layer.step(drift.Seen(share_of(values), low, high))
+        else:
+            layer.refit(x, has_drifted=random.random() < 0.5)
+        saved, other = layer.save("fc", "linear", (8, 16)), Layer(None, format, method)
+        assert other.fits(saved)
+        other.restore(saved, 2, "")
+        assert torch.equal(other.qparams, layer.qparams)
 
 
 @FORMATS
