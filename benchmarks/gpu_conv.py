@@ -135,7 +135,7 @@ def layout(dimensions: int) -> torch.memory_format:
 
 def input_qparams(x: torch.Tensor, number_format: formats.Format) -> torch.Tensor:
     """The quantization parameters that observing ``x`` leads to."""
-    observed = ActivationRange(x.amin().float(), x.amax().float())
+    observed = ActivationRange(float(x.amin()), float(x.amax()))
     # As a model lays them out: the scale at a multiple of 16 bytes, where cuBLAS reads it.
     return torch.empty(5, device=x.device)[2:].copy_(freeze(observed, number_format, "minmax"))
 

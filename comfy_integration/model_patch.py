@@ -9,7 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onlinequant_backend.graph_memory import make_room_for_graphs, trim_graph_memory
+from onlinequant_backend.graph_memory import give_back_freed_memory, trim_graph_memory
 from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.sampling import SamplingRun, current_run
 
@@ -68,7 +68,7 @@ class ModelHook:
         """Around a sampling run: all of its calls are observed, and at its end there is an 8-bit model."""
         run = SamplingRun(len(sigmas) - 1, is_observed=self._whole_run)
         device = getattr(getattr(guider, "model_patcher", None), "load_device", None)
-        make_room_for_graphs(device)  # decoding the last picture has left memory behind
+        give_back_freed_memory(device)  # decoding the last picture has left memory behind
         with told_to(self._listener), run.current():
             result = executor(guider, sigmas, extra_args, _counting(run, callback), *args, **kwargs)
             try:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Container, MutableMapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import psutil
 import torch
@@ -36,7 +36,7 @@ _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 class ActivationRange:
     """What has been seen of one tensor.
 
-    ``minimum``, ``maximum``, ``lowest_peak``: of what is known already, 0-d float32.
+    ``minimum``, ``maximum``, ``lowest_peak``: what is known already.
 
     Attributes:
         histograms: for each call that it was asked for, the share of values in each bin and the bins' centres, float32
@@ -45,18 +45,16 @@ class ActivationRange:
     """
 
     def __init__(
-        self,
-        minimum: torch.Tensor | None = None,
-        maximum: torch.Tensor | None = None,
-        lowest_peak: torch.Tensor | None = None,
+        self, minimum: float | None = None, maximum: float | None = None, lowest_peak: float | None = None
     ) -> None:
         self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.values = math.inf
         # Put together when they are asked for: on a GPU that would be four more kernels a call.
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._lowest_peak = lowest_peak  # of those that are put together already
+        self._known: _Known | None = None
         if minimum is not None and maximum is not None:
-            self._bounds.append((minimum, maximum))
+            peak = max(-minimum, maximum) or math.inf
+            self._known = _Known(minimum, maximum, peak if lowest_peak is None else lowest_peak)
 
     def update(self, x: torch.Tensor, with_histogram: bool = True) -> None:
         """Widen the range by ``x`` (any float dtype and shape) and keep its histogram; never waits for a GPU."""
@@ -70,57 +68,71 @@ class ActivationRange:
         """The same, that goes on by itself."""
         other = ActivationRange()
         other.histograms, other._bounds = list(self.histograms), list(self._bounds)
-        other.values, other._lowest_peak = self.values, self._lowest_peak
+        other.values, other._known = self.values, self._known
         return other
 
     def joined(self, other: ActivationRange) -> ActivationRange:
-        """What was seen of either, without histograms; ``other`` is of one call."""
+        """What was seen of either, without histograms."""
         both = self.copied()
         both.histograms.clear()
-        both._bounds += other._bounds
+        parts = [known for known in (self._settled(), other._settled()) if known is not None]
+        both._bounds, both._known = [], _Known.of(parts) if parts else None
         return both
 
     @property
     def is_empty(self) -> bool:
         """Whether nothing has been seen."""
-        return not self._bounds
+        return self._known is None and not self._bounds
 
     @property
-    def minimum(self) -> torch.Tensor | None:
-        """The least value of all calls, exact, 0-d float32; None before the first."""
-        return self._range()[0]
+    def minimum(self) -> float | None:
+        """The least value of all calls, exact; None before the first."""
+        known = self._settled()
+        return None if known is None else known.minimum
 
     @property
-    def maximum(self) -> torch.Tensor | None:
-        """The largest value of all calls, exact, 0-d float32; None before the first."""
-        return self._range()[1]
+    def maximum(self) -> float | None:
+        """The largest value of all calls, exact; None before the first."""
+        known = self._settled()
+        return None if known is None else known.maximum
 
     @property
     def lowest_peak(self) -> float:
         """The largest magnitude of the call in which that was least; infinite before the first.
 
         Calls that were all zeros do not count, since zeros are exact in any range."""
-        self._range()
-        return math.inf if self._lowest_peak is None else float(self._lowest_peak)
+        known = self._settled()
+        return math.inf if known is None else known.lowest_peak
 
-    def _range(self) -> tuple[torch.Tensor, torch.Tensor] | tuple[None, None]:
-        if not self._bounds:
-            return None, None
-        if len(self._bounds) > 1 or self._lowest_peak is None:
-            lows, highs = (torch.stack(bounds).float() for bounds in zip(*self._bounds, strict=True))
+    def _settled(self) -> _Known | None:
+        if self._bounds:
+            # Not left on a GPU, where a few bytes keep a large block of memory from being given back.
+            lows, highs = (torch.stack(bounds).float().cpu() for bounds in zip(*self._bounds, strict=True))
             peaks = torch.maximum(-lows, highs)
-            if self._lowest_peak is not None:
-                peaks[0] = self._lowest_peak
-            self._lowest_peak = torch.where(peaks == 0, torch.inf, peaks).amin()
-            self._bounds = [(lows.amin(), highs.amax())]
-        return self._bounds[0]
+            peaks[peaks == 0] = math.inf
+            seen = [_Known(*call) for call in zip(lows.tolist(), highs.tolist(), peaks.tolist(), strict=True)]
+            self._known = _Known.of(seen if self._known is None else [self._known, *seen])
+            self._bounds.clear()
+        return self._known
 
     def is_finite(self) -> bool:
         """Whether anything has been seen, and nothing but finite numbers."""
-        minimum, maximum = self._range()
-        if minimum is None or maximum is None:
-            return False
-        return bool(torch.isfinite(minimum) & torch.isfinite(maximum))
+        known = self._settled()
+        return known is not None and math.isfinite(known.minimum) and math.isfinite(known.maximum)
+
+
+class _Known(NamedTuple):
+    """Of one call or several; NaN where any of them had one."""
+
+    minimum: float
+    maximum: float
+    lowest_peak: float
+
+    @classmethod
+    def of(cls, parts: Sequence[_Known]) -> _Known:
+        """Of all calls together."""
+        lows, highs, peaks = torch.tensor(parts, dtype=torch.float64, device="cpu").unbind(1)
+        return cls(float(lows.amin()), float(highs.amax()), float(peaks.amin()))
 
 
 def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,23 +154,21 @@ def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[
 
 
 def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tensor:
-    """The float32 [3] ``qparams`` of ``ops.quantize``: 1 / scale, zero point and scale.
+    """The float32 [3] ``qparams`` of ``ops.quantize``, on the CPU: 1 / scale, zero point and scale.
 
     Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "percentile"
     leaves the outermost values out, whose share is 10**-4; "mse" clips each end where rounding and clipping together
     cost the least squared error (Banner et al., "Post training 4-bit quantization of convolutional networks for
     rapid-deployment", 2019, equation 3, over the observed distribution).
     """
-    minimum = observed.minimum
-    assert minimum is not None
-    return _qparams(*wanted(observed, format, method), format, minimum.device)
+    return _qparams(*wanted(observed, format, method), format)
 
 
 def wanted(observed: ActivationRange, format: Format, method: str) -> tuple[float, float]:
     """The range that ``freeze`` lays onto a format's ``span``."""
     minimum, maximum = observed.minimum, observed.maximum
     assert minimum is not None and maximum is not None
-    low, high = min(float(minimum), 0.0), max(float(maximum), 0.0)
+    low, high = min(minimum, 0.0), max(maximum, 0.0)
     if format.limits[0]:  # symmetric
         low, high = min(low, -high), max(high, -low)
     # A floating format rounds relative to each value, so clipping would gain nothing.
@@ -178,13 +188,13 @@ def widened(qparams: torch.Tensor, low: float, high: float, format: Format) -> t
     if lowest + margin < low * inverse + zero_point and high * inverse + zero_point < highest - margin:
         return qparams
     known_low, known_high = _range(values, format)
-    return _qparams(min(low, known_low), max(high, known_high), format, qparams.device)
+    return _qparams(min(low, known_low), max(high, known_high), format)
 
 
 def doubled(qparams: torch.Tensor, format: Format) -> torch.Tensor:
     """Quantization parameters of a range twice as wide."""
     low, high = _range(qparams.tolist(), format)
-    return _qparams(2 * low, 2 * high, format, qparams.device)
+    return _qparams(2 * low, 2 * high, format)
 
 
 def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
@@ -207,12 +217,12 @@ def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: 
     )
 
 
-def _qparams(low: float, high: float, format: Format, device: torch.device) -> torch.Tensor:
+def _qparams(low: float, high: float, format: Format) -> torch.Tensor:
     lowest, highest = format.span
     # A layer that only ever saw zeros still needs a scale that is positive.
     scale = max((high - low) / (highest - lowest), LEAST_SCALE)
     zero_point = 0 if format.limits[0] else round(min(max(lowest - low / scale, lowest), highest))
-    return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device=device)
+    return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device="cpu")
 
 
 def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:

@@ -102,7 +102,8 @@ class Stamp:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Stamp:
         version = None if weight.is_inference() else weight._version
-        values = sample(weight, 4096).clone().view(torch.uint8)  # bits: NaN is not equal to NaN
+        # Bits, for NaN is not equal to NaN. Not left on a GPU, see ``copies.make_room``.
+        values = sample(weight, 4096).to("cpu", copy=True).view(torch.uint8)
         return cls(weight.data_ptr(), version, values)
 
     def matches(self, other: Stamp) -> bool:

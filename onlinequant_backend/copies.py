@@ -87,7 +87,7 @@ class Copy:
         weight, weight_scale: the copy, or None.
         merged: what it is a part of, or None.
         in_use: whether a graph runs on it.
-        room: memory for the copy that is about to be made.
+        room: memory for the copy that is about to be made, and for its scales.
         freed: whether the float weight is gone, so that it cannot be made anew.
     """
 
@@ -96,7 +96,7 @@ class Copy:
         self.format = format
         self.weight: torch.Tensor | None = None
         self.weight_scale: torch.Tensor | None = None
-        self.room: torch.Tensor | None = None
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
         self.merged: MergedWeight | None = None
         self.in_use = False
         self.freed = False
@@ -147,12 +147,10 @@ class Copy:
             shared = None
             if self.merged is not None and self.merged.shares_scale:
                 shared = self.merged.lay(self, float(scale_of(weight, self.format)))
-            if self.weight is None:
-                self.weight = self._taken_room(weight)
+            if self.weight is None or self.weight_scale is None:
+                self.weight, self.weight_scale = self._taken_room(weight)
             scale = self._write(self.weight, weight, shared, smoothing)
-            if self.weight_scale is None:
-                self.weight_scale = scale
-            elif shared is None:
+            if shared is None:
                 self.weight_scale.copy_(scale)
             self._stamp = stamp
 
@@ -173,11 +171,15 @@ class Copy:
         """Whether there is neither a copy nor memory for one."""
         return self.weight is None and self.room is None and not self.format.is_packed
 
-    def _taken_room(self, weight: torch.Tensor) -> torch.Tensor:
+    def _taken_room(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         room, self.room = self.room, None
-        if room is None or room.shape != weight.shape or room.device != weight.device:
-            return self.new_tensor(weight)
+        if room is None or room[0].shape != weight.shape or room[0].device != weight.device:
+            return self.new_tensor(weight), self.new_scale(weight)
         return room
+
+    def new_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        """Memory for the scales of a copy of ``weight``."""
+        return torch.empty(scales_in(weight.shape, self.format), dtype=torch.float32, device=weight.device)
 
     def new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
         """Memory for a copy of ``weight``."""
@@ -248,20 +250,20 @@ def make_room(copies: Sequence[Copy], weights: Sequence[torch.Tensor]) -> None:
     """Allocate what ``requantize`` will need to make ``copies`` of ``weights``, as far as there are none yet.
 
     With the room of all copies allocated first, what is allocated only to quantize them leaves no holes between them: a
-    GPU's memory is given back in large pieces. Several linear layers' copies will be one merged weight, most likely, so
-    they lie one after the other, as ``MergedWeight`` wants them.
+    GPU's memory is given back in large pieces, none of which may hold so much as a scale. Several linear layers' copies
+    will be one merged weight, most likely, so they lie one after the other, as ``MergedWeight`` wants them.
     """
     new = [(copy, weight) for copy, weight in zip(copies, weights, strict=True) if copy.needs_room()]
     with torch.inference_mode(False):
         if len(new) > 1 and len({copy for copy, _ in new}) == len(copies) and _can_be_one(weights):
             rows = [len(weight) for weight in weights]
             whole = torch.empty(sum(rows), weights[0].shape[1], dtype=copies[0].format.weight, device=weights[0].device)
-            for copy, part in zip(copies, whole.split(rows), strict=True):
-                copy.room = part
+            for copy, part, weight in zip(copies, whole.split(rows), weights, strict=True):
+                copy.room = part, copy.new_scale(weight)
             return
         for copy, weight in new:
             if copy.needs_room():
-                copy.room = copy.new_tensor(weight)
+                copy.room = copy.new_tensor(weight), copy.new_scale(weight)
 
 
 def _can_be_one(weights: Sequence[torch.Tensor]) -> bool:

@@ -147,7 +147,7 @@ def trim_graph_memory(device: torch.device | None) -> None:
         _log.info("the memory of CUDA graphs is not given back: %s", code)
 
 
-def make_room_for_graphs(device: torch.device | None) -> None:
+def give_back_freed_memory(device: torch.device | None) -> None:
     """Give back what torch keeps of freed tensors: graphs cannot use it, and take as much again from the driver.
     Nothing happens with another allocator."""
     if device is not None and device.type == "cuda" and allocates_in_graph():

@@ -110,15 +110,24 @@ class Layer:
     def _set_qparams(self, qparams: torch.Tensor) -> None:
         # Into the same tensor as before, which compiled graphs were given, unless a call is reading it.
         with copies_lock:
-            if self._qparams is not None:
+            if any(self._values):  # else nobody has read them yet
                 Generation.number += 1
             if self._qparams is None or any(layer is self for layer in read_elsewhere()):
-                # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
-                self._qparams = torch.empty(5, dtype=torch.float32, device=qparams.device)[2:]
+                self._qparams = self._new_qparams()
             self._qparams.copy_(qparams)
             inverse, zero_point, scale = qparams.tolist()
             self._values = inverse, zero_point, scale
             self._ranged = True
+
+    def _new_qparams(self) -> torch.Tensor:
+        # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
+        return torch.empty(5, dtype=torch.float32, device=self.device)[2:]
+
+    def make_room(self) -> None:
+        """Allocate what freezing will need."""
+        if self._qparams is None:
+            with torch.inference_mode(False):
+                self._qparams = self._new_qparams()
 
     def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
         """Take note of an input. The first one decides which channels are smoothed. ``turn``: tells layers apart whose
@@ -204,7 +213,7 @@ class Layer:
     def _with_spare(self, seen: ActivationRange, is_of_few: bool) -> ActivationRange:
         low, high = wanted(seen, self.format, "minmax" if is_of_few else self.method)
         spare = max(_SPARE_OF_FEW if is_of_few else _SPARE, self.format.headroom) / self.format.headroom**2
-        return self._spread(low * spare, high * spare)
+        return ActivationRange(low * spare, high * spare)
 
     def _widened(self, seen: ActivationRange) -> torch.Tensor:
         return widened(self.qparams, *wanted(seen, self.format, self.method), self.format)
@@ -219,33 +228,25 @@ class Layer:
             elif (seen.lowest, seen.highest) != (zero_point, zero_point):
                 half = self.format.step / 2
                 low, high = seen.lowest - half - zero_point, seen.highest + half - zero_point
-                self._narrow(self._spread(min(low, 0) * scale, max(high, 0) * scale))
+                self._narrow(ActivationRange(min(low, 0) * scale, max(high, 0) * scale))
 
     def _narrow(self, seen: ActivationRange) -> None:
         self._move(freeze(seen, self.format, self.method), seen)
         self.clipped, self.lowest_peak = 0.0, min(self.lowest_peak, seen.lowest_peak)
 
-    def _spread(self, low: float, high: float) -> ActivationRange:
-        seen = ActivationRange()
-        seen.update(torch.tensor([low, high], dtype=torch.float32, device=self.device), with_histogram=False)
-        return seen
-
     def _move(self, qparams: torch.Tensor, observed: ActivationRange) -> None:
         before = self._values[2]
         # Ranges that were widened are rounded each time.
-        self.observed = observed.joined(self._spread(*covered(qparams.tolist(), self.format)))
+        self.observed = observed.joined(ActivationRange(*covered(qparams.tolist(), self.format)))
         self._set_qparams(qparams)
         self.growth *= self._values[2] / before
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str, calibrated_in: str = "") -> None:
         """Take over what another process observed."""
+        self.observed = ActivationRange(saved.minimum, saved.maximum, saved.lowest_peak)
         with torch.inference_mode(False):
-            bounds = (saved.minimum, saved.maximum, saved.lowest_peak)
-            self.observed = ActivationRange(
-                *(torch.tensor(bound, dtype=torch.float32, device=self.device) for bound in bounds)
-            )
             if saved.qparams is not None:
-                self._set_qparams(torch.tensor(saved.qparams, dtype=torch.float32, device=self.device))
+                self._set_qparams(torch.tensor(saved.qparams, dtype=torch.float32, device="cpu"))
             self.smoothing = None
             if saved.smoothing is not None:
                 shape = [1, -1, *[1] * (len(saved.weight_shape) - 2)] if self.geometry is not None else [-1]
@@ -261,8 +262,7 @@ class Layer:
         """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
         if saved.qparams is None:
             return True
-        bounds = (saved.minimum, saved.maximum, saved.lowest_peak)
-        observed = ActivationRange(*(torch.tensor(bound, dtype=torch.float32, device="cpu") for bound in bounds))
+        observed = ActivationRange(saved.minimum, saved.maximum, saved.lowest_peak)
         return is_frozen_from(saved.qparams, observed, self.format, self.method)
 
     def go_back(self, observed: ActivationRange, smoothing: torch.Tensor | None) -> None:
@@ -279,9 +279,7 @@ class Layer:
 
     def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
         """What ``restore`` takes, of a frozen layer."""
-        low, high = (
-            math.nan if bound is None else float(bound) for bound in (self.observed.minimum, self.observed.maximum)
-        )
+        low, high = (math.nan if bound is None else bound for bound in (self.observed.minimum, self.observed.maximum))
         qparams = None if self.range_refusal() is not None else tuple(self.qparams.tolist())
         return LayerCalibration(
             name=name,
@@ -327,10 +325,9 @@ class Layer:
         other = copy.copy(self)
         other.copy, other._first = Copy(self.geometry, self.format), first
         other.observed = self.observed.copied()
-        if self._qparams is not None:
-            other._qparams = None
+        other._qparams = None
+        if self._qparams is not None and self._ranged:
             other._set_qparams(self._qparams)
-            other._ranged = self._ranged
         return other
 
     @property

@@ -29,7 +29,7 @@ from .copies import Call
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .garbage import uncollected
-from .graph_memory import allocates_in_graph
+from .graph_memory import allocates_in_graph, give_back_freed_memory
 from .persistence import Entry
 from .progress import Progress, tell
 from .report import Report, clear
@@ -309,6 +309,7 @@ class QuantizedGraph:
         weights.check_not_freed(parameters)
         if last and self._device.type == "cuda":  # it calls the kernels of every layer
             selection.compile_ahead(self._graph, self._precision.format, self._device)
+            give_back_freed_memory(self._device)  # before the copies, which stay, come to lie in it
         turn = self._turn() if self._places is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
         room = weights.room(parameters, candidates) if last else contextlib.nullcontext()  # their errors are measured

@@ -210,6 +210,8 @@ class WeightSet:
     @contextlib.contextmanager
     def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
         """Within the block, there is room for the copies that these layers do not have yet; see ``make_room``."""
+        for index in indices:
+            self.layers[index].make_room()
         wanted = set(indices)
         grouped = {index for group in self._together for index in group}
         groups = [*self._together, *((index,) for index in indices if index not in grouped)]

@@ -12,7 +12,6 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import safetensors
-import torch
 
 from onlinequant_backend import entry
 from onlinequant_backend.calibration import ActivationRange, freeze
@@ -327,6 +326,6 @@ def test_scales_of_any_size_are_as_calibration_makes_them(
     low: float, high: float, format: Format, largest: float
 ) -> None:
     low, high = low * largest, high * largest
-    qparams = freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), format, "minmax").tolist()
+    qparams = freeze(ActivationRange(low, high), format, "minmax").tolist()
     made = layer(minimum=low, maximum=high, qparams=tuple(qparams), lowest_peak=max(-low, high))
     assert decode(made.to_bytes(KEY))[1].calls == 20

@@ -19,6 +19,7 @@ from onlinequant_backend.copies import Call, Copy, make_room, quantize_weight
 from onlinequant_backend.formats import FP8, INT8, Format
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.merged import MergedWeight
+from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.weights import WeightSet, registry
 from tests.graph_probe import host_precision
 from tests.test_runtime import EagerInductor, compiled, dynamo_graphs, inductor  # noqa: F401
@@ -459,5 +460,26 @@ def test_what_cannot_be_one_weight_is_made_apart(shapes: list[tuple[int, ...]]) 
     weights = [noise(*shape, seed=len(shape)) for shape in shapes]
     copies = [Copy(None, FP8) for _ in weights]
     make_room(copies, weights)
-    assert [copy.room is not None and tuple(copy.room.shape) for copy in copies] == shapes
-    assert storage(copies[0].room) != storage(copies[1].room)
+    rooms = [copy.room[0] for copy in copies if copy.room is not None]
+    assert [tuple(room.shape) for room in rooms] == shapes
+    assert storage(rooms[0]) != storage(rooms[1])
+
+
+@pytest.mark.parametrize("format", SYMMETRIC)
+def test_all_that_stays_of_quantizing_is_allocated_first(format: Format) -> None:
+    """So much as a scale among what is freed again would keep a GPU's memory from being given back."""
+    weights = [noise(8, 16), noise(4, 16), noise(8, 16, 3, 3)]
+    geometries = [None, None, ConvGeometry((1, 1), (1, 1), (1, 1))]
+    layers = [Layer(geometry, format, "minmax") for geometry in geometries]
+    made = WeightSet(weights, list("abc"), range(3), layers, layout=0, together=[(0, 1)])
+    with made.room(weights, range(3)):
+        allocated = [addresses(layer._qparams, *(layer.copy.room or ())) for layer in layers]
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.observe(noise(2, *weight.shape[1:]), weight)
+            layer.requantize(weight)
+    kept = [addresses(layer.qparams, layer.copy.weight, layer.copy.weight_scale) for layer in layers]
+    assert kept == allocated
+
+
+def addresses(*tensors: torch.Tensor | None) -> list[int]:
+    return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]

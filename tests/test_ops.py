@@ -27,7 +27,7 @@ def check(op: Any, arguments: tuple[Any, ...]) -> None:
 
 
 def qparams(low: float, high: float, format: Format = ONEDNN) -> torch.Tensor:
-    return freeze(ActivationRange(torch.tensor(low), torch.tensor(high)), format, "minmax")
+    return freeze(ActivationRange(low, high), format, "minmax")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -24,7 +24,7 @@ Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 def operands(format: Format, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], bias: bool = True) -> Operands:
     """The first five arguments of every op."""
     x = noise(*x_shape)
-    qparams = freeze(ActivationRange(x.min(), x.max() + 0.5), format, "minmax")
+    qparams = freeze(ActivationRange(float(x.min()), float(x.max()) + 0.5), format, "minmax")
     xq = ops.quantize(x, qparams, format.activation, len(weight_shape) > 2)
     weight, scale = quantize_weight(noise(*weight_shape, seed=2), format)
     return xq, qparams, weight, scale, noise(weight_shape[0], seed=3) if bias else None
@@ -112,7 +112,7 @@ def test_geglu_in_8_bit(bias: bool, format: Format) -> None:
     given = operands(format, (2, 40, 32), (96, 32), bias)
     exact = reference.geglu(*given, torch.float64)
     clipped = exact.abs().max() / 3 / format.headroom
-    out_qparams = freeze(ActivationRange(-clipped.float(), clipped.float()), format, "minmax")
+    out_qparams = freeze(ActivationRange(-float(clipped), float(clipped)), format, "minmax")
     result = ops.geglu(*given, out_qparams, format.activation)
     expected = ops.quantize(exact.float(), out_qparams, format.activation, False)
     assert (result.dtype, result.shape) == (format.activation, exact.shape)
@@ -179,7 +179,7 @@ def test_conv_has_the_dtype_asked_for_whatever_is_added(format: Format, kernel: 
 @pytest.mark.parametrize("format", EMULATED)
 def test_what_is_not_finite_spreads_as_in_float(format: Format) -> None:
     x, weight = noise(2, 12, 6, 5), noise(8, 12, 3, 3, seed=2)
-    qparams = freeze(ActivationRange(x.min(), x.max()), format, "minmax")
+    qparams = freeze(ActivationRange(float(x.min()), float(x.max())), format, "minmax")
     x[1, 3, 2, 2] = torch.inf
     xq = ops.quantize(x, qparams, format.activation, True)
     geometry = ([1, 1], [1, 1], [1, 1])
