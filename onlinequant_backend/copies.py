@@ -41,9 +41,14 @@ _running: list[Call] = []
 
 
 class Generation:
-    """Counts how often anything that calls read was written or marked as stale; moved with ``copies_lock`` held."""
+    """Counts how often anything that calls read was written or marked as stale; moved with ``copies_lock`` held.
+
+    Attributes:
+        copies: how often a copy came or went, or a model began to run on some.
+    """
 
     number = 0
+    copies = 0
 
 
 class Call:
@@ -149,6 +154,7 @@ class Copy:
                 shared = self.merged.lay(self, float(scale_of(weight, self.format)))
             if self.weight is None or self.weight_scale is None:
                 self.weight, self.weight_scale = self._taken_room(weight)
+                Generation.copies += 1
             scale = self._write(self.weight, weight, shared, smoothing)
             if shared is None:
                 self.weight_scale.copy_(scale)
@@ -229,6 +235,7 @@ class Copy:
         """Free it, unless a graph runs on it."""
         if not self.in_use:
             self.weight = self.weight_scale = None
+            Generation.copies += 1
 
     def release(self) -> int:
         """Give it up although graphs run on it; returns its bytes. What shares its memory goes as well."""
@@ -239,6 +246,7 @@ class Copy:
         for copy in sharing:
             copy.weight = copy.weight_scale = copy.merged = None
             copy.forget()
+        Generation.copies += 1
         return freed
 
     def nbytes(self) -> int:

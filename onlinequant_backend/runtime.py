@@ -25,7 +25,7 @@ from .changes import addresses_and_versions
 from .choice import Choice
 from .compile_times import CompileTimes
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
-from .copies import Call
+from .copies import Call, Generation
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .garbage import uncollected
@@ -155,7 +155,9 @@ class QuantizedGraph:
             self._give_up(error)
             return self._run_float(args)
         self._runs(*_standing(weights))
-        result = self._watch.run(compiled, args, weights, run)
+        result, is_in_8_bit = self._watch.run(compiled, args, weights, run)
+        if not is_in_8_bit:
+            self._runs("float", _DID_NOT_FIT)
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
         if asked and self._may_repeat and not weights.end_check():
@@ -702,6 +704,7 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
 NEEDS_GRADIENTS = "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
 _QUANTIZED = "quantized", "8-bit layers compiled by Inductor"
 _UNSELECTED = "float", "no layer was selected; the float graph was compiled by Inductor"
+_DID_NOT_FIT = "its values did not fit the observed ranges; the next call is in 8 bit again"
 _background_compiles = forks.rlock()
 _MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 3
 _REPLACED = (
@@ -742,7 +745,13 @@ def release(module: torch.nn.Module) -> int:
 
 def copied_bytes(module: torch.nn.Module) -> int:
     """The size in bytes of the 8-bit copies that ``module`` runs on; 0 while there are none."""
-    return registry.copied_bytes(list(module.parameters()))
+    when, size = _copied_bytes.get(module, (-1, 0))
+    if when != Generation.copies:  # ComfyUI asks several times a run, and to list the parameters takes milliseconds
+        when, size = _copied_bytes[module] = Generation.copies, registry.copied_bytes(list(module.parameters()))
+    return size
+
+
+_copied_bytes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = weakref.WeakKeyDictionary()
 
 
 def reset() -> None:
@@ -751,5 +760,6 @@ def reset() -> None:
     Compiled models go on as they are; ``torch._dynamo.reset()`` makes them start anew.
     """
     registry.clear()
+    _copied_bytes.clear()
     graphs.clear()
     clear()

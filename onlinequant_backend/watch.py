@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -54,8 +54,9 @@ class Watch:
 
     def run(
         self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
-    ) -> Any:
-        """The 8-bit result of a call, or the float one of a call that is outside of the observed ranges.
+    ) -> tuple[Any, bool]:
+        """The 8-bit result of a call and True, or the float one of a call that is outside of the observed ranges and
+        False.
 
         ``run``: the sampling run that the call belongs to.
         """
@@ -80,7 +81,7 @@ class Watch:
             return self._follow(compiled, args, weights, drifted, is_lost, result)
         if self._compares and not weights.is_compared and not is_capturing:
             self._compare(args, weights, result)
-        return result
+        return result, True
 
     def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
@@ -109,24 +110,35 @@ class Watch:
         drifted: Mapping[int, drift.Seen],
         is_lost: bool,
         result: Any,
-    ) -> Any:
-        """Change ranges, in place, so that nothing is compiled again, and do the call anew."""
+    ) -> tuple[Any, bool]:
+        """Change ranges, in place, so that nothing is compiled again, and do the call anew. As for ``run``."""
         if is_lost and not self._said:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
-        ways: list[Callable[[], Any]] = [lambda: self._step(compiled, args, weights, drifted, result)]
-        if self._traced.may_repeat and not weights.has_freed():
-            in_float = [lambda: self._observe(args, weights, drifted), lambda: self._run_float(args, weights)]
-            ways = in_float + ways
+        is_in_8_bit = True
         with weights.layers[0].lock, torch.no_grad():
-            for way in ways:
+            for way, is_8_bit in self._ways(compiled, args, weights, drifted, result):
                 try:
-                    result = way()
+                    result, is_in_8_bit = way(), is_8_bit
                     break
                 except Exception:  # out of memory, say
                     _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
         self._lost = [] if drift.is_finite(result) else drift.lost(result)
-        return result
+        return result, is_in_8_bit
+
+    def _ways(
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightSet,
+        drifted: Mapping[int, drift.Seen],
+        result: Any,
+    ) -> Iterator[tuple[Callable[[], Any], bool]]:
+        """To do a call anew, and whether that is in 8 bit; the best first."""
+        if self._traced.may_repeat and not weights.has_freed():
+            yield lambda: self._observe(args, weights, drifted), False
+            yield lambda: self._run_float(args, weights), False
+        yield lambda: self._step(compiled, args, weights, drifted, result), True
 
     def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
         """The float result; ranges become what this call needs."""

@@ -288,6 +288,7 @@ class WeightSet:
             layer.copy.drop()
         self.changed.clear()
         self.selection = tuple(indices)  # last: from now on other threads may run
+        Generation.copies += 1
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
         """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""

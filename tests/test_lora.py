@@ -88,6 +88,8 @@ class Subject:
         for _ in range(calls):
             result = self.unet(*INPUTS, **kwargs).sample
         assert relative_error(result, expected) < close
+        # The first call may have been done again, in float, since its values did not fit the ranges.
+        assert relative_error(self.unet(*INPUTS, **kwargs).sample, expected) < close
         assert oq.reports()[-1].phase == "quantized"
         self.picture = expected
 
@@ -356,5 +358,6 @@ def test_fusing_with_inductor() -> None:
         expected = unet(*INPUTS).sample
     assert relative_error(before, expected) > 3 * CLOSE
     assert relative_error(result, expected) < CLOSE
+    assert relative_error(unet(*INPUTS).sample, expected) < CLOSE  # the first may have been done again, in float
     assert not dynamo_graphs()
     assert {report.phase for report in oq.reports()} == {"quantized"}

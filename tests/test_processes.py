@@ -49,6 +49,8 @@ def quantize(process: ModelProcess, *shape: int) -> dict[str, Any]:
     answer = process.ask("call", *shape)
     while answer["phase"] == "calibrating":
         answer = process.ask("call", *shape)
+    if answer["phase"] == "float":  # the first one may not fit the ranges
+        answer = process.ask("call", *shape)
     assert answer["phase"] == "quantized"
     return answer
 
@@ -158,8 +160,8 @@ def test_a_fused_lora_is_calibrated_by_the_next_process(start: Start, cache: Pat
     first, second = start(), start()
     made = quantize(first, *SMALL)
     first.ask("fuse")
-    answer = first.ask("call", *WIDE)
-    assert (answer["phase"], answer["stats_path"]) == ("quantized", None)
+    answer = quantize(first, *WIDE)
+    assert answer["stats_path"] is None
     assert [path.name for path in (cache / "entries").iterdir()] == [made["key"]]
     second.ask("fuse")
     answer = second.ask("call", *SMALL)
