@@ -29,8 +29,8 @@ from tests.tiny import Block, noise, relative_error
 
 _EXAMPLES = int(os.environ.get("ONLINEQUANT_DIFFERENTIAL_EXAMPLES", "0"))
 _STEPS = 25
-# Of 8 bit in every layer, with what autocast to bfloat16 adds. Where ranges are of calls with few values, and a layer
-# clips as much as ``drift`` tolerates, 0.13 was seen.
+# Of 8 bit in every layer, with what autocast to bfloat16 adds, and where ranges are of calls with few values, what
+# ``drift`` tolerates to be clipped.
 _CLOSE = 0.15
 
 _models = st.integers(0, 2)
