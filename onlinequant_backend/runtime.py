@@ -32,7 +32,7 @@ from .garbage import uncollected
 from .graph_memory import allocates_in_graph, give_back_freed_memory
 from .persistence import Entry
 from .progress import Progress, tell
-from .report import Report, clear
+from .report import VISIBLE, Report, clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
 from .sizes import NO_VALUES, CompiledGraphs, InFloat, Key
@@ -248,9 +248,7 @@ class QuantizedGraph:
                 restored = entry.restore(weights.layers)
                 self._report.cache_hit = self._report.cache_hit or restored
                 if restored:
-                    self._rests[weights] = self._rest(weights, parameters)
-                if restored and self._report.error is None:
-                    self._report.error = entry.load_error()
+                    self._take_over(entry, parameters, weights)
             if weights.is_calibrated():
                 # Quick are another set of weights, for which there is no compile, and what another process has left.
                 if self._may_work_aside() and not self._compiled.known and not self._is_left(weights, parameters):
@@ -261,6 +259,15 @@ class QuantizedGraph:
                     return self._calibrate(args, parameters, weights)
                 return None
             return self._observe(args, parameters, weights)
+
+    def _take_over(self, entry: Entry, parameters: Sequence[torch.Tensor], weights: WeightSet) -> None:
+        """Go on from what another process has observed of these weights."""
+        self._rests[weights] = self._rest(weights, parameters)
+        error = entry.load_error()
+        # Its first step was, which this process need not do in float again; unless there is something to be said of it.
+        weights.is_compared = error is not None and error < VISIBLE
+        if self._report.error is None:
+            self._report.error = error
 
     def _observe(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], weights: WeightSet) -> Any:
         run = current_run()

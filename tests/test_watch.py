@@ -14,6 +14,7 @@ import torch
 import onlinequant_backend as oq
 from onlinequant_backend import drift
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.persistence import Entry
 from onlinequant_backend.report import VISIBLE
 from onlinequant_backend.sampling import sampling_run
 from onlinequant_backend.watch import Watch
@@ -468,6 +469,22 @@ def test_each_model_that_shares_a_graph_is_compared_with_float(inductor: EagerIn
     (report,) = oq.reports()
     assert report.error is not None and report.error > VISIBLE
     assert report.error == pytest.approx(relative_error(coarse(small_channel), coarse.forward(small_channel)), rel=1e-3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("known", [0.01, VISIBLE, None])
+def test_a_step_that_another_process_has_compared_is_not_done_in_float_again(
+    known: float | None, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless there is something to be said of it."""
+    started(net())(X)
+    forget_everything()
+    monkeypatch.setattr(Entry, "load_error", lambda _: known)
+    compared: list[float] = []
+    monkeypatch.setattr(Watch, "_compare", lambda *_: compared.append(1))
+    step = compiled(net())
+    assert 0 < relative_error(step(X), net()(X)) < CLOSE
+    assert (len(compared), oq.reports()[-1].error) == (known != 0.01, known)
 
 
 class Sum(torch.nn.Module):
