@@ -208,14 +208,15 @@ def _add_lora(nodes: Graph, workflow: Workflow, change: Change) -> None:
 
 
 def _add_control(nodes: Graph, workflow: Workflow) -> None:
-    """A ControlNet of edges; where the model is in 8 bit, so is it, with the node of the template that has one."""
+    """A ControlNet of a picture; where the model is in 8 bit, so is it, with the node of the template that has one."""
     control = _add(nodes, "ControlNetLoader", control_net_name=f"{workflow.prefix}_control.safetensors")
     if list(_found(nodes, ("OnlineQuantModel",))):
         template = json.loads((TEMPLATES / "sdxl_lora_controlnet.json").read_text())
         options = template[_node(template, ("OnlineQuantControlNet",))]["inputs"]
         control = _add(nodes, "OnlineQuantControlNet", **{**options, "control_net": control})
     drawn = _add(nodes, "LoadImage", image="example.png")
-    edges = _add(nodes, "Canny", image=drawn, low_threshold=0.4, high_threshold=0.8)
+    # Its edges would take kornia to draw, and take as long to use.
+    hint = _add(nodes, "ImageInvert", image=drawn)
     sampling = nodes[_node(nodes, ("KSampler",))]["inputs"]
     applied, _ = _add(
         nodes,
@@ -223,7 +224,7 @@ def _add_control(nodes: Graph, workflow: Workflow) -> None:
         positive=sampling["positive"],
         negative=sampling["negative"],
         control_net=control,
-        image=edges,
+        image=hint,
         strength=0.6,
         start_percent=0.0,
         end_percent=1.0,
