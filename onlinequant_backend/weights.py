@@ -97,12 +97,21 @@ class WeightSet:
             name: weakref.ref(stand_in(parameter), self._expire)
             for name, parameter in zip(names, parameters, strict=True)
         }
+        self._left = len(self._guards)
+        self._snapshot: Snapshot | None = None
+        self._watched: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = None
         self._places = places(self.ids[candidate] for candidate in candidates)
         keys = zip((names[candidate] for candidate in candidates), places(candidates), strict=True)
         self._index = {key: index for index, key in enumerate(keys)}
 
     def _expire(self, _guard: object) -> None:
         self.alive = False
+        self._left -= 1
+        if not self._left and self.selection is not None:
+            # Nobody can call it again, and whether the graph is called again, with another model, nobody knows. The
+            # snapshot has views of the weights' memory.
+            self.extras.clear()
+            self.layers, self._snapshot, self._watched = (), None, None
 
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
         """How many of these parameters, by qualified name, are in this set under the same name."""
@@ -338,15 +347,18 @@ class WeightSet:
         Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
         the generation tells.
         """
-        return self.generation == Generation.number and self._snapshot.is_current(self._watched(parameters))
+        if self.generation != Generation.number:
+            return False
+        assert self._snapshot is not None and self._watched is not None
+        return self._snapshot.is_current(self._watched(parameters))
 
     def begin_check(self) -> bool:
         """See ``Snapshot``: values on a GPU are looked at apart from ``is_current``."""
-        return self._snapshot.begin_check()
+        return self._snapshot is not None and self._snapshot.begin_check()
 
     def end_check(self) -> bool:
         """See ``Snapshot``."""
-        return self._snapshot.end_check()
+        return self._snapshot is None or self._snapshot.end_check()
 
 
 class Registry:

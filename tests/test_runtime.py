@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import onlinequant_backend as oq
 from onlinequant_backend import compat, copies, merged, ops
@@ -461,6 +462,27 @@ def test_another_checkpoint_after_the_last_observed_call_is_calibrated(inductor:
         assert torch.equal(step(X), other(X))
     for _ in range(2):
         assert 0 < relative_error(step(X), other(X)) < CLOSE
+
+
+@torch.no_grad()
+def test_nothing_is_left_of_a_model_that_is_gone(inductor: EagerInductor) -> None:
+    """Dynamo keeps its graph for the next one of its class, which may never come."""
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    memory = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+    (weights,) = registry._sets
+    memory += [StorageWeakRef(layer.weight.untyped_storage()) for layer in weights.layers if layer.weight is not None]
+    assert len(memory) > len(list(model.parameters())) and not any(part.expired() for part in memory)
+    del model, step
+    gc.collect()
+    assert all(part.expired() for part in memory)
+    model = net()
+    step = compiled(model)  # runs in the graph of the one before
+    for _ in range(3):
+        expected, result = model(X), step(X)
+    assert 0 < relative_error(result, expected) < CLOSE and dynamo_graphs() == 1
 
 
 @torch.no_grad()
