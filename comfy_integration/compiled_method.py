@@ -7,7 +7,7 @@ import logging
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -27,8 +27,12 @@ _MOST_GRAPHS = 64
 _tracing = threading.local()
 
 # Each model's own copy of a method's function, by what it was copied from.
-_copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[Callable[..., Any], Callable[..., Any]]]
+_copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[types.FunctionType, types.FunctionType]]
 _copies = weakref.WeakKeyDictionary()
+# Those of models that are gone, by their kind: Dynamo has traced them already for the next one, as ComfyUI loads a
+# checkpoint anew whenever another one was in its place.
+_left: dict[Hashable, list[types.FunctionType]] = {}
+_MOST_LEFT = 2  # of a kind
 
 # Runs in a row that may fail before the next ones are left alone: each attempt may cost a trace.
 _MOST_FAILURES = 3
@@ -156,14 +160,25 @@ def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     Dynamo keeps graphs by code object, and all of ComfyUI's UNets share one. It would check the guards of each
     checkpoint's graphs at every call.
     """
-    function = getattr(method, "__func__", None)
-    if not isinstance(function, types.FunctionType) or not isinstance(method.__self__, torch.nn.Module):  # type: ignore[attr-defined]
+    function, model = getattr(method, "__func__", None), getattr(method, "__self__", None)
+    if not isinstance(function, types.FunctionType) or not isinstance(model, torch.nn.Module):
         return method
-    model = method.__self__  # type: ignore[attr-defined]
     copies = _copies.setdefault(model, {})
     if function not in copies:
-        code, closure = function.__code__.replace(), function.__closure__
-        copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
-        copy.__kwdefaults__ = function.__kwdefaults__
-        copies[function] = copy
+        kind = function, type(model), tuple((name, x.shape, x.dtype) for name, x in model.named_parameters())
+        copies[function] = _left[kind].pop() if _left.get(kind) else _copied(function)
+        weakref.finalize(model, _leave, kind, copies[function]).atexit = False
     return types.MethodType(copies[function], model)
+
+
+def _leave(kind: Hashable, function: types.FunctionType) -> None:
+    left = _left.setdefault(kind, [])
+    if len(left) < _MOST_LEFT:
+        left.append(function)
+
+
+def _copied(function: types.FunctionType) -> types.FunctionType:
+    code, closure = function.__code__.replace(), function.__closure__
+    copy = types.FunctionType(code, function.__globals__, function.__name__, function.__defaults__, closure)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy

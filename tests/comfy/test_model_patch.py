@@ -504,6 +504,28 @@ def test_a_model_that_cannot_be_loaded_in_another_way_stays_as_it_is(
     assert str(error) in caplog.text and "--disable-dynamic-vram" in caplog.text
 
 
+def test_a_model_in_place_of_one_that_is_gone_is_not_traced(told: list[str]) -> None:
+    """ComfyUI loads a checkpoint anew whenever another one was in its place."""
+    torch._dynamo.utils.counters.clear()
+    for seed in range(3):
+        torch.manual_seed(seed)
+        denoiser = Denoiser().eval().requires_grad_(False)
+        model, expected = patched(Patcher(denoiser), told), denoiser(X)
+        assert all(torch.equal(result, expected) for result in model.run())
+        assert all(is_8_bit(result, expected) for result in model.run())
+        del denoiser, model
+        gc.collect()
+        assert traces() == 1
+    models = [Denoiser().eval().requires_grad_(False) for _ in range(2)]
+    for denoiser in models:  # side by side, so that neither's guards are asked about the other
+        assert all(torch.equal(result, denoiser(X)) for result in patched(Patcher(denoiser), told).run())
+    assert traces() == 2
+
+
+def traces() -> int:
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
 @pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_what_comfyui_unloads_is_released_and_comes_back_without_a_trace(
