@@ -79,7 +79,8 @@ def storage(tensor: torch.Tensor | None) -> int:
 
 @pytest.mark.parametrize("format", SYMMETRIC)
 def test_one_product_of_merged_weights_is_what_several_are(format: Format) -> None:
-    made = selected(new_weights((1, 0.3, 5)), format)
+    weights = new_weights((1, 0.3, 5))
+    made = selected(weights, format)
     qparams = made.layers[0].qparams
     xq = ops.quantize(X, qparams, format.activation, False)
     separate = [ops.linear(xq, qparams, each.weight, each.weight_scale, None, torch.float32) for each in made.layers]
@@ -93,7 +94,8 @@ def test_one_product_of_merged_weights_is_what_several_are(format: Format) -> No
 
 @pytest.mark.parametrize("format", SYMMETRIC)
 def test_layers_have_views_of_the_merged_tensors(format: Format) -> None:
-    made = selected(new_weights((1, 2, 3)), format)
+    weights = new_weights((1, 2, 3))
+    made = selected(weights, format)
     before = [(layer.weight, layer.weight_scale) for layer in made.layers]
     merged = merge(made)
     assert merge(made) is merged
@@ -442,7 +444,8 @@ def test_copies_made_to_be_merged_are_merged_where_they_are(format: Format) -> N
     weights = [noise(rows, 16, seed=rows) for rows in (8, 24, 4, 12)]
     made = selected(weights, format, together=[(0, 2, 3)])
     before = [layer.weight for layer in made.layers]
-    expected = merge(selected([weight.clone() for weight in weights], format), (0, 2, 3))
+    same = [weight.clone() for weight in weights]
+    expected = merge(selected(same, format), (0, 2, 3))
     merged = merge(made, (0, 2, 3))
     assert torch.equal(merged.weight.float(), expected.weight.float())
     assert torch.equal(merged.weight_scale, expected.weight_scale)
@@ -451,7 +454,8 @@ def test_copies_made_to_be_merged_are_merged_where_they_are(format: Format) -> N
         assert layer.weight is not None and weight is not None
         assert layer.weight.data_ptr() == weight.data_ptr()
     assert storage(merged.weight) == storage(before[2]) != storage(before[1])
-    two = merge(selected([weight.clone() for weight in weights], format, together=[(0, 2, 3)]), (0, 2))
+    same = [weight.clone() for weight in weights]
+    two = merge(selected(same, format, together=[(0, 2, 3)]), (0, 2))
     assert_near(two, [weights[0], weights[2]])  # the third was refused, say
 
 
