@@ -161,14 +161,25 @@ def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     checkpoint's graphs at every call.
     """
     function, model = getattr(method, "__func__", None), getattr(method, "__self__", None)
-    if not isinstance(function, types.FunctionType) or not isinstance(model, torch.nn.Module):
+    if not isinstance(function, types.FunctionType) or not isinstance(model, torch.nn.Module) or _holds(function):
         return method
     copies = _copies.setdefault(model, {})
     if function not in copies:
         kind = function, type(model), tuple((name, x.shape, x.dtype) for name, x in model.named_parameters())
-        copies[function] = _left[kind].pop() if _left.get(kind) else _copied(function)
-        weakref.finalize(model, _leave, kind, copies[function]).atexit = False
+        is_left = _left.get(kind) and not _has_hooks(model)  # about which Dynamo does not ask
+        copies[function] = _left[kind].pop() if is_left else _copied(function)
+        if not _has_hooks(model):
+            weakref.finalize(model, _leave, kind, copies[function]).atexit = False
     return types.MethodType(copies[function], model)
+
+
+def _holds(function: types.FunctionType) -> bool:
+    """Whether a function refers to more than classes, as one that another node has put in place may to the model."""
+    return any(not isinstance(cell.cell_contents, type) for cell in function.__closure__ or ())
+
+
+def _has_hooks(model: torch.nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 def _leave(kind: Hashable, function: types.FunctionType) -> None:

@@ -89,7 +89,7 @@ class QuantizedGraph:
         self._background = Background(functools.partial(_report_fork, self._report))
         self._outcome: tuple[str, str, bool] | None = None  # what to say after the work aside
         self._places: _Places | None = None  # of the parameters, when the work aside has begun
-        self._replaced = 0  # sets of weights that were gone after one observed call
+        self._replaced = 0  # sets of weights in a row that were gone after one observed call
         self._moves = 0  # that a compile has failed with
         self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
         self._is_compiled_elsewhere = False  # what was compiled last
@@ -123,6 +123,7 @@ class QuantizedGraph:
                     if weights.selection is None:
                         return result
                 elif weights.is_current(parameters):
+                    self._replaced = 0
                     break
                 else:
                     self._follow(parameters, weights)
@@ -211,7 +212,7 @@ class QuantizedGraph:
             registry.add(weights)
             for old in list(self._sets.values()):
                 if old.is_dead() or registry.is_successor(named, old):
-                    self._replaced += old.is_dead() and old.selection is None and old.calls() <= 1
+                    self._replaced += old.is_dead() and old.was_called_once()
                     self._retire(old)
             self._sets[weights.ids] = weights
             if self._replaced >= _MOST_REPLACED and not self._gave_up:
@@ -288,6 +289,8 @@ class QuantizedGraph:
             return self._do_unobserved(args, error)
         weights.numbers.widen(self._compiled.numbers(args))
         weights.count_call(self._fingerprint(weights, parameters, again=last), self._traced.operations)
+        if not weights.was_called_once():
+            self._replaced = 0
         self._report.calls_observed = weights.calls()
         if last:
             self._end_observing(args, weights, result)
@@ -503,6 +506,7 @@ class QuantizedGraph:
         refusals = [layer.refusal() for layer in weights.layers]
         if not self._choice.is_made:
             self._choice.make(args, weights, refusals, self._entry(weights, parameters).load_autotuning)
+            weights.is_compared = weights.is_compared or self._config.max_error is not None  # for which it was measured
         chosen = tuple(i for i, info in enumerate(self._infos) if info.quantized and not refusals[i])
         alike = list(weights.smoothing().values())
         pattern = tuple((i, alike.index(factors)) for i, factors in weights.smoothing().items())
@@ -713,7 +717,7 @@ _QUANTIZED = "quantized", "8-bit layers compiled by Inductor"
 _UNSELECTED = "float", "no layer was selected; the float graph was compiled by Inductor"
 _DID_NOT_FIT = "its values did not fit the observed ranges; the next call is in 8 bit again"
 _background_compiles = forks.rlock()
-_MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 3
+_MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 8
 _REPLACED = (
     "its weights are other tensors at each call, as sequential offload makes them, so that they cannot be observed for "
     "several calls; move the model as a whole instead, as enable_model_cpu_offload() does"

@@ -26,6 +26,8 @@ _log = logging.getLogger("onlinequant")
 
 # Changes of a range until a call fits.
 _MOST_CHANGES = 32
+# A range so many times wider than before may be too coarse for most of what lies in it.
+_FAR = 2
 # The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float:
 # where only few values differ from each other, one of them is much.
 _ADDED = 0.01
@@ -43,8 +45,6 @@ class Watch:
         self._keep_error = keep_error
         self._traced = traced
         self._report = traced.report
-        # With ``max_error`` the error was measured when layers were selected.
-        self._compares = traced.config.max_error is None
         self._errors: weakref.WeakKeyDictionary[WeightSet, float] = weakref.WeakKeyDictionary()
         self._changed: weakref.WeakSet[WeightSet] = weakref.WeakSet()  # whose ranges have, since the error was measured
         self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
@@ -79,7 +79,7 @@ class Watch:
         is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
         if drifted or is_lost:
             return self._follow(compiled, args, weights, drifted, is_lost, result)
-        if self._compares and not weights.is_compared and not is_capturing:
+        if not weights.is_compared and not is_capturing:
             self._compare(args, weights, result)
         return result, True
 
@@ -187,6 +187,8 @@ class Watch:
         if after == before:
             return
         self._changed.add(weights)
+        if any(new > _FAR * old for new, old in zip(after, before, strict=True)):
+            weights.is_compared = False  # what the range is for now may leave little of it to all else
         names = (info.name for info in self._traced.infos)
         self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
         _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))

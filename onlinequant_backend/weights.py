@@ -107,7 +107,7 @@ class WeightSet:
     def _expire(self, _guard: object) -> None:
         self.alive = False
         self._left -= 1
-        if not self._left and self.selection is not None:
+        if not self._left and self._snapshot is not None:
             # Nobody can call it again, and whether the graph is called again, with another model, nobody knows. The
             # snapshot has views of the weights' memory.
             self.extras.clear()
@@ -149,6 +149,10 @@ class WeightSet:
     def is_calibrated(self) -> bool:
         """Whether there is nothing left to observe."""
         return all(layer.frozen for layer in self.layers)
+
+    def was_called_once(self) -> bool:
+        """Whether it was observed for one call, or none, and never in 8 bit."""
+        return self.selection is None and bool(self.layers) and all(layer.calls <= 1 for layer in self.layers)
 
     def calls(self) -> int:
         """How many calls every layer that is not calibrated yet has been observed for."""
@@ -328,8 +332,11 @@ class WeightSet:
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,
-        which whoever has done all that is to be done about it clears."""
-        assert self.selection is not None
+        which whoever has done all that is to be done about it clears. Activations may be others after any change, also
+        of a weight that another set with the same layer has quantized already."""
+        assert self.selection is not None and self._snapshot is not None and self._watched is not None
+        if not self._snapshot.is_current(self._watched(parameters)):
+            self.schedule.restart()
         return self._bring_up_to_date(parameters, self.selection)
 
     def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:

@@ -486,6 +486,35 @@ def test_nothing_is_left_of_a_model_that_is_gone(inductor: EagerInductor) -> Non
 
 
 @torch.no_grad()
+def test_nothing_is_left_of_a_model_that_is_gone_while_it_is_observed_again(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    model.load_state_dict(net(seed=5).state_dict())
+    step(X)
+    memory = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
+    del model, step
+    gc.collect()
+    assert all(part.expired() for part in memory)
+
+
+@torch.no_grad()
+def test_models_that_are_soon_gone_leave_others_of_their_class_in_8_bit(inductor: EagerInductor) -> None:
+    """They are not what sequential offload does, which replaces the weights of one model."""
+    model = net(seed=99)
+    step, expected = compiled(model), model(X)
+    for seed in range(10):
+        other = net(seed=seed)
+        compiled(other)(X)
+        del other
+        gc.collect()
+        for _ in range(3):
+            result = step(X)
+    assert 0 < relative_error(result, expected) < CLOSE and oq.reports()[-1].phase == "quantized"
+
+
+@torch.no_grad()
 def test_moved_weights_are_not_calibrated_anew(inductor: EagerInductor) -> None:
     """Offloading gives every parameter new memory with the same values."""
     model = net()

@@ -287,3 +287,19 @@ def test_layers_that_get_one_weight_later_keep_their_ranges(calls: int, inductor
     model.first.weight = nn.Parameter(-model.first.weight, requires_grad=False)
     assert all(0 < relative_error(*pair) < 0.02 for pair in zip(step(x, y), model(x, y), strict=True))
     assert len(oq.reports()) == 1
+
+
+@torch.no_grad()
+def test_a_shared_weight_that_another_model_has_followed_first(inductor: EagerInductor) -> None:  # noqa: F811
+    """Its copy is up to date then, and yet the activations are others."""
+    first, second = net(seed=1), net(seed=2)
+    second.conv_in = first.conv_in
+    steps = [compiled(model) for model in (first, second)]
+    for step in steps:
+        for _ in range(4):
+            step(X)
+    first.conv_in.weight.mul_(8)
+    for _ in range(3):
+        steps[1](X)
+    for _ in range(2):
+        assert relative_error(steps[0](X), first(X)) < CLOSE

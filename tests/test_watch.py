@@ -487,6 +487,37 @@ def test_a_step_that_another_process_has_compared_is_not_done_in_float_again(
     assert (len(compared), oq.reports()[-1].error) == (known != 0.01, known)
 
 
+@torch.no_grad()
+def test_a_range_that_has_become_far_wider_is_compared_with_float(inductor: EagerInductor) -> None:
+    """One spike has widened it, which the result does not show, and leaves all else a few steps."""
+    model, spike = Plain(), noise(32, 16)
+    spike[0] = 300 * noise(16)
+    step = compiled(torch.nn.Sequential(model, torch.nn.Tanh()), drift_check_every=1)
+    for _ in range(4):
+        step(noise(32, 16))
+    report = oq.reports()[-1]
+    assert report.error is not None and report.error < VISIBLE
+    for _ in range(4):
+        step(spike)
+    assert report.error == pytest.approx(relative_error(step(spike), model(spike).tanh()), rel=0.1)
+
+
+@torch.no_grad()
+def test_with_a_budget_a_second_model_is_compared_with_float(inductor: EagerInductor) -> None:
+    """The budget is about the layers that the first one's error has chosen."""
+    fine, coarse = Plain(), Plain()
+    coarse.linear.weight.mul_(1e-3)[:, 0] = 50
+    x = noise(32, 16)
+    small_channel = torch.cat([x[:, :1] / 1e3, x[:, 1:]], 1)
+    for model in (fine, coarse):
+        model.compile(backend=oq.onlinequant, options={**OPTIONS, "max_error": 0.2})
+    for model, given in ((fine, x), (coarse, small_channel)):
+        for _ in range(4):
+            model(given)
+    (report,) = oq.reports()
+    assert report.error is not None and report.error > VISIBLE
+
+
 class Sum(torch.nn.Module):
     """Two layers, each of an input of its own."""
 

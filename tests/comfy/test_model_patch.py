@@ -532,6 +532,37 @@ def test_a_model_in_place_of_one_that_is_gone_is_not_traced(told: list[str]) -> 
     assert traces() == 2
 
 
+class Hooked(Denoiser):
+    """Of another kind."""
+
+
+def test_a_model_with_hooks_in_place_of_one_without(told: list[str]) -> None:
+    """Dynamo does not ask about them."""
+    for has_hooks in (False, True):
+        denoiser = Hooked().eval().requires_grad_(False)
+        if has_hooks:
+            denoiser.get_submodule("linear").register_forward_hook(lambda module, given, result: result * 3 + 1)
+        model, expected = patched(Patcher(denoiser), told), denoiser(X)
+        assert all(torch.equal(result, expected) for result in model.run())
+        assert all(is_8_bit(result, expected) for result in model.run())
+        del denoiser, model
+        gc.collect()
+
+
+def test_a_method_that_holds_its_model_does_not_keep_it(denoiser: Denoiser, told: list[str]) -> None:
+    """As one that another node has put in the place of the model's own."""
+    denoiser = Denoiser().eval().requires_grad_(False)
+    holding = functools.partial(lambda before: lambda _, x: before(x) * 1.0, denoiser._forward)()
+    denoiser._forward = types.MethodType(holding, denoiser)  # type: ignore[method-assign]
+    model, expected = patched(Patcher(denoiser), told), denoiser(X)
+    model.run()
+    assert all(is_8_bit(result, expected) for result in model.run())
+    is_there = weakref.ref(denoiser)
+    del denoiser, model, holding
+    gc.collect()
+    assert is_there() is None
+
+
 def traces() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
