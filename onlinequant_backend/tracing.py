@@ -246,6 +246,8 @@ def _leave_to(fixed: _Graph, traced: _Graph) -> None:
         if len(traced.sizes[name]) != len(fixed.sizes[name]):
             return
         for size, known in zip(traced.sizes[name], fixed.sizes[name], strict=True):
+            if isinstance(known, torch.SymInt):  # it has become a number while the rest was traced
+                known = compat.hint(known)
             if isinstance(size, torch.SymInt):
                 differences[str(size), known] = size
             elif size != known:
