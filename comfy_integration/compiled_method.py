@@ -166,10 +166,11 @@ def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     copies = _copies.setdefault(model, {})
     if function not in copies:
         kind = function, type(model), tuple((name, x.shape, x.dtype) for name, x in model.named_parameters())
-        is_left = _left.get(kind) and not _has_hooks(model)  # about which Dynamo does not ask
-        copies[function] = _left[kind].pop() if is_left else _copied(function)
-        if not _has_hooks(model):
-            weakref.finalize(model, _leave, kind, copies[function]).atexit = False
+        has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+        left = [] if has_hooks else _left.setdefault(kind, [])  # Dynamo does not ask about hooks
+        copies[function] = left.pop() if left else _copied(function)
+        if not has_hooks:
+            weakref.finalize(model, _leave, left, copies[function]).atexit = False
     return types.MethodType(copies[function], model)
 
 
@@ -178,12 +179,7 @@ def _holds(function: types.FunctionType) -> bool:
     return any(not isinstance(cell.cell_contents, type) for cell in function.__closure__ or ())
 
 
-def _has_hooks(model: torch.nn.Module) -> bool:
-    return any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def _leave(kind: Hashable, function: types.FunctionType) -> None:
-    left = _left.setdefault(kind, [])
+def _leave(left: list[types.FunctionType], function: types.FunctionType) -> None:
     if len(left) < _MOST_LEFT:
         left.append(function)
 

@@ -715,7 +715,7 @@ def _standing(weights: WeightSet) -> tuple[str, str]:
 NEEDS_GRADIENTS = "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
 _QUANTIZED = "quantized", "8-bit layers compiled by Inductor"
 _UNSELECTED = "float", "no layer was selected; the float graph was compiled by Inductor"
-_DID_NOT_FIT = "its values did not fit the observed ranges; the next call is in 8 bit again"
+_DID_NOT_FIT = "its values did not fit the observed ranges, or were not finite; the next call is in 8 bit again"
 _background_compiles = forks.rlock()
 _MOST_MOVES, _MOST_FAILURES, _MOST_TRIES, _MOST_REPLACED = 2, 2, 10, 8
 _REPLACED = (

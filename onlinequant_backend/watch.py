@@ -6,7 +6,7 @@ import logging
 import math
 import operator
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -115,9 +115,15 @@ class Watch:
         if is_lost and not self._said:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
+        ways: list[tuple[Callable[[], Any], bool]] = [
+            (lambda: self._step(compiled, args, weights, drifted, result), True)
+        ]
+        if self._traced.may_repeat and not weights.has_freed():
+            in_float = [lambda: self._observe(args, weights, drifted), lambda: self._run_float(args, weights)]
+            ways = [*((way, False) for way in in_float), *ways]
         is_in_8_bit = True
         with weights.layers[0].lock, torch.no_grad():
-            for way, is_8_bit in self._ways(compiled, args, weights, drifted, result):
+            for way, is_8_bit in ways:
                 try:
                     result, is_in_8_bit = way(), is_8_bit
                     break
@@ -125,20 +131,6 @@ class Watch:
                     _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
         self._lost = [] if drift.is_finite(result) else drift.lost(result)
         return result, is_in_8_bit
-
-    def _ways(
-        self,
-        compiled: CompiledGraph,
-        args: Sequence[Any],
-        weights: WeightSet,
-        drifted: Mapping[int, drift.Seen],
-        result: Any,
-    ) -> Iterator[tuple[Callable[[], Any], bool]]:
-        """To do a call anew, and whether that is in 8 bit; the best first."""
-        if self._traced.may_repeat and not weights.has_freed():
-            yield lambda: self._observe(args, weights, drifted), False
-            yield lambda: self._run_float(args, weights), False
-        yield lambda: self._step(compiled, args, weights, drifted, result), True
 
     def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
         """The float result; ranges become what this call needs."""

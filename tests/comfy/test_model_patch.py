@@ -549,7 +549,7 @@ def test_a_model_with_hooks_in_place_of_one_without(told: list[str]) -> None:
         gc.collect()
 
 
-def test_a_method_that_holds_its_model_does_not_keep_it(denoiser: Denoiser, told: list[str]) -> None:
+def test_a_method_that_holds_its_model_does_not_keep_it(told: list[str]) -> None:
     """As one that another node has put in the place of the model's own."""
     denoiser = Denoiser().eval().requires_grad_(False)
     holding = functools.partial(lambda before: lambda _, x: before(x) * 1.0, denoiser._forward)()

@@ -93,7 +93,7 @@ class Studio:
         before = self._counts()
         result = self.server.run(drawing.workflow(report))
         compiled, traced, failed = (int(count) for count in np.subtract(self._counts(), before))
-        assert not failed, self.server.log.read_text().rpartition("onlinequant failed")[2][:9000]
+        assert not failed, (drawing, self.server.log.read_text().rpartition("onlinequant failed")[2][:9000])
         picture = np.stack(result.pictures)
         others = [other for other in self.floats.values() if other.shape == own.shape and psnr(other, own) < EXACT]
         nearest_other = max((psnr(picture, other) for other in others), default=0.0)
