@@ -31,6 +31,7 @@ SAMPLES = 16384
 # float shows that its range is right (``Layer.accept``). Of 640 values that are the same in all rows, one is 0.16%.
 _TOLERANCE = 0.002
 _FACTOR = 2
+# A share does not say how far beyond the range its values are: right after a change, any more is a reason to look.
 # So few values beyond a range say nothing in a tensor of a thousand; in one of a dozen each is a large part of it.
 _HANDFUL = 4
 _HANDFUL_OF = 32  # one in so many
@@ -59,12 +60,15 @@ class Schedule:
 
     Attributes:
         checks: how often it was time.
+        is_first: whether the last call that was asked for is the first since a change that no call in float has seen.
     """
 
     def __init__(self, every: int) -> None:
         self.checks = 0
+        self.is_first = False
         self._every = every
         self._is_new = False  # what is new when this begins has just been observed
+        self._is_known = False
         self._checks_all = False  # calls of the two runs
         self._calls = 0  # since the last change
         self._runs = 0  # begun since the last change
@@ -75,9 +79,10 @@ class Schedule:
         self._number = 1  # of the window
         self._left = self._place()
 
-    def restart(self, checks_all: bool = False) -> None:
-        """Something has changed: the next call counts; ``checks_all``: and so does each of two runs."""
-        self._is_new, self._checks_all = True, checks_all
+    def restart(self, checks_all: bool = False, in_float: bool = False) -> None:
+        """Something has changed: the next call counts; ``checks_all``: and so does each of two runs; ``in_float``: a
+        call in float has just shown what the change does."""
+        self._is_new, self._checks_all, self._is_known = True, checks_all, in_float
         self._calls = self._runs = 0
 
     def is_due(self, run: SamplingRun | None = None, have_changed: bool = False) -> bool:
@@ -88,6 +93,7 @@ class Schedule:
             self._run = (lambda: None) if run is None else weakref.ref(run)
             self._runs += 1
             self._position = 0
+        self.is_first = have_changed or (self._is_new and self._calls == 0 and not self._is_known)
         is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
         self._calls += 1
         self._position += 1
@@ -258,9 +264,9 @@ def _seen(clipped: torch.Tensor, bounds: torch.Tensor, lengths: Mapping[int, int
     }
 
 
-def has_drifted(share: float, expected: float) -> bool:
-    """Whether a layer clips a larger share than was expected."""
-    return share > _FACTOR * expected + _TOLERANCE
+def has_drifted(share: float, expected: float, is_after_change: bool = False) -> bool:
+    """Whether a layer clips a larger share than was expected; ``is_after_change``: in the first call after one."""
+    return share > (expected if is_after_change else _FACTOR * expected + _TOLERANCE)
 
 
 @contextlib.contextmanager

@@ -159,9 +159,9 @@ class Layer:
             self.lowest_peak = min(self.lowest_peak, self.observed.lowest_peak)
         self.frozen = True
 
-    def has_drifted(self, seen: Seen) -> bool:
-        """Whether inputs have left the range, or use next to nothing of it."""
-        return has_drifted(seen.clipped, self.clipped) or self._is_lost(self._peak(seen))
+    def has_drifted(self, seen: Seen, is_after_change: bool = False) -> bool:
+        """Whether inputs have left the range, or use next to nothing of it; as for ``drift.has_drifted``."""
+        return has_drifted(seen.clipped, self.clipped, is_after_change) or self._is_lost(self._peak(seen))
 
     def is_coarse(self, seen: Seen) -> bool:
         """Whether rounding shows in inputs of which this was stored."""
@@ -225,7 +225,7 @@ class Layer:
         with torch.inference_mode(False), torch.no_grad():
             if has_drifted(seen.clipped, self.clipped):
                 self._move(doubled(self.qparams, self.format), self.observed)
-            elif (seen.lowest, seen.highest) != (zero_point, zero_point):
+            elif self._is_lost(self._peak(seen)) and (seen.lowest, seen.highest) != (zero_point, zero_point):
                 half = self.format.step / 2
                 low, high = seen.lowest - half - zero_point, seen.highest + half - zero_point
                 self._narrow(ActivationRange(min(low, 0) * scale, max(high, 0) * scale))

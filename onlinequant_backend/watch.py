@@ -71,7 +71,7 @@ class Watch:
             looks = device.type == "cpu"
         else:
             result, seen = compiled.count(args, weights)
-            drifted = weights.drifted(seen)
+            drifted = weights.drifted(seen, weights.schedule.is_first and self._may_run_float(weights))
             looks = True
             if weights in self._changed and weights.are_coarse(seen):  # for a range that larger inputs have widened
                 self._changed.discard(weights)
@@ -86,7 +86,7 @@ class Watch:
     def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
         """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
         weights.is_compared = True
-        if not self._traced.may_repeat or self._traced.is_random or weights.has_freed() or not weights.selection:
+        if not self._may_run_float(weights) or self._traced.is_random or not weights.selection:
             return
         try:
             with torch.no_grad():
@@ -118,7 +118,7 @@ class Watch:
         ways: list[tuple[Callable[[], Any], bool]] = [
             (lambda: self._step(compiled, args, weights, drifted, result), True)
         ]
-        if self._traced.may_repeat and not weights.has_freed():
+        if self._may_run_float(weights):
             in_float = [lambda: self._observe(args, weights, drifted), lambda: self._run_float(args, weights)]
             ways = [*((way, False) for way in in_float), *ways]
         is_in_8_bit = True
@@ -132,6 +132,10 @@ class Watch:
         self._lost = [] if drift.is_finite(result) else drift.lost(result)
         return result, is_in_8_bit
 
+    def _may_run_float(self, weights: WeightSet) -> bool:
+        """Whether a call can be done again, in float."""
+        return self._traced.may_repeat and not weights.has_freed()
+
     def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
         """The float result; ranges become what this call needs."""
         observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
@@ -139,13 +143,13 @@ class Watch:
         result = self._traced.observed(*args, observation)
         self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
         if observation.lost:  # the next call may be no better
-            weights.schedule.restart()
+            weights.schedule.restart(in_float=True)
         return result
 
     def _run_float(self, args: Sequence[Any], weights: WeightSet) -> Any:
         """The float result; ranges stay as they are, so that the next call is looked at as well."""
         result = self._traced.module(*args)
-        weights.schedule.restart()
+        weights.schedule.restart(in_float=True)
         return result
 
     def _step(
@@ -185,7 +189,7 @@ class Watch:
         self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
         _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
         # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
-        weights.schedule.restart(checks_all=any(map(operator.lt, after, before)))
+        weights.schedule.restart(checks_all=any(map(operator.lt, after, before)), in_float=True)
 
 
 def _growth(weights: WeightSet) -> list[float]:

@@ -192,11 +192,15 @@ class WeightSet:
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
 
-    def drifted(self, seen: Mapping[int, drift.Seen]) -> dict[int, drift.Seen]:
+    def drifted(self, seen: Mapping[int, drift.Seen], is_after_change: bool = False) -> dict[int, drift.Seen]:
         """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
-        of ``qparams``, as ``drift.CountingCall`` has it."""
+        of ``qparams``, as ``drift.CountingCall`` has it; ``is_after_change`` as for ``drift.has_drifted``."""
         found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
-        return {i: each for i, each in found.items() if each is not None and self.layers[i].has_drifted(each)}
+        return {
+            index: each
+            for index, each in found.items()
+            if each is not None and self.layers[index].has_drifted(each, is_after_change)
+        }
 
     def are_coarse(self, seen: Mapping[int, drift.Seen]) -> bool:
         """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""

@@ -530,10 +530,33 @@ def test_what_errors_of_other_layers_push_beyond_a_range_is_no_drift(
         step(x, y)
     pushed = drift.Seen(0.002, 1, 254)  # of the first layer in 8 bit; in float its range is right
 
-    def drifted(weights: WeightSet, _: object) -> dict[int, drift.Seen]:
+    def drifted(weights: WeightSet, *_: object) -> dict[int, drift.Seen]:
         return {0: pushed} if weights.layers[0].clipped < pushed.clipped else {}
 
     monkeypatch.setattr(WeightSet, "drifted", drifted)
     errors = [relative_error(step(x, y * 1.05**i), model(x, y * 1.05**i)) for i in range(1, 6)]
     assert errors[0] == 0  # the call that finds out
     assert all(0 < error < CLOSE for error in errors[1:])
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
+@pytest.mark.parametrize("beyond", [8, 30])
+def test_few_values_far_beyond_a_range_are_found_at_a_change(beyond: int, inductor: EagerInductor) -> None:
+    """As few as this are no drift elsewhere, but nobody knows how far beyond the range they are."""
+    model, spikes = Sum().requires_grad_(False), torch.zeros(256, 64)
+    spikes.view(-1)[torch.randperm(spikes.numel(), generator=torch.Generator().manual_seed(0))[:beyond]] = 40.0
+    assert not drift.has_drifted(beyond / spikes.numel(), 0.0)
+
+    def forward(x: torch.Tensor, strength: float) -> torch.Tensor:
+        return model(x + strength * spikes, x)
+
+    step = torch.compile(forward, backend=oq.onlinequant, options=OPTIONS, dynamic=True)
+    x = noise(256, 64)
+    for strength in (0.5, 0.6, 0.7, 0.55):
+        step(x, strength / 40)
+    for _ in range(3):
+        picture = step(x, 1.0)
+        assert relative_error(picture, forward(x, 1.0)) < CLOSE
+    assert not torch.equal(picture, forward(x, 1.0))
+    assert list(oq.reports()[-1].widened) == ["a"]
