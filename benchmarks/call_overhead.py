@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from onlinequant_backend import backend, compat
+from onlinequant_backend import backend, inductor_interface
 
 OPTIONS = {"precision": "int8", "calibration_steps": 1, "linear_compute_density_threshold": 0}
 
@@ -44,7 +44,7 @@ class Stack(nn.Module):
 @torch.no_grad()
 def ready_callable(weights: int, width: int) -> tuple[Callable[..., Any], list[Any]]:
     """The backend's callable, past observing, with a compiled graph that does nothing; and a call's arguments."""
-    compat.compile_fx = lambda module, inputs, options, outside_dynamo: lambda *args: None
+    inductor_interface.compile_fx = lambda module, inputs, options, outside_dynamo: lambda *args: None
     captured: list[tuple[Callable[..., Any], list[Any]]] = []
 
     def capture(graph_module: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend as oq
 from benchmarks.models import build, model_parser, seconds, thresholds
 from onlinequant_backend.progress import Progress
-from onlinequant_backend.weights import registry
+from onlinequant_backend.set_registry import known_sets
 
 EVERY = 64
 
@@ -38,7 +38,7 @@ def measure(options: argparse.Namespace, cache: str) -> dict[str, list[float]]:
     step = torch.compile(model, backend=oq.onlinequant, options={**backend, "drift_check_every": EVERY})
     for _ in range(5):
         step(**inputs)
-    (weights,) = registry._sets
+    (weights,) = known_sets
     times: dict[str, list[float]] = {"plain": [], "counting": []}
     with Progress("timing round", options.rounds) as progress:
         for _ in range(options.rounds):

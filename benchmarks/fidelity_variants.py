@@ -14,7 +14,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from benchmarks.per_token import per_token
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 
 Denoiser = Callable[..., Any]
 
@@ -68,7 +68,7 @@ def variants(precisions: Sequence[str], methods: Sequence[str], options: Mapping
 
 def without_inductor() -> contextlib.AbstractContextManager[Any]:
     """Within the block onlinequant's rewritten graphs run op by op: the same arithmetic, and nothing to compile."""
-    return mock.patch.object(compat, "compile_fx", lambda graph_module, *args, **options: graph_module)
+    return mock.patch.object(inductor_interface, "compile_fx", lambda graph_module, *args, **options: graph_module)
 
 
 @contextlib.contextmanager

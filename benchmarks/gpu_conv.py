@@ -31,8 +31,8 @@ from benchmarks.gpu_step import require_cuda
 from benchmarks.models import relative_error
 from onlinequant_backend import formats, ops, selection
 from onlinequant_backend.calibration import ActivationRange, freeze
-from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.passes import ConvGeometry, LayerInfo
+from onlinequant_backend.weight_quantization import quantize_weight
 
 FORMATS = {"fp8": formats.FP8, "int8": formats.INT8}
 

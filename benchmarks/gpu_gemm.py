@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_conv import FORMATS, Result, input_qparams, run
 from benchmarks.models import relative_error
 from onlinequant_backend import ops, selection
-from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.passes import LayerInfo
+from onlinequant_backend.weight_quantization import quantize_weight
 
 
 @dataclasses.dataclass(frozen=True)

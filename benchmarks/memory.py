@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend
 from benchmarks.models import build, relative_error
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 
 
 def resident() -> int:
@@ -45,7 +45,7 @@ def stored(model: torch.nn.Module) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    compat.compile_fx = lambda module, _inputs, _options, **_: module  # type: ignore[assignment]
+    inductor_interface.compile_fx = lambda module, _inputs, _options, **_: module  # type: ignore[assignment]
     torch.nn.Linear(64, 64, dtype=torch.bfloat16)(torch.zeros(64, 64, dtype=torch.bfloat16))  # loads oneDNN
     before = resident()
     model, inputs = build("sd15", "cpu", torch.bfloat16, batch=1)

@@ -29,10 +29,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import peak_memory
 from benchmarks.models import build, model_parser
 from onlinequant_backend import errors, formats, precision
-from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.formats import Format
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
+from onlinequant_backend.weight_quantization import quantize_weight
 
 ATTENTION = (".to_q", ".to_k", ".to_v", ".to_out.0")
 

@@ -11,9 +11,9 @@ import torch.fx as fx
 from torch import nn
 
 from onlinequant_backend import formats, graph, precision
-from onlinequant_backend.calibration import Observation
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.observation import Observation
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from onlinequant_backend.sensitivity import estimate_by_gradient, measure_end_to_end
 

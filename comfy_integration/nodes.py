@@ -16,7 +16,7 @@ from server import PromptServer
 
 from onlinequant_backend.cache import ENVIRONMENT_VARIABLES
 from onlinequant_backend.progress import Update
-from onlinequant_backend.weights import registry
+from onlinequant_backend.set_registry import known_sets
 
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model
@@ -338,7 +338,7 @@ def _understood(
 
 def _observe_again(denoiser: Any, record: Record) -> None:
     """Forget what was observed of a model; it is compiled already, and stays so."""
-    if registry.observe_again(list(denoiser.parameters())):
+    if known_sets.observe_again(list(denoiser.parameters())):
         record.start_over()
 
 

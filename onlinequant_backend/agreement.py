@@ -13,7 +13,7 @@ import torch.fx as fx
 import torch.utils._pytree as pytree
 
 from . import graph
-from .sensitivity import relative_error
+from .tensors import relative_error
 from .trouble import going_on
 
 # Relative, of each output. Other roundings of floats fall into other steps of 8 bit, so that a step differs by 0.01 or

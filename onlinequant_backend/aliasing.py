@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from . import graph
+from .tensors import plain_tensors
 
 
 class Memory:
@@ -71,11 +71,3 @@ def storages(node: fx.Node) -> Iterator[int]:
         if isinstance(value, torch.Tensor):
             for tensor in plain_tensors(value):
                 yield tensor.untyped_storage()._cdata
-
-
-def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """``tensor`` itself, or what a quantized one is made of."""
-    if not is_traceable_wrapper_subclass(tensor):
-        return [tensor]
-    names, _ = tensor.__tensor_flatten__()
-    return [part for name in names for part in plain_tensors(getattr(tensor, name))]

@@ -13,9 +13,23 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from . import cache, compat, exclusion, graph, keys, operations, precision, progress, report, tracing
+from . import (
+    cache,
+    compat,
+    exclusion,
+    graph,
+    inductor_interface,
+    keys,
+    operations,
+    parameter_names,
+    precision,
+    progress,
+    report,
+    tracing,
+)
 from .config import QuantConfig
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
+from .report import NodeDecision
 from .runtime import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .sampling import current_run
 from .traced import TracedGraph
@@ -67,7 +81,7 @@ def onlinequant(
         calibration_steps=config.calibration_steps,
         sensitivity_kind=config.sensitivity,
         config=config.to_dict(),
-        decisions=[info.decision() for info in infos],
+        decisions=[NodeDecision.of(info) for info in infos],
     )
     report.register(entry)
     if reason is not None:
@@ -78,7 +92,7 @@ def onlinequant(
         if config.compile_in_background or compat.is_transforming():
             return _as_it_is(graph_module, entry)
         with tracing.compiled_as_traced():
-            return compat.compile_fx(
+            return inductor_interface.compile_fx(
                 graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False
             )
     store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
@@ -122,7 +136,7 @@ def _analyze(
         return _Analysis(graph_module, [], oddity)
     try:
         analyzed = graph.copy_graph(graph_module)
-        graph.name_parameters(analyzed, inputs, tracing.root())
+        parameter_names.name_parameters(analyzed, inputs, tracing.root())
         run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
         infos = [info for _, info in layer_nodes(analyzed)]
         reason = _why_float(infos, resolved, inputs)

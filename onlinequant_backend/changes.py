@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .hollow import canaries
-from .samples import sample
+from .tensors import sample
 
 if TYPE_CHECKING:
     from .kernels import snapshot

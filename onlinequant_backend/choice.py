@@ -8,6 +8,7 @@ from typing import Any
 
 from . import selection
 from .passes import SELECT, PassContext, layer_nodes, run_passes
+from .report import NodeDecision
 from .sensitivity import estimate_by_gradient, over_budget
 from .traced import TracedGraph
 from .weights import WeightSet
@@ -56,7 +57,7 @@ class Choice:
         if self._traced.config.max_error is not None:
             self._hold_budget(self._traced.config.max_error, args, weights)
         self.is_made = True
-        self._traced.report.decisions = [info.decision() for _, info in layer_nodes(self._traced.module)]
+        self._traced.report.decisions = [NodeDecision.of(info) for _, info in layer_nodes(self._traced.module)]
 
     def _rank(self, args: Sequence[Any], weights: WeightSet) -> None:
         """Say how sensitive each layer is; where that decides anything, by what it does to the model's output."""

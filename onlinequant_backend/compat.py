@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import contextvars
-import copyreg
 import dataclasses
 import enum
 import functools
-import importlib
 import inspect
-import operator
-import os
 import sys
 import threading
 import types
-import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
-from typing import Any, cast, get_origin
+from typing import Any, cast
 
 import torch
 import torch._refs
-from torch._C._dynamo.guards import GlobalStateGuard
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.eval_frame import OptimizeContext
@@ -31,7 +23,8 @@ from torch._dynamo.exc import ShortenTraceback
 from torch._dynamo.variables import builder
 from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
-from torch.utils.weak import WeakIdRef
+
+from .torch_settings import GlobalState
 
 
 class UnwrappedError(ShortenTraceback):
@@ -39,35 +32,6 @@ class UnwrappedError(ShortenTraceback):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, first_useful_frame=None)
-
-
-@functools.lru_cache(maxsize=1)
-def has_gluon() -> bool:
-    """Whether this Triton has Gluon as our kernel wants it. It is experimental, so other versions than those which the
-    kernel was compiled with, 3.6 to 3.8, do not count."""
-    try:
-        import triton
-        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
-    except ImportError:
-        return False
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return (3, 6) <= version < (3, 9)
-
-
-class _Torch:
-    """Pickles as the package, which does not pickle."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return importlib.import_module, ("torch",)
-
-
-def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
-    return getattr, (_Torch(), str(memory_format).removeprefix("torch."))
-
-
-# Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
-# programs, and a graph that travels names a module of this program.
-copyreg.pickle(torch.memory_format, _named_in_torch)
 
 
 # What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
@@ -82,42 +46,6 @@ def hint(size: int | torch.SymInt) -> int:
     if getattr(node, "hint", None) is not None:
         return int(node.hint)
     return int(node.shape_env.size_hint(node.expr))
-
-
-@dataclasses.dataclass(frozen=True)
-class GlobalState:
-    """What a graph computes depends on beside its inputs, and what Dynamo traces anew for when it changes.
-
-    Attributes:
-        guarded: all of that, as text: autocast, the default dtype, determinism, precision of products, threads.
-        default_dtype: of new tensors.
-        autocast: the dtype for each type of device that it is on for.
-    """
-
-    guarded: str
-    default_dtype: torch.dtype
-    autocast: dict[str, torch.dtype]
-
-    @classmethod
-    def now(cls) -> GlobalState:
-        """As it is in this thread."""
-        guard: Any = GlobalStateGuard()
-        return cls(str(guard.__getstate__()), torch.get_default_dtype(), autocast_dtypes())
-
-    @contextlib.contextmanager
-    def autocasting(self) -> Iterator[None]:
-        """Within the block autocast, which belongs to a thread and a ``with``, is on and off as it was."""
-        with contextlib.ExitStack() as stack:
-            for device in sorted({*self.autocast, *autocast_dtypes()}):
-                is_on = device in self.autocast
-                stack.enter_context(torch.autocast(device, dtype=self.autocast.get(device), enabled=is_on))
-            yield
-
-
-def autocast_dtypes() -> dict[str, torch.dtype]:
-    """The dtype of autocast for each type of device that it is on for in this thread."""
-    devices = torch._C._autocast_supported_devices()
-    return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -330,80 +258,6 @@ def no_kernel_choice() -> Iterator[None]:
         torch._C._set_mkldnn_enabled(before)
 
 
-@contextlib.contextmanager
-def free_sizes(are_ones_free: bool = True) -> Iterator[None]:
-    """Symbolic sizes that happen to be equal, or 1 if ``are_ones_free``, are not taken to be so always."""
-    from torch.fx.experimental import _config
-
-    patch: Any = _config.patch  # type: ignore[attr-defined]
-    with patch(use_duck_shape=False, backed_size_oblivious=are_ones_free):
-        yield
-
-
-def cpu_flags() -> dict[str, bool]:
-    """The 8-bit matrix instructions of this CPU: ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` and ``avx2``."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return {
-        "avx512_vnni": bool(torch.cpu._is_vnni_supported()),
-        "avx_vnni": bool(capabilities.get("avx_vnni", False)),
-        "amx_int8": bool(torch.cpu._is_amx_tile_supported()),
-        "avx2": bool(torch.cpu._is_avx2_supported()),
-    }
-
-
-def int8_instructions() -> str | None:
-    """The best of this CPU's instructions that sum 8-bit products in 32 bits; None if it has none."""
-    flags = cpu_flags()
-    return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
-
-
-def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose memory is laid out alike, gaps and expanded dimensions included."""
-    from torch._prims_common import clone_preserve_strides
-
-    copy: torch.Tensor = clone_preserve_strides(tensor)
-    return copy
-
-
-def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
-    from torch._inductor import list_mode_options
-
-    return dict(list_mode_options(mode))
-
-
-def inductor_option_types() -> dict[str, type | None]:
-    """What each of Inductor's options must be, by its name with underscores; None where torch does not check it."""
-    from torch._inductor import config
-
-    types: dict[str, type | None] = {}
-    for name in config.get_config_copy():
-        kind: Any = config.get_type(name)  # type: ignore[attr-defined]
-        types[name.replace("-", "_")] = kind if isinstance(kind, type) and get_origin(kind) is None else None
-    return types
-
-
-class HarmlessReference(WeakIdRef):
-    """A weak reference to a tensor that does not keep torch from swapping it: it goes on referring to the same object,
-    whose content is another one then."""
-
-    def __init__(self, tensor: torch.Tensor, callback: Callable[[Any], object]) -> None:
-        super().__init__(tensor, callback)
-        # The function looks this name up whenever it is called; its own may have been imported by others long ago.
-        vars(torch.utils)["weakref"] = _weakref_without_harmless
-
-
-_weakref_without_harmless = types.ModuleType("weakref")
-_weakref_without_harmless.__dict__.update(vars(weakref))
-
-
-def _getweakrefs(value: Any) -> list[Any]:
-    return [reference for reference in weakref.getweakrefs(value) if not isinstance(reference, HarmlessReference)]
-
-
-_weakref_without_harmless.getweakrefs = _getweakrefs  # type: ignore[attr-defined]
-
-
 def is_transforming() -> bool:
     """Whether this thread is within a transform of ``torch.func``, whose tensors are wrappers without values."""
     return torch._C._functorch.peek_interpreter_stack() is not None
@@ -449,241 +303,3 @@ def graph_module(root: Any, graph: torch.fx.Graph) -> torch.fx.GraphModule:
     except ImportError:
         return torch.fx.GraphModule(root, graph)
     return _LazyGraphModule(root, graph)
-
-
-def found_graphs() -> tuple[int, int]:
-    """How many graphs Inductor has found in its cache in this process, and how many it has not."""
-    counts = torch._dynamo.utils.counters["inductor"]
-    return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
-
-
-def forget_loaded_code() -> None:
-    """Have Inductor load what it has compiled from its caches on disk again. What runs already stays."""
-    from torch._inductor.utils import clear_caches
-
-    clear_caches()
-
-
-@contextlib.contextmanager
-def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
-    """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.
-
-    None, or a place of the user's own choice in the environment, leaves them where they are.
-    """
-    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-
-    from . import vector_instructions
-
-    # Inductor writes the place that it has chosen into the environment too.
-    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
-    try:
-        is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
-    except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
-        is_users = True
-    _keep_kernel_cache()
-    with _tagged(tag), contextlib.ExitStack() as stack:
-        if directory is not None and not is_users:
-            stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
-            stack.enter_context(vector_instructions.asked_once(directory))
-        yield
-
-
-def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
-    """What is compiled depends on ``tag``, and AOTAutograd's cache, which saves tracing a graph twice more, takes more
-    graphs than by default: also those with what is left of ``torch.nn.attention.sdpa_kernel``, which ComfyUI puts
-    around every attention on a GPU. What that does depends on its arguments and on ``_SWITCHES``, both in the key.
-
-    ``torch.compiler.config.cache_key_tag`` would not do: to Inductor's worker processes, which say where the fastest
-    configuration of a kernel is saved, it is not known, so that none was found and each process measured again.
-    """
-    import torch._inductor.config as inductor_config
-
-    names = ("_sdpa_kernel", "_sdpa_kernel_variadic", "_cur_sdpa_kernel_backends", "_backend_from_string")
-    digest = f"{tag} {settings()[1]} {autocast_dtypes()}"
-    known: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
-    safe = {**known, **{f"torch.nn.attention.{name}": digest for name in names}}
-    patched: Any = inductor_config.patch(unsafe_marked_cacheable_functions=safe)
-    return cast("contextlib.AbstractContextManager[None]", patched)
-
-
-def _keep_kernel_cache() -> None:
-    """Have Triton's cache stay where it is: with the first kernel of its own, Inductor would move it to another folder,
-    in which no other process, nor this one, finds the kernels of ours that are compiled already."""
-    try:
-        from triton import knobs
-    except ImportError:
-        return
-    os.environ.setdefault("TRITON_CACHE_DIR", str(knobs.cache.dir))
-
-
-# What a compile depends on beside its graph, and what another process must be told: the keys of Inductor's caches hold
-# most of it.
-_FLAGS = (
-    "backends.cuda.matmul.allow_tf32",
-    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
-    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
-    "backends.cuda.matmul.allow_fp16_accumulation",
-    "backends.cudnn.allow_tf32",
-    "backends.cudnn.benchmark",
-    "backends.cudnn.deterministic",
-    # After the older ones for the same, and the general before the particular.
-    "backends.fp32_precision",
-    "backends.cudnn.fp32_precision",
-    "backends.cudnn.conv.fp32_precision",
-    "backends.cudnn.rnn.fp32_precision",
-    "backends.cuda.matmul.fp32_precision",
-    "backends.mkldnn.fp32_precision",
-    "backends.mkldnn.conv.fp32_precision",
-    "backends.mkldnn.rnn.fp32_precision",
-    "backends.mkldnn.matmul.fp32_precision",
-)
-# What is asked for with the first function and set with the second one, and the order in which attention is tried.
-_SWITCHES = (
-    (torch.get_num_threads, torch.set_num_threads),
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
-    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
-    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
-    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
-    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
-    (
-        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
-    ),
-    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
-)
-Settings = tuple[dict[str, Any], list[Any], list[dict[str, Any]]]
-_held_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("onlinequant_settings", default=None)
-
-
-@contextlib.contextmanager
-def held_settings() -> Iterator[None]:
-    """Within the block ``settings`` are what they are now. A step in float changes the order of attention's kernels at
-    each layer in ComfyUI, for the whole process, and changes it back."""
-    token = _held_settings.set(settings())
-    try:
-        yield
-    finally:
-        _held_settings.reset(token)
-
-
-def settings() -> Settings:
-    """What ``apply_settings`` takes in another process, so that it compiles the same: it must pickle."""
-    held = _held_settings.get()
-    if held is not None:
-        return held
-    flags = {name: value for name in _FLAGS if (value := _flag(name)) is not None}
-    plain = (bool, int, float, str, type(None))
-    configs = [
-        {name: value for name, value in config.save_config_portable().items() if isinstance(value, plain)}
-        for config in _configs()
-    ]
-    return flags, [ask() for ask, _ in _SWITCHES], configs
-
-
-def _flag(name: str) -> Any:
-    """A setting of torch's by its name; None where it cannot be told, since a newer one for the same is set."""
-    try:
-        return operator.attrgetter(name)(torch)
-    except RuntimeError:
-        return None
-
-
-def apply_settings(settings: Settings) -> None:
-    """Set all that differs."""
-    flags, switches, configs = settings
-    for name, value in flags.items():
-        owner, _, attribute = name.rpartition(".")
-        if _flag(name) != value:
-            setattr(operator.attrgetter(owner)(torch), attribute, value)
-    change: Any
-    for (ask, change), value in zip(_SWITCHES, switches, strict=True):
-        if ask() != value:
-            change(value)
-    for config, values in zip(_configs(), configs, strict=True):
-        known = config.save_config_portable()
-        config.load_config({name: value for name, value in values.items() if name in known and known[name] != value})
-
-
-def _configs() -> tuple[Any, ...]:
-    import torch._functorch.config as functorch_config
-    import torch._inductor.config as inductor_config
-
-    return inductor_config, functorch_config
-
-
-@contextlib.contextmanager
-def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Within the block, Inductor measures in this thread which configuration of a kernel is the fastest within
-    ``turn()``, one kernel after the other."""
-    _have_tuning_take_turns()
-    _turns.turn = turn
-    try:
-        yield
-    finally:
-        _turns.turn = None
-
-
-_turns = threading.local()
-
-
-@functools.cache
-def _have_tuning_take_turns() -> None:
-    try:
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    except ImportError:
-        return
-    kind: Any = CachingAutotuner
-    measure = kind.benchmark_all_configs
-
-    @functools.wraps(measure)
-    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = getattr(_turns, "turn", None)
-        with contextlib.nullcontext() if turn is None else turn():
-            return measure(tuner, *args, **kwargs)
-
-    kind.benchmark_all_configs = in_turn
-
-
-def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
-    try:
-        from .cpp_batches import in_batches
-    except ImportError:  # what it needs of torch has another name
-        return contextlib.nullcontext()
-    return in_batches()
-
-
-@contextlib.contextmanager
-def _environment(name: str, value: str) -> Iterator[None]:
-    before = os.environ.get(name)
-    os.environ[name] = value
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
-
-
-def device_capability(device: torch.device) -> str:
-    """What tells devices apart that may need other code: a GPU's compute capability, a CPU's 8-bit instructions."""
-    if device.type == "cuda":
-        return "{}.{}".format(*torch.cuda.get_device_capability(device))
-    return str(int8_instructions()) if device.type == "cpu" else ""
-
-
-def compile_fx(
-    graph_module: torch.fx.GraphModule,
-    inputs: list[Any],
-    options: dict[str, Any],
-    *,
-    outside_dynamo: bool,
-) -> Callable[..., Any]:
-    """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
-    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
-
-    extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}
-    with _kernels_in_batches() if outside_dynamo else contextlib.nullcontext():
-        compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
-    return compiled

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from . import compat, forks
+from . import forks, torch_settings
 
 _log = logging.getLogger("onlinequant")
 # Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. This process may
@@ -49,7 +49,7 @@ class CompileProcess:
         ``idle``: for how many seconds it waits for more work afterwards.
         """
         try:
-            work = pickle.dumps((compat.settings(), function, args, idle))
+            work = pickle.dumps((torch_settings.settings(), function, args, idle))
         except Exception as error:
             raise CompileProcessError(f"{type(error).__name__}: {error}") from error
         with self._lock:

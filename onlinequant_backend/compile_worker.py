@@ -42,10 +42,10 @@ def _done(work: bytes) -> tuple[bytes, float]:
     """A pickle of the result, or of what went wrong; and how long to wait for more."""
     patience = IDLE
     try:
-        from . import compat
+        from . import torch_settings
 
         settings, function, args, patience = pickle.loads(work)
-        compat.apply_settings(settings)
+        torch_settings.apply_settings(settings)
         return pickle.dumps((function(*args), None)), patience
     except BaseException:
         return pickle.dumps((None, traceback.format_exc())), patience

@@ -15,9 +15,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from . import ahead, compat, keys, wire
+from . import ahead, compat, inductor_interface, source_digest, torch_settings, wire
 from .compile_process import WorkFailedError, done_elsewhere, is_wanted
-from .shapes import Symbol, symbolic_sizes
+from .symbolic_inputs import Symbol, symbolic_sizes
 from .trouble import going_on
 
 _log = logging.getLogger("onlinequant")
@@ -63,9 +63,9 @@ def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
     """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
     with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), ahead.compiling_ahead(job.device):
         try:
-            compiled = compat.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
+            compiled = inductor_interface.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
         except Exception:
-            compat.forget_loaded_code()  # some of it may be damaged
+            inductor_interface.forget_loaded_code()  # some of it may be damaged
             raise
     _write(_note(job, "compiled"))
     return compiled
@@ -108,8 +108,8 @@ def job_name(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str,
     """A digest of what a job's result depends on, this process's settings and this package's sources among it."""
     modules = [module for _, module in sorted(graph.named_modules()) if isinstance(module, fx.GraphModule)]
     kinds = [(type(x).__name__, wire.kind(x)) if isinstance(x, torch.Tensor) else str(x) for x in inputs]
-    settings = sorted((name, repr(value)) for name, value in options.items()), compat.settings()
-    known = repr(([str(module.graph) for module in modules], kinds, settings, keys.source_digest()))
+    settings = sorted((name, repr(value)) for name, value in options.items()), torch_settings.settings()
+    known = repr(([str(module.graph) for module in modules], kinds, settings, source_digest.source_digest()))
     return hashlib.sha256(known.encode()).hexdigest()[:32]
 
 
@@ -143,7 +143,7 @@ def compile_packed(symbols: Sequence[Symbol], data: bytes) -> None:
 def caches_in(directory: Path | None) -> Iterator[None]:
     """Inductor's caches lie in ``directory``, and know a change of this package's sources: their keys see of our
     operators no more than the names."""
-    with compat.inductor_cache(directory, tag=keys.source_digest()):
+    with inductor_interface.inductor_cache(directory, tag=source_digest.source_digest()):
         yield
 
 
@@ -158,5 +158,5 @@ def _compilation(fake_mode: FakeTensorMode, is_symbolic: bool) -> Iterator[None]
         stack.enter_context(torch.no_grad())
         stack.enter_context(tracing(TracingContext(fake_mode)))
         if is_symbolic:
-            stack.enter_context(compat.free_sizes())
+            stack.enter_context(inductor_interface.free_sizes())
         yield

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from . import compat, errors
+from . import errors, inductor_interface
 
 PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("gradient", "local", "end_to_end")
@@ -162,7 +162,7 @@ class QuantConfig:
 
     def inductor_options(self) -> dict[str, Any]:
         """What Inductor is given: the options of ``mode``, then those of ``inductor``, which win."""
-        from_mode = compat.inductor_mode_options(self.mode) if self.mode else {}
+        from_mode = inductor_interface.inductor_mode_options(self.mode) if self.mode else {}
         return {**from_mode, **self.inductor}
 
 
@@ -224,7 +224,7 @@ def _check_mode(mode: Any) -> None:
     try:
         if not (isinstance(mode, str) and mode):  # torch takes all that is false for no mode
             raise TypeError("it must be one of torch.compile's modes, or None")
-        compat.inductor_mode_options(mode)
+        inductor_interface.inductor_mode_options(mode)
     except (RuntimeError, TypeError) as error:
         raise errors.InvalidOptionError(f"mode is {_shown(mode)}, which torch.compile does not know: {error}") from None
 
@@ -243,7 +243,7 @@ def _checked_patterns(exclude: Any) -> tuple[str, ...]:
 def _checked_inductor_options(options: Any) -> dict[str, Any]:
     if not isinstance(options, Mapping):
         raise errors.InvalidOptionError(f"inductor is {_shown(options)}: give a dict of Inductor options.")
-    types = compat.inductor_option_types() if options else {}
+    types = inductor_interface.inductor_option_types() if options else {}
     checked: dict[str, Any] = {}
     for given, value in options.items():
         name = given.replace("-", "_") if isinstance(given, str) else ""

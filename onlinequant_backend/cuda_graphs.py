@@ -27,7 +27,7 @@ from .graph_memory import (
     others_wait_to_synchronize,
     trim_graph_memory,
 )
-from .weights import getter
+from .tensors import getter
 
 _log = logging.getLogger("onlinequant")
 _MOST_CAPTURES = 8  # of one GraphedCall; they share memory for what they compute, but not for their outputs

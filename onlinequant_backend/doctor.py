@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from . import cache, compat, listing, precision, selftest
+from . import cache, hardware, listing, precision, selftest
 from .errors import InsecureCacheDirectoryError, OnlineQuantError
 from .formats import Format
 
@@ -149,7 +149,7 @@ def _triton_requirement() -> str:
 
 
 def _device_lines() -> list[tuple[str, str]]:
-    flags = [flag for flag, there in compat.cpu_flags().items() if there]
+    flags = [flag for flag, there in hardware.cpu_flags().items() if there]
     lines = [("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads"), ("CPU flags", ", ".join(flags) or "none")]
     devices = [torch.device("cpu")]
     for index in range(torch.cuda.device_count()):

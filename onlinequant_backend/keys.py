@@ -15,23 +15,21 @@ Two graphs of one model, at two resolutions, differ in the last part only and sh
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.fx as fx
 
-from . import compat, graph, operations
-from .aliasing import plain_tensors
+from . import compat, graph, hardware, operations, specialization, torch_settings
 from .config import QuantConfig
 from .passes import LayerInfo
 from .precision import Precision
-from .samples import sample
+from .source_digest import source_digest
+from .tensors import plain_tensors, sample
 
 _PART = 16
 # Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
@@ -45,7 +43,7 @@ def entry_key(
     config: QuantConfig,
     precision: Precision,
     device: torch.device,
-    state: compat.GlobalState,
+    state: torch_settings.GlobalState,
     operations_part: str,
 ) -> str:
     """The key of ``graph_module``, which was traced in this ``state`` and whose ``operations_digest`` this is, with
@@ -99,7 +97,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
 
 
 def _machine(precision: Precision, device: torch.device) -> str:
-    able = compat.device_capability(device)
+    able = hardware.device_capability(device)
     return f"{source_digest()} {torch.__version__} {_triton_version()} {device.type} {able} {precision.format.name}"
 
 
@@ -110,7 +108,7 @@ def _triton_version() -> str:
         return "none"
 
 
-def _graph(graph_module: fx.GraphModule, config: QuantConfig, state: compat.GlobalState) -> str:
+def _graph(graph_module: fx.GraphModule, config: QuantConfig, state: torch_settings.GlobalState) -> str:
     lines = [config.cache_key(), f"{state.default_dtype} {state.autocast}"]
     for node in graph_module.graph.nodes:
         text = f"{node.op} {_target(node.target)} {node.args} {node.kwargs} {_layout(node.meta.get('example_value'))}"
@@ -125,7 +123,7 @@ def identity(
 
     Dynamo traces again when anything changes that the code has looked at, a dict's length, say; it may find the same.
     """
-    lines = [repr(config.to_dict()), precision.name, str(device), compat.GlobalState.now().guarded]
+    lines = [repr(config.to_dict()), precision.name, str(device), torch_settings.GlobalState.now().guarded]
     for node in graph_module.graph.nodes:
         if node.op in ("get_attr", "call_module"):  # values that the text does not show
             return None
@@ -133,7 +131,7 @@ def identity(
         called = node.target if isinstance(node.target, str) else id(node.target)
         lines.append(f"{node.name} {node.op} {called} {node.args} {node.kwargs}")
         if node.op == "placeholder":
-            lines.append(f"{graph.is_parameter(node)} {graph.is_wrapped_float(node)} {_symbolic(node)}")
+            lines.append(f"{graph.is_parameter(node)} {specialization.is_wrapped_float(node)} {_symbolic(node)}")
     return "\n".join(lines)
 
 
@@ -156,15 +154,3 @@ def _layout(value: Any) -> str:
         sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
         return f"{sizes} {strides} {value.dtype} {value.device.type}"
     return str(compat.hint(value)) if isinstance(value, torch.SymInt) else ""
-
-
-@functools.lru_cache(maxsize=1)
-def source_digest() -> str:
-    """A hex digest of this package's sources: a changed pass or kernel makes a different result."""
-    from . import passes
-
-    digest = hashlib.sha256()
-    for folder in (Path(__file__).parent, Path(passes.__file__).parent):
-        for path in sorted(folder.rglob("*.py")):
-            digest.update(f"{path.relative_to(folder)}\n".encode() + path.read_bytes())
-    return digest.hexdigest()

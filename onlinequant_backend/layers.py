@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
-import ctypes
 import dataclasses
 import math
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from onlinequant_backend.passes.layer import Sensitivity
+
 from . import forks, ops
 from .calibration import ActivationRange, clipped_share, covered, doubled, freeze, is_frozen_from, wanted, widened
+from .clip_counting import FEW, FEWEST_STEPS, Seen, has_drifted
 from .copies import Copy, Generation, copies_lock, read_elsewhere
-from .drift import FEW, FEWEST_STEPS, Seen, has_drifted
 from .entry import LayerCalibration
 from .formats import NOT_FINITE, Format
 from .smoothing import smoothing_factors
@@ -29,23 +30,6 @@ _GPU_HISTOGRAMS = 8
 # What a range that values have left is widened by beyond these: others, as those of the next seed or time step, will go
 # a little farther, and each time is a call in float. The largest of few values varies more.
 _SPARE, _SPARE_OF_FEW = 1.125, 1.25
-
-
-@dataclasses.dataclass
-class Sensitivity:
-    """How far 8 bit in one layer puts an output from the float one: ``mae``, ``mse``, and ``relative`` to the latter.
-
-    ``of_model``: whether it is the model's output, or else the layer's own.
-    """
-
-    relative: float
-    mae: float
-    mse: float
-    of_model: bool = False
-
-    def __post_init__(self) -> None:
-        # As precise as the cache keeps them, so that decisions do not depend on where a figure comes from.
-        self.relative, self.mae, self.mse = (ctypes.c_float(x).value for x in (self.relative, self.mae, self.mse))
 
 
 class Layer:

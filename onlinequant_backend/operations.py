@@ -14,8 +14,8 @@ import torch
 import torch.fx as fx
 from torch.utils._pytree import tree_leaves
 
-from . import graph
-from .samples import sample
+from . import parameter_names
+from .tensors import sample
 
 # What ``repr`` says of a function or module: true in one process only.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
@@ -92,7 +92,7 @@ def name(target: Any) -> str | None:
 class _Writer:
     def __init__(self, graph_module: fx.GraphModule) -> None:
         self._module = graph_module
-        self._names = graph.parameter_names(graph_module)
+        self._names = parameter_names.parameter_names(graph_module)
         self._inputs = 0
 
     def lines(self) -> Iterator[str]:

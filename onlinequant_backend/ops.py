@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 import torch
 
-from . import ahead, drift, formats
+from . import ahead, clip_counting, formats
 from .kernels import cpu, cuda
-from .layout import CHANNELS_LAST
+from .tensors import CHANNELS_LAST
 
 _library = torch.library.Library("onlinequant", "DEF")
 # Inductor must hand a kernel the memory layout that the graph was traced with.
@@ -145,7 +145,7 @@ for _name, _fake in (
 ):
     for _device, _kernels in (("CPU", cpu), ("CUDA", cuda)):
         _kernel = getattr(_kernels, _name)
-        _library.impl(_name, _kernel if _name.endswith("_norm") else drift.counted(_kernel), _device)
+        _library.impl(_name, _kernel if _name.endswith("_norm") else clip_counting.counted(_kernel), _device)
     torch.library.register_fake(f"onlinequant::{_name}", ahead.noted(_fake, getattr(cuda, _name)), lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default

@@ -7,7 +7,7 @@ import importlib.util
 
 import torch
 
-from . import compat, errors, formats
+from . import errors, formats, hardware
 from .formats import Format
 
 
@@ -74,14 +74,14 @@ def _automatic(device: torch.device) -> Precision:
         return Precision("float", f"there are no 8-bit kernels for {device.type}")
     if not _onednn_has_int8():
         return Precision("float", "this torch has no oneDNN int8 kernels for this CPU")
-    instructions = compat.int8_instructions()
+    instructions = hardware.int8_instructions()
     if instructions is None:
         return Precision("float", 'this CPU has no VNNI or AMX 8-bit instructions (precision="int8" forces 8 bit)')
     return Precision("int8", f"this CPU has {instructions}", _cpu_format())
 
 
 def _cpu_format() -> Format:
-    return formats.ONEDNN_7 if compat.int8_instructions() is None else formats.ONEDNN
+    return formats.ONEDNN_7 if hardware.int8_instructions() is None else formats.ONEDNN
 
 
 def _onednn_has_int8() -> bool:

@@ -12,13 +12,16 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import errors, exclusion, forks
 from .entry import MAX_BYTES
 from .entry import STATS_FILE as STATS_FILE
 from .files import read_where_told, write_where_told
 from .table import render_table
+
+if TYPE_CHECKING:
+    from .passes.layer import LayerInfo
 
 _log = logging.getLogger("onlinequant")
 
@@ -72,6 +75,27 @@ class NodeDecision:
             raise ValueError(f"{self.name} is of kind {self.kind!r}, which is none of {KINDS}")
         if not self.reason:
             raise ValueError(f"the decision about {self.name} has no reason")
+
+    @classmethod
+    def of(cls, info: LayerInfo) -> NodeDecision:
+        """What has been decided about a layer."""
+        sensitivity = info.sensitivity
+        return cls(
+            name=info.name,
+            kind=info.kind,
+            shape=info.input_shape,
+            weight_shape=info.weight_shape,
+            flops=info.flops,
+            bytes=info.bytes,
+            density=info.density,
+            sensitivity=sensitivity.relative if sensitivity else None,
+            mae=sensitivity.mae if sensitivity else None,
+            mse=sensitivity.mse if sensitivity else None,
+            float_us=info.float_us,
+            quantized_us=info.quantized_us,
+            quantized=info.quantized,
+            reason=info.reason,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready data. ``density`` is called ``compute_density``, as in the predecessor's file."""

@@ -15,32 +15,45 @@ from typing import Any
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import compat, forks, graph, keys, selection
-from .aliasing import plain_tensors
+from . import (
+    compat,
+    forks,
+    graph,
+    inductor_interface,
+    keys,
+    parameter_names,
+    selection,
+    tensors,
+    torch_settings,
+)
 from .background import Background
-from .build import CompiledGraph, build
+from .build import build
 from .cache import Cache
-from .calibration import Observation
 from .changes import addresses_and_versions
 from .choice import Choice
 from .compile_times import CompileTimes
+from .compiled_graph import CompiledGraph
 from .compiler import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
 from .copies import Call, Generation
 from .cuda_graphs import lane_of
 from .errors import OnlineQuantError
 from .garbage import uncollected
 from .graph_memory import allocates_in_graph, give_back_freed_memory
+from .layer_registry import known_layers
+from .observation import Observation
 from .persistence import Entry
 from .progress import Progress, tell
 from .report import VISIBLE, Report, clear
 from .sampling import SamplingRun, current_run
 from .sensitivity import measure_end_to_end
+from .set_registry import known_sets
 from .sizes import NO_VALUES, CompiledGraphs, InFloat, Key
 from .stand_ins import stand_in
+from .tensors import getter, plain_tensors
 from .traced import TracedGraph
 from .trouble import going_on
 from .watch import Watch
-from .weights import WeightSet, getter, places, registry
+from .weights import WeightSet, places
 
 _log = logging.getLogger("onlinequant")
 
@@ -68,7 +81,7 @@ class QuantizedGraph:
         positions = {name: position for position, name in enumerate(self._inputs)}
         parameters = [position for position, node in enumerate(inputs) if graph.is_parameter(node)]
         self._parameters = getter(parameters)
-        self._names = list(graph.parameter_names(self._graph).values())
+        self._names = list(parameter_names.parameter_names(self._graph).values())
         self._candidates = [parameters.index(positions[info.weight]) for info in self._infos]
         self._together = selection.together(self._graph)
         self._grad_enabled = torch.is_grad_enabled()
@@ -184,12 +197,12 @@ class QuantizedGraph:
         """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
         with self._lock:
             named = dict(zip(self._names, parameters, strict=True))
-            known = registry.predecessor(named)
+            known = known_sets.predecessor(named)
             # A weight may have been given to a second layer since this graph was traced.
             numbers = places(id(parameters[candidate]) for candidate in self._candidates)
             numbers_of_names = places(self._candidates)
             layers = [
-                registry.layer(
+                known_layers.layer(
                     parameters[candidate],
                     info.geometry,
                     self._precision.format,
@@ -209,9 +222,9 @@ class QuantizedGraph:
                 weights.schedule.restart()
             # To a LoRA applies what was found out about the model.
             weights.is_compared = known is not None and known.is_compared and known in self._sets.values()
-            registry.add(weights)
+            known_sets.add(weights)
             for old in list(self._sets.values()):
-                if old.is_dead() or registry.is_successor(named, old):
+                if old.is_dead() or known_sets.is_successor(named, old):
                     self._replaced += old.is_dead() and old.was_called_once()
                     self._retire(old)
             self._sets[weights.ids] = weights
@@ -350,7 +363,7 @@ class QuantizedGraph:
         kept = [
             value
             if graph.is_parameter(node) or not isinstance(value, torch.Tensor)
-            else compat.clone_preserving_strides(value)
+            else tensors.clone_preserving_strides(value)
             for node, value in zip(inputs, args, strict=True)
         ]
 
@@ -405,7 +418,11 @@ class QuantizedGraph:
         if self._device.type != "cuda":
             return
         start = time.perf_counter()
-        with going_on("the first calls in 8 bit are slow"), torch.no_grad(), compat.tuned_in_turns(self._turn):
+        with (
+            going_on("the first calls in 8 bit are slow"),
+            torch.no_grad(),
+            inductor_interface.tuned_in_turns(self._turn),
+        ):
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, weights)
                 compiled.count(args, weights)
@@ -452,7 +469,7 @@ class QuantizedGraph:
         self._report.key, self._report.stats_path = report.key, report.stats_path
         named = dict(zip(self._names, parameters, strict=True))
         for other in list(self._entries):  # of weights that were in the model while it was observed
-            if other is not weights and registry.is_successor(named, other):
+            if other is not weights and known_sets.is_successor(named, other):
                 self._entries.pop(other).release()
         if self._places is None:
             self._say(phase, reason, is_compiled)
@@ -649,13 +666,13 @@ class QuantizedGraph:
         times, nodes = CompileTimes(self._cache.root), len(self._graph.graph.nodes)
         how = f"{keys.machine_part(key)} {self._config.mode} {self._config.regional_compilation} {symbolic}"
         source = "from the cache" if self._cache.has(key) else "anew"
-        start, (hits, misses) = time.perf_counter(), compat.found_graphs()
+        start, (hits, misses) = time.perf_counter(), inductor_interface.found_graphs()
         self._is_compiled_elsewhere = False
         try:
             doing = "loading from the cache" if self._loads else "compiling"
             with contextlib.ExitStack() as stack:
                 with self._turn():  # no step in float has changed them
-                    stack.enter_context(compat.held_settings())
+                    stack.enter_context(torch_settings.held_settings())
                 stack.enter_context(Progress(doing, expected=times.expected(f"{how} {source}", nodes)))
                 directory = self._cache.inductor_directory(key)
                 compiled = build(
@@ -666,7 +683,7 @@ class QuantizedGraph:
             seconds = time.perf_counter() - start
             self._report.compile_seconds += seconds
         # Another checkpoint of this model may have left its code.
-        now_hits, now_misses = compat.found_graphs()
+        now_hits, now_misses = inductor_interface.found_graphs()
         is_found = now_hits > hits and now_misses == misses and not self._is_compiled_elsewhere
         source = "from the cache" if is_found else "anew"
         times.add(f"{how} {source}", nodes, seconds)
@@ -742,7 +759,7 @@ def invalidate(module: torch.nn.Module) -> int:
     Only needed after a change that leaves no trace: a few values of a weight, written through ``.data``.
     Returns how many 8-bit copies were forgotten.
     """
-    return registry.forget_weights(list(module.parameters()))
+    return known_layers.forget_weights(list(module.parameters()))
 
 
 def release(module: torch.nn.Module) -> int:
@@ -751,14 +768,14 @@ def release(module: torch.nn.Module) -> int:
     The next call makes them again, from the float weights that it brings along, without compiling. Returns the copies'
     size in bytes. Copies whose float weights were given up (``free_float_weights``) stay.
     """
-    return registry.release(list(module.parameters()))
+    return known_sets.release(list(module.parameters()))
 
 
 def copied_bytes(module: torch.nn.Module) -> int:
     """The size in bytes of the 8-bit copies that ``module`` runs on; 0 while there are none."""
     when, size = _copied_bytes.get(module, (-1, 0))
     if when != Generation.copies:  # ComfyUI asks several times a run, and to list the parameters takes milliseconds
-        when, size = _copied_bytes[module] = Generation.copies, registry.copied_bytes(list(module.parameters()))
+        when, size = _copied_bytes[module] = Generation.copies, known_sets.copied_bytes(list(module.parameters()))
     return size
 
 
@@ -770,7 +787,8 @@ def reset() -> None:
 
     Compiled models go on as they are; ``torch._dynamo.reset()`` makes them start anew.
     """
-    registry.clear()
+    known_layers.clear()
+    known_sets.clear()
     _copied_bytes.clear()
     graphs.clear()
     clear()

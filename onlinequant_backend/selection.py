@@ -17,14 +17,14 @@ import torch.nn.functional as F
 
 from . import ahead, cuda_graphs, graph
 from .compile_process import IDLE, done_elsewhere
-from .copies import quantize_weight, scales_in
 from .formats import Format
 from .kernels import cuda, tuning
 from .kernels.tuning import Tile
-from .layout import CHANNELS_LAST
 from .passes import LayerInfo, layer_reads
 from .progress import Progress
+from .tensors import CHANNELS_LAST
 from .trouble import going_on
+from .weight_quantization import quantize_weight, scales_in
 
 _log = logging.getLogger("onlinequant")
 _VERSION = 1

@@ -11,7 +11,7 @@ import torch
 from . import ops
 from .formats import Format
 from .kernels import reference
-from .layout import CHANNELS_LAST
+from .tensors import CHANNELS_LAST
 
 # The relative error of an op in this format on this device.
 Check = Callable[[Format, torch.device], float]

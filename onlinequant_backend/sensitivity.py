@@ -16,13 +16,14 @@ from typing import Any
 import psutil
 import torch
 import torch.fx as fx
-from torch.utils import _pytree as pytree
 
 from . import graph
-from .calibration import Observation
-from .layers import Layer, Sensitivity
+from .layers import Layer
+from .observation import Observation
 from .passes import LayerInfo
+from .passes.layer import Sensitivity
 from .progress import Progress
+from .tensors import _flat, relative_error
 
 _log = logging.getLogger("onlinequant")
 
@@ -142,14 +143,3 @@ def over_budget(
             middle = (fewest + most) // 2
             fewest, most = (fewest, middle) if error(middle) <= max_error else (middle + 1, most)
         return fewest, error(fewest)
-
-
-def relative_error(result: Any, expected: Any) -> float:
-    """``||result - expected|| / ||expected||`` over all float tensors in two results of one graph; NaN if any is."""
-    flat = _flat(expected)
-    return float((_flat(result) - flat).norm() / flat.norm())
-
-
-def _flat(result: Any) -> torch.Tensor:
-    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-    return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])

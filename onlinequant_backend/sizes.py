@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from . import graph, shapes
-from .build import CompiledGraph
+from . import graph, shapes, specialization, symbolic_inputs
+from .compiled_graph import CompiledGraph
 from .compiler import NotNowError
-from .sensitivity import relative_error
+from .tensors import relative_error
 from .traced import TracedGraph
 from .weights import WeightSet
 
@@ -57,10 +57,10 @@ class CompiledGraphs:
         self._build = build
         inputs = graph.placeholders(self._graph)
         self._others = [i for i, node in enumerate(inputs) if not graph.is_parameter(node)]
-        self._wrapped_floats = {i for i, node in enumerate(inputs) if graph.is_wrapped_float(node)}
+        self._wrapped_floats = {i for i, node in enumerate(inputs) if specialization.is_wrapped_float(node)}
         examples = {i: inputs[i].meta.get("example_value") for i in self._others}
         self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
-        self._open_floats = {i for i in self._wrapped_floats if graph.is_open_float(inputs[i])}
+        self._open_floats = {i for i in self._wrapped_floats if specialization.is_open_float(inputs[i])}
         self._may_be_symbolic = self._which_shapes != "static" and shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | InFloat] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
@@ -168,7 +168,7 @@ class CompiledGraphs:
         if compiled.fits(args):
             return True
         may_repeat = not weights.has_freed() and self._traced.may_repeat
-        if not may_repeat or not compiled.fits(args, at_least=shapes.SMALLEST):
+        if not may_repeat or not compiled.fits(args, at_least=symbolic_inputs.SMALLEST):
             return False
         try:
             with torch.no_grad():

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import compat
+from . import weak_references
 
 
 class StandIn:
@@ -24,7 +24,7 @@ class StandIn:
 
     def __init__(self, tensor: torch.Tensor) -> None:
         forget: Callable[[Any], object] = functools.partial(_forget, id(tensor))
-        self._reference: Callable[[], Any] = compat.HarmlessReference(tensor, forget)
+        self._reference: Callable[[], Any] = weak_references.HarmlessReference(tensor, forget)
 
     def __call__(self) -> torch.Tensor | None:
         """The tensor, or None once it is gone."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.fx as fx
 
-from . import compat, graph, keys
+from . import graph, keys, torch_settings
 from .config import QuantConfig
 from .passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from .precision import Precision
@@ -33,7 +33,7 @@ class TracedGraph:
     precision: Precision
     device: torch.device
     report: Report
-    state: compat.GlobalState = field(default_factory=compat.GlobalState.now)
+    state: torch_settings.GlobalState = field(default_factory=torch_settings.GlobalState.now)
 
     @functools.cached_property
     def infos(self) -> list[LayerInfo]:

@@ -25,7 +25,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, sym_or
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import compat, graph, shapes
+from . import compat, graph, inductor_interface, shapes
 from .errors import OnlineQuantError
 from .passes import LayerInfo
 from .trouble import warn_once
@@ -133,7 +133,7 @@ class _Attempt:
                         stack.enter_context(compat.static_tracing())
                 if self.way is not Way.OWN:
                     stack.enter_context(compat.symbolic_tracing(self._note))
-                    stack.enter_context(compat.free_sizes(are_ones_free=self.way is Way.ALL_SIZES))
+                    stack.enter_context(inductor_interface.free_sizes(are_ones_free=self.way is Way.ALL_SIZES))
                     self.until_traced.enter_context(compat.no_kernel_choice())
                 result = trace()
         finally:

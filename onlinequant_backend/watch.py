@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from . import drift, graph
-from .calibration import Observation
-from .sensitivity import relative_error
+from . import clip_counting, drift, graph
+from .observation import Observation
+from .tensors import relative_error
 
 if TYPE_CHECKING:
-    from .build import CompiledGraph
+    from .compiled_graph import CompiledGraph
     from .sampling import SamplingRun
     from .traced import TracedGraph
     from .weights import WeightSet
@@ -67,7 +67,7 @@ class Watch:
         if not due:
             result = compiled(args, weights)
             # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
-            drifted: Mapping[int, drift.Seen] = {}
+            drifted: Mapping[int, clip_counting.Seen] = {}
             looks = device.type == "cpu"
         else:
             result, seen = compiled.count(args, weights)
@@ -107,7 +107,7 @@ class Watch:
         compiled: CompiledGraph,
         args: Sequence[Any],
         weights: WeightSet,
-        drifted: Mapping[int, drift.Seen],
+        drifted: Mapping[int, clip_counting.Seen],
         is_lost: bool,
         result: Any,
     ) -> tuple[Any, bool]:
@@ -136,7 +136,7 @@ class Watch:
         """Whether a call can be done again, in float."""
         return self._traced.may_repeat and not weights.has_freed()
 
-    def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, drift.Seen]) -> Any:
+    def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, clip_counting.Seen]) -> Any:
         """The float result; ranges become what this call needs."""
         observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
         before = _growth(weights)
@@ -157,7 +157,7 @@ class Watch:
         compiled: CompiledGraph,
         args: Sequence[Any],
         weights: WeightSet,
-        drifted: Mapping[int, drift.Seen],
+        drifted: Mapping[int, clip_counting.Seen],
         result: Any,
     ) -> Any:
         """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
@@ -173,7 +173,7 @@ class Watch:
             drifted = weights.drifted(all_seen)
         return result
 
-    def _note(self, weights: WeightSet, drifted: Mapping[int, drift.Seen], before: Sequence[float]) -> None:
+    def _note(self, weights: WeightSet, drifted: Mapping[int, clip_counting.Seen], before: Sequence[float]) -> None:
         """Say which ranges are others now than ``before``, and look again if any is."""
         after = _growth(weights)
         for index, seen in drifted.items():

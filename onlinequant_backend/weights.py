@@ -11,33 +11,25 @@ changed is in ``changes``.
 from __future__ import annotations
 
 import contextlib
-import operator
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence, Set
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING
 
 import torch
 
-from . import drift, forks
+from . import clip_counting, drift
 from .changes import Snapshot
 from .copies import Copy, Generation, copies_lock, make_room
-from .formats import Format
 from .hollow import hollow_out
+from .layer_registry import known_layers
 from .layers import Layer
 from .merged import MergedWeight
-from .stand_ins import StandIn, stand_in
+from .stand_ins import stand_in
+from .tensors import getter
 
 if TYPE_CHECKING:
-    from .build import Prepared
-    from .passes.layer import ConvGeometry
-
-
-def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """``operator.itemgetter``, the quickest there is, that gives a tuple for any number of positions."""
-    if len(positions) > 1:
-        return operator.itemgetter(*positions)
-    return lambda sequence: tuple(sequence[position] for position in positions)
+    from .compiled_graph import Prepared
 
 
 def places(weights: Iterable[int]) -> list[int]:
@@ -192,7 +184,9 @@ class WeightSet:
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
 
-    def drifted(self, seen: Mapping[int, drift.Seen], is_after_change: bool = False) -> dict[int, drift.Seen]:
+    def drifted(
+        self, seen: Mapping[int, clip_counting.Seen], is_after_change: bool = False
+    ) -> dict[int, clip_counting.Seen]:
         """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
         of ``qparams``, as ``drift.CountingCall`` has it; ``is_after_change`` as for ``drift.has_drifted``."""
         found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
@@ -202,7 +196,7 @@ class WeightSet:
             if each is not None and self.layers[index].has_drifted(each, is_after_change)
         }
 
-    def are_coarse(self, seen: Mapping[int, drift.Seen]) -> bool:
+    def are_coarse(self, seen: Mapping[int, clip_counting.Seen]) -> bool:
         """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
         layers = (self.layers[index] for index in self.selection or ())
         found = ((layer, seen.get(layer.qparams.data_ptr())) for layer in layers)
@@ -248,9 +242,9 @@ class WeightSet:
         self.layers[index].choose_copy()
         if self.layers[index].copy.source is weight:
             return
-        layer = registry.known(self.layers[index], weight, self._places[index])
+        layer = known_layers.known(self.layers[index], weight, self._places[index])
         if layer.copy.is_claimed(weight):
-            layer = registry.part(layer, weight, self._places[index])
+            layer = known_layers.part(layer, weight, self._places[index])
         if layer is not self.layers[index]:
             self._replace(index, layer)
 
@@ -269,7 +263,8 @@ class WeightSet:
         if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
             return None
         merged = MergedWeight(copies)
-        registry.forget_extras()  # compiled graphs were given the tensors that the merged one has replaced
+        with copies_lock:
+            Generation.number += 1  # compiled graphs were given the tensors that the merged one has replaced
         return merged
 
     def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
@@ -370,134 +365,3 @@ class WeightSet:
     def end_check(self) -> bool:
         """See ``Snapshot``."""
         return self._snapshot is None or self._snapshot.end_check()
-
-
-class Registry:
-    """Every layer of this process, by weight and by what its state depends on, and every set of weights in use."""
-
-    def __init__(self) -> None:
-        self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[StandIn, dict[int, Layer]]] = {}
-        self._sets: weakref.WeakSet[WeightSet] = weakref.WeakSet()
-        self._lock = forks.lock()  # models may run in threads of their own
-
-    def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
-        """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""
-        with self._lock:
-            # Rather one that cannot be called any more: nobody else needs its copies.
-            known = max(self._sets, key=lambda each: (each.overlap(parameters), not each.alive), default=None)
-        return known if known is not None and self.is_successor(parameters, known) else None
-
-    @staticmethod
-    def is_successor(parameters: Mapping[str, torch.Tensor], known: WeightSet) -> bool:
-        """Whether ``parameters`` are of the same model as a set, some of whose weights were replaced.
-
-        A LoRA replaces weights and leaves biases and norms; another model may share a tensor or two.
-        """
-        return known.overlap(parameters) * 3 >= len(parameters)
-
-    def add(self, weights: WeightSet) -> None:
-        """Keep a set in mind for as long as somebody uses it."""
-        with self._lock:
-            self._sets.add(weights)
-
-    def layer(
-        self,
-        weight: torch.Tensor,
-        geometry: ConvGeometry | None,
-        format: Format,
-        method: str,
-        old: Layer | None = None,
-        place: int = 0,
-    ) -> Layer:
-        """The layer of ``weight``, at the place of this number, or at another one that is ``old``: the layer of the
-        weight whose place in the model it has taken. Where there is none, it takes over ``old``, if that fits, or else
-        gets a new one."""
-        kind = (geometry, format, method, weight.device)
-        with self._lock:
-            layers = self._layers_of(kind).setdefault(stand_in(weight), {})
-            if old is not None and any(layer is old for layer in layers.values()):
-                return old  # so many layers before it had this weight as well
-            if place not in layers:
-                first = next(iter(layers.values()), None)
-                layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
-            return layers[place]
-
-    def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
-        """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
-        with self._lock:
-            layers = self._layers_of(layer.kind).get(stand_in(weight), {})
-            return layer if any(each is layer for each in layers.values()) else layers.get(place, layer)
-
-    def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
-        """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
-        with self._lock:
-            layers = self._layers_of(layer.kind)
-            parted: dict[int, Layer] = {}
-            for number, each in {**layers.get(stand_in(weight), {}), place: layer}.items():
-                parted[number] = each.parted(next(iter(parted.values()), None))
-            layers[stand_in(weight)] = parted
-            return parted[place]
-
-    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[StandIn, dict[int, Layer]]:
-        return self._layers.setdefault(kind, weakref.WeakKeyDictionary())
-
-    def forget_extras(self) -> None:
-        """Have all sets look their compiled graphs' extra inputs up again."""
-        with self._lock:
-            for known in self._sets:
-                known.extras.clear()
-
-    def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
-        """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
-        with self._lock:
-            given = list(map(stand_in, weights))
-            known = [layers[weight] for layers in self._layers.values() for weight in given if weight in layers]
-            found = {layer.copy for places in known for layer in places.values()}
-        for copy in found:
-            copy.forget()
-        return sum(copy.weight is not None for copy in found)
-
-    def copied_bytes(self, weights: Sequence[torch.Tensor]) -> int:
-        """The memory of the 8-bit copies that models with any of ``weights`` run on."""
-        with self._lock:
-            return sum(copy.nbytes() for copy in self._copies_beside(weights))
-
-    def release(self, weights: Sequence[torch.Tensor]) -> int:
-        """Give up the 8-bit copies that models with any of ``weights`` run on, and what was captured with them;
-        returns the copies' bytes."""
-        with copies_lock:
-            with self._lock:
-                copies = self._copies_beside(weights)
-                sets = [known for known in self._sets if any(layer.copy in copies for layer in known.layers)]
-            prepared = [one for known in sets for one in known.extras.values()]
-            for known in sets:
-                known.extras.clear()
-            freed = sum(copy.release() for copy in copies)
-        for one in prepared:
-            one.release()
-        return freed
-
-    def _copies_beside(self, weights: Sequence[torch.Tensor]) -> set[Copy]:
-        # By biases and norms too: a LoRA's weights may be gone already, and the model's own never seen.
-        ids = set(map(id, weights))
-        running = [known for known in self._sets if known.selection is not None and known.has_any_of(ids)]
-        return {layer.copy for known in running for layer in known.layers}
-
-    def observe_again(self, weights: Sequence[torch.Tensor]) -> int:
-        """Have the sets with any of ``weights`` observed anew at their next calls; returns how many there were. Not to
-        be called while one of them is."""
-        wanted = set(map(id, weights))
-        with self._lock:
-            found = [known for known in self._sets if not known.has_freed() and known.has_any_of(wanted)]
-        for known in found:
-            known.start_over()
-        return len(found)
-
-    def clear(self) -> None:
-        """Forget every layer."""
-        with self._lock:
-            self._layers.clear()
-            self._sets.clear()
-
-
-registry = Registry()

@@ -8,7 +8,8 @@ import torch.fx as fx
 
 from onlinequant_backend import compat, graph
 
-from .layer import CONV_TARGETS, LINEAR_TARGETS, LayerInfo, PassContext, layer_nodes
+from .context import PassContext
+from .layer import CONV_TARGETS, LINEAR_TARGETS, LayerInfo, layer_nodes
 
 
 def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:

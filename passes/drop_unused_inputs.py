@@ -3,7 +3,8 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from .layer import CASTS, PassContext
+from .context import PassContext
+from .layer import CASTS
 
 
 def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:

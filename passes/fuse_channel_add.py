@@ -9,7 +9,8 @@ from onlinequant_backend import compat, graph, ops
 from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.kernels import tuning
 
-from .layer import PassContext, info_of
+from .context import PassContext
+from .layer import info_of
 
 _ADDS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
 

@@ -10,7 +10,8 @@ from onlinequant_backend import graph, ops
 from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.kernels import tuning
 
-from .layer import PassContext, info_of
+from .context import PassContext
+from .layer import info_of
 
 
 def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:

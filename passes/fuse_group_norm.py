@@ -6,9 +6,9 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph, ops
-from onlinequant_backend.layout import CHANNELS_LAST
+from onlinequant_backend.tensors import CHANNELS_LAST
 
-from .layer import PassContext
+from .context import PassContext
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # What only orders elements anew, and does that whatever their layout in memory.

@@ -8,7 +8,7 @@ import torch.fx as fx
 
 from onlinequant_backend import compat, graph, ops
 
-from .layer import PassContext
+from .context import PassContext
 
 _ADDS = (operator.add, torch.add)
 # A row is kept in registers.

@@ -5,9 +5,10 @@ from typing import Any
 import torch.fx as fx
 
 from onlinequant_backend import graph
-from onlinequant_backend.calibration import observe
+from onlinequant_backend.observation import observe
 
-from .layer import PassContext, layer_reads
+from .context import PassContext
+from .layer import layer_reads
 
 
 def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -6,9 +6,9 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import compat, graph
-from onlinequant_backend.layout import CHANNELS_LAST
+from onlinequant_backend.tensors import CHANNELS_LAST
 
-from .layer import PassContext
+from .context import PassContext
 
 _contiguous = torch.ops.aten.contiguous.default
 _IS_KEPT = "has_float_layout"  # in a node's ``meta``

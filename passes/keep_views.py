@@ -6,8 +6,8 @@ import torch.fx as fx
 from onlinequant_backend import compat
 from onlinequant_backend.aliasing import Memory
 
+from .context import PassContext
 from .keep_output_layout import in_float_layout
-from .layer import PassContext
 
 _IS_KEPT = "has_kept_views"  # in a node's ``meta``
 

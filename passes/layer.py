@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.fx as fx
 
 from onlinequant_backend import graph
-from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.layers import Sensitivity
-from onlinequant_backend.precision import Precision
-from onlinequant_backend.report import NodeDecision
 
 LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
 CONV_TARGETS = (
@@ -34,9 +31,6 @@ TRANSPOSED_TARGETS = (
     torch.nn.functional.conv_transpose3d,
 )
 
-# FLOPs per byte from which layers gain by 8 bit. A GPU waits for its memory until far more than a CPU.
-_GPU_THRESHOLDS = {"conv": 100.0, "linear": 300.0}
-_CPU_THRESHOLD = 20.0
 
 # Tensor methods that a weight may pass through on its way into a layer.
 CASTS = ("to", "float", "half", "bfloat16")
@@ -99,83 +93,6 @@ class LayerInfo:
         relative = self.sensitivity.relative if self.sensitivity else math.inf
         return math.inf if math.isnan(relative) else relative
 
-    def decision(self) -> NodeDecision:
-        """What has been decided, as the report shows it."""
-        return NodeDecision(
-            name=self.name,
-            kind=self.kind,
-            shape=self.input_shape,
-            weight_shape=self.weight_shape,
-            flops=self.flops,
-            bytes=self.bytes,
-            density=self.density,
-            sensitivity=self.sensitivity.relative if self.sensitivity else None,
-            mae=self.sensitivity.mae if self.sensitivity else None,
-            mse=self.sensitivity.mse if self.sensitivity else None,
-            float_us=self.float_us,
-            quantized_us=self.quantized_us,
-            quantized=self.quantized,
-            reason=self.reason,
-        )
-
-
-@dataclasses.dataclass
-class PassContext:
-    """What the passes are told, and what they hand on to each other.
-
-    Attributes:
-        config, precision: the user's options and what the device resolves them to.
-        measured: whether the layers' sensitivities have been measured.
-        unusable: by layer name, what observing found that rules a layer out.
-        freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
-        selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
-        device: where the graph runs.
-        at_largest: each of these layers, by name, at the largest size that its model was traced at.
-        smoothing: what identifies the factors that a layer's input is smoothed by, by the layer's index, if it is.
-        merge: makes one weight of those of several layers, by their indices; returns whether it could.
-        extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
-    """
-
-    config: QuantConfig
-    precision: Precision
-    measured: bool = False
-    unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    freed: Collection[int] = ()
-    selection: Sequence[int] | None = None
-    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    at_largest: Callable[[Sequence[LayerInfo]], Mapping[str, LayerInfo]] = lambda infos: {}
-    smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
-    merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
-    extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
-
-    def threshold(self, kind: str) -> tuple[float, str]:
-        """The density in FLOPs per byte below which a layer of this kind stays in float, and what that is called."""
-        name = f"{kind}_compute_density_threshold"
-        given = getattr(self.config, name)
-        if given is not None:
-            return given, f"{name}={given:g}"
-        if self.measures_speed:
-            return 0.0, "none"
-        where, density = ("GPUs", _GPU_THRESHOLDS[kind]) if self.device.type == "cuda" else ("CPUs", _CPU_THRESHOLD)
-        return density, f"{density:g}, the {name} for {where}"
-
-    @property
-    def measures_speed(self) -> bool:
-        """Whether layers are selected by measured times, and by their compute density only where a threshold is set."""
-        return self.device.type == "cuda" and self.config.selection != "density"
-
-    @property
-    def in_regions(self) -> bool:
-        """Whether what the graph does more than once is to be compiled once."""
-        asked = self.config.regional_compilation
-        return self.device.type == "cpu" if asked == "auto" else bool(asked)
-
-    @property
-    def saturates(self) -> bool:
-        """Whether converting to the activations' dtype limits them: in Triton's conversion to float8 the instruction
-        does (PTX ``cvt.rn.satfinite.e4m3x2.f32``). Clamping before made Inductor's LayerNorm a third slower."""
-        return self.device.type == "cuda" and self.precision.format.activation.is_floating_point
-
 
 def info_of(node: fx.Node) -> LayerInfo | None:
     """The node's layer, or None for a node that is no conv or linear."""
@@ -204,16 +121,26 @@ def layer_reads(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerIn
             yield node, info, (graph.argument(node, 0, "input"), writes)
 
 
-def is_selected(info: LayerInfo, context: PassContext) -> bool:
-    """Whether to rewrite this layer."""
-    if info.index is None:
-        return False
-    return info.quantized if context.selection is None else info.index in context.selection
-
-
 def weight_parameter(node: fx.Node) -> fx.Node | None:
     """The parameter input behind a layer's weight, looking through dtype casts; None if it is computed."""
     weight = graph.argument(node, 1, "weight")
     while isinstance(weight, fx.Node) and weight.op == "call_method" and weight.target in CASTS:
         weight = weight.args[0]
     return weight if graph.is_parameter(weight) else None
+
+
+@dataclasses.dataclass
+class Sensitivity:
+    """How far 8 bit in one layer puts an output from the float one: ``mae``, ``mse``, and ``relative`` to the latter.
+
+    ``of_model``: whether it is the model's output, or else the layer's own.
+    """
+
+    relative: float
+    mae: float
+    mse: float
+    of_model: bool = False
+
+    def __post_init__(self) -> None:
+        # As precise as the cache keeps them, so that decisions do not depend on where a figure comes from.
+        self.relative, self.mae, self.mse = (ctypes.c_float(x).value for x in (self.relative, self.mae, self.mse))

@@ -9,7 +9,8 @@ import torch.fx as fx
 from onlinequant_backend import graph, ops
 from onlinequant_backend.aliasing import Memory
 
-from .layer import LayerInfo, PassContext, layer_nodes
+from .context import PassContext
+from .layer import LayerInfo, layer_nodes
 
 
 def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from onlinequant_backend import graph
+from onlinequant_backend import parameter_names
 
-from .layer import CONV_TARGETS, LINEAR_TARGETS, TRANSPOSED_TARGETS, LayerInfo, PassContext, info_of, weight_parameter
+from .context import PassContext
+from .layer import CONV_TARGETS, LINEAR_TARGETS, TRANSPOSED_TARGETS, LayerInfo, info_of, weight_parameter
 
 _KINDS: dict[object, str] = {
     **dict.fromkeys(LINEAR_TARGETS, "linear"),
@@ -24,7 +25,7 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
     A weight that is computed inside the graph has no name of its own; its layer takes the module's.
     """
     named = 0
-    names = graph.parameter_names(graph_module)
+    names = parameter_names.parameter_names(graph_module)
     for node in graph_module.graph.nodes:
         if node.op != "call_function" or node.target not in _KINDS or info_of(node) is not None:
             continue

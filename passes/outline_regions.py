@@ -13,7 +13,8 @@ from onlinequant_backend import compat, graph
 from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.repeats import repeated_runs
 
-from .layer import PassContext, info_of
+from .context import PassContext
+from .layer import info_of
 
 # Regions of fewer calls are not worth it, nor are those that save less than this share of the graph's calls.
 _LEAST_CALLS, _LEAST_SAVED = 20, 0.02

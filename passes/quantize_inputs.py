@@ -6,7 +6,8 @@ import torch.fx as fx
 
 from onlinequant_backend import graph, ops
 
-from .layer import PassContext, is_selected, layer_reads
+from .context import PassContext, is_selected
+from .layer import layer_reads
 
 
 def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -6,7 +6,8 @@ import torch.fx as fx
 
 from onlinequant_backend import graph, ops
 
-from .layer import LayerInfo, PassContext
+from .context import PassContext
+from .layer import LayerInfo
 
 
 def quantized_operands(

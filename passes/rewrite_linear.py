@@ -4,7 +4,8 @@ import torch.fx as fx
 
 from onlinequant_backend import graph, ops
 
-from .layer import PassContext, layer_nodes
+from .context import PassContext
+from .layer import layer_nodes
 from .quantized_operands import quantized_operands
 
 

@@ -11,16 +11,8 @@ from onlinequant_backend import exclusion, graph
 from onlinequant_backend.aliasing import Memory
 from onlinequant_backend.report import CANDIDATE
 
-from .layer import (
-    CASTS,
-    CONV_TARGETS,
-    TRANSPOSED_TARGETS,
-    ConvGeometry,
-    LayerInfo,
-    PassContext,
-    layer_nodes,
-    weight_parameter,
-)
+from .context import PassContext
+from .layer import CASTS, CONV_TARGETS, TRANSPOSED_TARGETS, ConvGeometry, LayerInfo, layer_nodes, weight_parameter
 
 _log = logging.getLogger("onlinequant")
 

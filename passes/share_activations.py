@@ -8,7 +8,7 @@ import torch.fx as fx
 from onlinequant_backend import graph
 from onlinequant_backend.aliasing import Memory
 
-from .layer import PassContext
+from .context import PassContext
 
 _ACTIVATIONS = (
     *(torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.gelu, torch._C._nn.gelu),

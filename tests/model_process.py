@@ -102,7 +102,7 @@ class Session:
         import torch
 
         import onlinequant_backend as oq
-        from onlinequant_backend import compat
+        from onlinequant_backend import inductor_interface
         from tests.small import small
         from tests.test_runtime import EagerInductor
         from tests.tiny import OPTIONS, net
@@ -110,7 +110,7 @@ class Session:
         torch.set_grad_enabled(False)
         torch._inductor.config.compile_threads = 1  # one kernel is compiled sooner than processes for more have begun
         if not inductor:
-            compat.compile_fx = EagerInductor()
+            inductor_interface.compile_fx = EagerInductor()
         self._model: Any = net(seed) if model == "net" else small(seed)
         self._compiled: Any = torch.compile(self._model, backend=oq.onlinequant, options={**OPTIONS, **options})
 

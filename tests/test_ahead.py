@@ -18,7 +18,7 @@ from torch._dynamo.source import ConstantSource
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
-from onlinequant_backend import ahead, compat, ops
+from onlinequant_backend import ahead, hardware, ops
 from onlinequant_backend.kernels import cuda, launch
 from onlinequant_backend.kernels.tuning import CUBLAS, Tile
 
@@ -119,7 +119,7 @@ def test_tensors_that_are_nowhere_are_for_the_current_gpu(monkeypatch: pytest.Mo
     assert found == [1, 101, 103, 103]
 
 
-@pytest.mark.skipif(not compat.has_gluon(), reason="this Triton has no such Gluon")
+@pytest.mark.skipif(not hardware.has_gluon(), reason="this Triton has no such Gluon")
 def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
     script = Path(__file__).with_name("kernels") / "compile_ahead.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import backend, compat
+from onlinequant_backend import backend, inductor_interface
 from tests.graph_probe import EIGHT_BITS, GraphProbe
 from tests.small import CLOSE, compiled
 from tests.test_runtime import EagerInductor
@@ -21,7 +21,7 @@ X = noise(8, 16)
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
 
 
 class Called(nn.Module):

@@ -16,12 +16,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, copies
+from onlinequant_backend import compat, copies, inductor_interface
 from onlinequant_backend.background import Background
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.persistence import Entry
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import sampling_run
+from onlinequant_backend.set_registry import known_sets
 from onlinequant_backend.weights import WeightSet
 from tests.small import (
     CLOSE,
@@ -40,7 +41,7 @@ from tests.test_runtime import EagerInductor
 from tests.tiny import noise, relative_error
 
 ASIDE = {"compile_in_background": True}
-_compile_fx = compat.compile_fx
+_compile_fx = inductor_interface.compile_fx
 
 
 class SlowInductor(EagerInductor):
@@ -84,7 +85,7 @@ def join() -> None:
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowInductor]:
     stand_in = SlowInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     yield stand_in
     stand_in.may_end.set()
 
@@ -226,8 +227,9 @@ def test_weights_that_change_while_compiling(replace: bool, inductor: SlowInduct
     assert relative_error(before, model(X)) > 3 * CLOSE
     assert torch.equal(step(X), model(X))
     inductor.finish()
-    for _ in range(2):
-        assert 0 < relative_error(step(X), model(X)) < CLOSE
+    errors = [relative_error(step(X), model(X)) for _ in range(3)]  # the first call may have been done again in float
+    assert max(errors) < CLOSE
+    assert min(errors[1:]) > 0
 
 
 @torch.no_grad()
@@ -274,13 +276,15 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
 
     for _ in range(2):
         step(X)
-    for layer in oq.runtime.registry._sets:
-        layer.layers[1].copy.drop()
+    for weights in known_sets:
+        weights.layers[1].copy.drop()
     monkeypatch.setattr(Layer, "requantize", change_afterwards)
     step(X)
     inductor.finish()
     assert changed.is_set()
-    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    errors = [relative_error(step(X), model(X)) for _ in range(2)]
+    assert max(errors) < CLOSE
+    assert errors[1] > 0
 
 
 @torch.no_grad()
@@ -661,7 +665,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 import torch
-from onlinequant_backend import compat, compile_process
+from onlinequant_backend import inductor_interface, compile_process
 import onlinequant_backend as oq
 from tests.small import X, compiled, small
 
@@ -676,7 +680,7 @@ def slow(graph, *_given, **_named):
             time.sleep(0.005)
     return graph
 
-compat.compile_fx = slow
+inductor_interface.compile_fx = slow
 with torch.no_grad():
     step = compiled(small(), {"compile_in_background": True})
     for _ in range(3):
@@ -694,7 +698,7 @@ def test_a_process_that_ends_finishes_it() -> None:
 
 @torch.no_grad()
 def test_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", _compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", _compile_fx)
     model: Small = small()
     x = noise(1, 4, 8, 8, seed=5)
     step = compiled(model, ASIDE)

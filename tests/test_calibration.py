@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from onlinequant_backend import ops
-from onlinequant_backend.calibration import ActivationRange, Observation, freeze
+from onlinequant_backend.calibration import ActivationRange, freeze
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.kernels import reference
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.observation import Observation
 from tests.tiny import noise, relative_error
 
 METHODS = ["minmax", "mse", "percentile"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onlinequant_backend import drift, ops
+from onlinequant_backend import clip_counting, counting_call, ops
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.layers import Layer
 from tests.tiny import noise, relative_error
@@ -43,11 +43,11 @@ def observed(make: Callable[[torch.Tensor], torch.Tensor], format: Format, metho
     return layer
 
 
-def passed(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, drift.Seen]:
+def passed(layer: Layer, x: torch.Tensor) -> tuple[torch.Tensor, clip_counting.Seen]:
     """What a layer makes of its input, and what a check sees of it."""
-    kernel = drift.counted(lambda xq, qparams: (xq.float() - qparams[1]) * qparams[2])
+    kernel = clip_counting.counted(lambda xq, qparams: (xq.float() - qparams[1]) * qparams[2])
     xq = ops.quantize(x, layer.qparams, layer.format.activation, False)
-    result, seen = drift.CountingCall(lambda: kernel(xq, layer.qparams))()
+    result, seen = counting_call.CountingCall(lambda: kernel(xq, layer.qparams))()
     return result, seen[layer.qparams.data_ptr()]
 
 

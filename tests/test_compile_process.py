@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, compile_process, wire
+from onlinequant_backend import compile_process, inductor_interface, torch_settings, wire
 from onlinequant_backend.compile_process import (
     CompileProcess,
     CompileProcessError,
@@ -116,7 +116,7 @@ def test_what_it_compiles_is_found(process: CompileProcess) -> None:
             step(x)
             in_float = until_it_is_compiled(model, step, x, torch.inference_mode)
             assert in_float > 20  # it did not wait
-            assert (compat.found_graphs(), graphs_traced()) == ((graphs, 0), graphs)
+            assert (inductor_interface.found_graphs(), graphs_traced()) == ((graphs, 0), graphs)
             assert oq.reports()[-1].phase == "quantized"
 
 
@@ -169,7 +169,7 @@ def test_without_it_nothing_fails_meanwhile(process: CompileProcess, monkeypatch
         finally:
             is_over.set()
         assert beside.result(60) > 20
-    assert (compat.found_graphs(), graphs_traced()) == ((0, 1), 1)
+    assert (inductor_interface.found_graphs(), graphs_traced()) == ((0, 1), 1)
     assert process._process is None and oq.reports()[-1].phase == "quantized"
     assert torch._dynamo.config.error_on_nested_fx_trace
 
@@ -180,7 +180,7 @@ def test_what_it_cannot_do_is_done_here(
 ) -> None:
     caplog.set_level("INFO", "onlinequant")
     inductor = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", inductor)
+    monkeypatch.setattr(inductor_interface, "compile_fx", inductor)
     monkeypatch.setattr(wire, "dumps", lambda _value: b"no graph")
     quantize()
     assert len(inductor.graphs) == 1
@@ -195,7 +195,7 @@ def test_one_that_is_killed_in_the_middle(
 ) -> None:
     caplog.set_level("INFO", "onlinequant")
     inductor, killed = EagerInductor(), list[int]()
-    monkeypatch.setattr(compat, "compile_fx", inductor)
+    monkeypatch.setattr(inductor_interface, "compile_fx", inductor)
 
     def send_and_kill(stream: Any, message: bytes) -> None:
         send(stream, message)
@@ -263,13 +263,13 @@ def test_one_that_has_ended_is_replaced(idle: CompileProcess) -> None:
 
 def test_settings_reach_it(idle: CompileProcess) -> None:
     """The keys of Inductor's caches hold them."""
-    before = compat.settings()
-    assert idle.run(compat.settings) == before
+    before = torch_settings.settings()
+    assert idle.run(torch_settings.settings) == before
     with changed_settings():
-        changed = compat.settings()
-        assert idle.run(compat.settings) == changed
+        changed = torch_settings.settings()
+        assert idle.run(torch_settings.settings) == changed
     assert changed != before and all(there != here for there, here in zip(changed, before, strict=True))
-    assert idle.run(compat.settings) == compat.settings() != changed  # what differs no more is set back
+    assert idle.run(torch_settings.settings) == torch_settings.settings() != changed  # what differs no more is set back
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import torch
 import torch.fx as fx
 from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-from onlinequant_backend import compat, cpp_batches
+from onlinequant_backend import cpp_batches, inductor_interface
 from onlinequant_backend.compiler import caches_in
 from tests.tiny import noise, relative_error
 
@@ -39,7 +39,7 @@ def batches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def compiled(function: Callable[..., Any], *inputs: torch.Tensor) -> Callable[..., Sequence[torch.Tensor]]:
     with caches_in(None), torch.no_grad():
         module = fx.symbolic_trace(function)
-        result: Callable[..., Sequence[torch.Tensor]] = compat.compile_fx(
+        result: Callable[..., Sequence[torch.Tensor]] = inductor_interface.compile_fx(
             module, list(inputs), {"max_fusion_size": 1}, outside_dynamo=True
         )
     return result

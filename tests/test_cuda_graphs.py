@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
-from onlinequant_backend import cuda_graphs, drift, graph_memory
+from onlinequant_backend import clip_counting, counting_call, cuda_graphs, graph_memory
 from onlinequant_backend.cuda_graphs import GraphedCall, _Lane
 from onlinequant_backend.graph_memory import allocates_in_graph
 
@@ -472,24 +472,24 @@ def test_memory_is_shared_and_given_back() -> None:
 
 
 def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
-    kernel = drift.counted(lambda xq, qparams: xq.float().sum())
+    kernel = clip_counting.counted(lambda xq, qparams: xq.float().sum())
     qparams = torch.tensor([1.0, 0.0, 1.0], device=device)
 
     def step(qparams: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return kernel(x.to(torch.int8), qparams) + kernel(x.to(torch.int8), qparams)
 
-    call = drift.CountingCall(step, functools.partial(GraphedCall, device=device, fixed=[True, False]))
+    call = counting_call.CountingCall(step, functools.partial(GraphedCall, device=device, fixed=[True, False]))
     x = torch.zeros(1000, device=device)
     for clipped in (0, 104, 54, 1000, 4):
         x.zero_()[:clipped] = 127
         result, seen = call(qparams, x)
         assert float(result) == 2 * 127 * clipped
         lowest, highest = 127 * (clipped == 1000), 127 * (clipped > 0)
-        assert seen == {qparams.data_ptr(): drift.Seen(max(0, clipped - 4) / 1000, lowest, highest)}
+        assert seen == {qparams.data_ptr(): clip_counting.Seen(max(0, clipped - 4) / 1000, lowest, highest)}
     assert call.run.captures == 1  # type: ignore[attr-defined]
     for size in (3000, 3000, 1000, 3000):
         _, seen = call(qparams, torch.full((size,), 127.0, device=device))
-        assert seen == {qparams.data_ptr(): drift.Seen(1 - 4 / size, 127, 127)}
+        assert seen == {qparams.data_ptr(): clip_counting.Seen(1 - 4 / size, 127, 127)}
     assert call.run.captures == 2  # type: ignore[attr-defined]
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, files
+from onlinequant_backend import files, inductor_interface
 from tests.model_process import ModelProcess
 from tests.small import CLOSE, WIDE, X, cache_directory, compiled, forget_everything, small
 from tests.test_runtime import EagerInductor
@@ -43,7 +43,7 @@ def code() -> Path:
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> Generating:
     stand_in = Generating()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
 
 

@@ -22,7 +22,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, copies
+from onlinequant_backend import inductor_interface, weight_quantization
 from tests.small import compiled, forget_everything
 from tests.test_runtime import EagerInductor
 from tests.tiny import Block, noise, relative_error
@@ -200,7 +200,7 @@ class Session(RuleBasedStateMachine):
 @contextlib.contextmanager
 def interrupted(after: int) -> Iterator[None]:
     """A ``KeyboardInterrupt`` after so many weights, in the middle of the next one."""
-    quantize, left = copies.quantize_weight, [after]
+    quantize, left = weight_quantization.quantize_weight, [after]
 
     def stopped(*args: Any) -> Any:
         left[0] -= 1
@@ -208,17 +208,17 @@ def interrupted(after: int) -> Iterator[None]:
             raise KeyboardInterrupt
         return quantize(*args)
 
-    copies.quantize_weight = stopped
+    weight_quantization.quantize_weight = stopped
     try:
         yield
     finally:
-        copies.quantize_weight = quantize
+        weight_quantization.quantize_weight = quantize
 
 
 @pytest.mark.slow
 @torch.no_grad()
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
     settings = hypothesis.settings(
         max_examples=_EXAMPLES or 10,
         stateful_step_count=_STEPS,

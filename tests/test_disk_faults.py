@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend import build, cache, compat, layers
+from onlinequant_backend import build, cache, inductor_interface, layers
 from tests.model_process import ModelProcess
 from tests.small import (
     CLOSE,
@@ -37,7 +37,7 @@ from tests.tiny import relative_error
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[EagerInductor]:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     forget_everything()
     with torch.no_grad():
         yield stand_in
@@ -145,13 +145,15 @@ def test_a_directory_that_is_deleted_is_made_again(
         shutil.rmtree(cache_directory())
     elif when == "compiling":
         deleting = lambda *given, **named: shutil.rmtree(cache_directory()) or inductor(*given, **named)  # noqa: E731
-        monkeypatch.setattr(compat, "compile_fx", deleting)
+        monkeypatch.setattr(inductor_interface, "compile_fx", deleting)
     for _ in range(2):
         assert relative_error(step(X), model(X)) < CLOSE
-    monkeypatch.setattr(compat, "compile_fx", inductor)
+    monkeypatch.setattr(inductor_interface, "compile_fx", inductor)
     if when == "running":
         shutil.rmtree(cache_directory())
-    assert 0 < relative_error(step(WIDE), model(WIDE)) < CLOSE
+    errors = [relative_error(step(WIDE), model(WIDE)) for _ in range(2)]  # the first may have been done again in float
+    assert max(errors) < CLOSE
+    assert errors[1] > 0
     assert [report.phase for report in oq.reports()] == ["quantized"] * 2
     assert len(entries()) == 1 + (when != "running")
     assert not caplog.records
@@ -191,7 +193,7 @@ def test_a_disk_that_is_full_when_inductor_writes(
         return inductor(*given, **named)
 
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")  # the choice of conftest.py
-    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
     key = run(small()).key
     inside, outside = folders
     assert inside == cache_directory() / "inductor" / (key[:16] + key[32:48])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from onlinequant_backend import drift, ops
+from onlinequant_backend import clip_counting, counting_call, drift, ops
 from onlinequant_backend.calibration import ActivationRange, clipped_share, freeze, wanted, widened
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.layers import Layer
@@ -98,7 +98,7 @@ def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.T
 
 
 def share_of(xq: torch.Tensor) -> float:
-    return float(drift.clipped(xq).float().mean())
+    return float(clip_counting.clipped(xq).float().mean())
 
 
 def observed(x: torch.Tensor) -> ActivationRange:
@@ -127,8 +127,8 @@ def test_ranges_that_have_changed_can_be_saved_and_restored(format: Format, meth
             x[0, 0] *= random.choice([1, 30, 300]) * random.choice([0.01, 1, 100])
         if random.random() < 0.25:
             values = quantized(x, layer.qparams, format).flatten()
-            low, high = map(float, drift._bounds_of(values))
-            layer.step(drift.Seen(share_of(values), low, high))
+            low, high = map(float, clip_counting._bounds_of(values))
+            layer.step(clip_counting.Seen(share_of(values), low, high))
         else:
             layer.refit(x, has_drifted=random.random() < 0.5)
         saved, other = layer.save("fc", "linear", (8, 16)), Layer(None, format, method)
@@ -144,7 +144,7 @@ def test_what_was_observed_does_not_look_like_drift(format: Format, method: str)
         seen = observed(x)
         qparams = freeze(seen, format, method)
         share = share_of(quantized(x, qparams, format))
-        assert not drift.has_drifted(share, clipped_share(seen, qparams, format))
+        assert not clip_counting.has_drifted(share, clipped_share(seen, qparams, format))
 
 
 @FORMATS
@@ -158,7 +158,7 @@ def test_the_clipped_share_is_that_of_the_values_beyond_the_range(format: Format
     x[:100] = sign * 4 * x.abs().max()
     share = share_of(quantized(x, qparams, format))
     assert share == pytest.approx(0.1, abs=0.001)
-    assert drift.has_drifted(share, expected)
+    assert clip_counting.has_drifted(share, expected)
 
 
 @FORMATS
@@ -202,9 +202,9 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
     layer.observe(torch.rand(64, 96), noise(32, 96))
     layer.freeze()
     larger = (4 * noise(64, 96)).clamp(max=3)
-    assert drift.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
+    assert clip_counting.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
     layer.refit(larger)
-    assert not drift.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
+    assert not clip_counting.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
     assert layer.growth > 2
 
 
@@ -220,12 +220,12 @@ def test_a_wider_range_has_room_for_the_next_values(format: Format, values: int)
     assert 4 <= layer.growth < 6
     largest = x.max().expand(values)  # all of them at the end
     assert share_of(quantized(4.4 * largest, layer.qparams, format)) <= layer.clipped
-    assert drift.has_drifted(share_of(quantized(12 * largest, layer.qparams, format)), layer.clipped)
+    assert clip_counting.has_drifted(share_of(quantized(12 * largest, layer.qparams, format)), layer.clipped)
 
 
 def test_a_kernel_is_counted_only_when_asked_for() -> None:
     seen = []
-    kernel = drift.counted(lambda xq, qparams, *rest: seen.append(rest))
+    kernel = clip_counting.counted(lambda xq, qparams, *rest: seen.append(rest))
     some, other = (torch.tensor([1.0, 3.0, 1.0]) for _ in range(2))
     xq = torch.tensor([0, 1, 253, 254], dtype=torch.uint8).repeat(1000)
 
@@ -236,23 +236,23 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
         return number
 
     step(1)
-    result, seen_of = drift.CountingCall(step)(2)
+    result, seen_of = counting_call.CountingCall(step)(2)
     step(3)
     assert seen == [(1,)] * 3 + [(2,)] * 3 + [(3,)] * 3
     assert result == 2
     assert seen_of == {
-        some.data_ptr(): drift.Seen(0.5 - 4 / 4000, 0, 254),
-        other.data_ptr(): drift.Seen(0, 7, 7),
+        some.data_ptr(): clip_counting.Seen(0.5 - 4 / 4000, 0, 254),
+        other.data_ptr(): clip_counting.Seen(0, 7, 7),
     }
 
 
 def test_a_function_without_such_kernels_clips_nothing() -> None:
-    assert drift.CountingCall(lambda x: x + 1)(2) == (3, {})
+    assert counting_call.CountingCall(lambda x: x + 1)(2) == (3, {})
 
 
 def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
     qparams = torch.tensor([1.0, 3.0, 1.0])
-    kernel = drift.counted(lambda xq, qparams: len(xq))
+    kernel = clip_counting.counted(lambda xq, qparams: len(xq))
     outcomes: dict[int, Any] = {}
 
     def replayed(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -263,9 +263,9 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
         return run
 
-    call = drift.CountingCall(lambda xq: kernel(xq, qparams), replayed)
+    call = counting_call.CountingCall(lambda xq: kernel(xq, qparams), replayed)
     for size in (1000, 3000, 1000, 500, 3000):
-        seen = drift.Seen(1 - 4 / size, 254, 254)
+        seen = clip_counting.Seen(1 - 4 / size, 254, 254)
         assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): seen})
 
 
@@ -276,10 +276,10 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 def test_a_handful_of_many_values_is_no_drift(values: int, beyond: int, drifts: bool) -> None:
     xq = torch.full((values,), 100, dtype=torch.uint8)
     xq[:beyond] = 254
-    kernel = drift.counted(lambda xq, qparams: None)
-    _, found = drift.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
+    kernel = clip_counting.counted(lambda xq, qparams: None)
+    _, found = counting_call.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
     (seen,) = found.values()
-    assert drift.has_drifted(seen.clipped, 0.0) is drifts
+    assert clip_counting.has_drifted(seen.clipped, 0.0) is drifts
 
 
 @FORMATS

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, exclusion
+from onlinequant_backend import exclusion, inductor_interface
 from tests.test_runtime import EagerInductor
 from tests.tiny import OPTIONS, Net, net, noise, relative_error
 
@@ -31,7 +31,7 @@ OF_AN_ADAPTER = [
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
 
 
 @pytest.mark.parametrize("name", ["mid.to_q", *OF_AN_ADAPTER])

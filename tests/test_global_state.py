@@ -15,7 +15,7 @@ from torch import nn
 from torch._dynamo.backends.debugging import aot_eager
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface, torch_settings
 from tests.small import CLOSE, WIDE, X, compiled, forget_everything, small
 from tests.test_runtime import EagerInductor, inductor
 from tests.tiny import relative_error
@@ -83,7 +83,7 @@ def tracing(monkeypatch: pytest.MonkeyPatch) -> None:
         traced: Callable[..., Any] = aot_eager(graph_module, inputs)
         return traced
 
-    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
 
 
 def pictures(model: nn.Module, **options: Any) -> list[torch.Tensor]:
@@ -215,16 +215,16 @@ def test_autocast_has_a_place_of_its_own_in_the_cache(inductor: EagerInductor) -
 )
 def test_settings_are_told_and_set_by_whichever_name_they_were_set(change: Callable[[], None]) -> None:
     """As the process that compiles for this one does it."""
-    before = compat.settings()
+    before = torch_settings.settings()
     try:
         change()
-        told = compat.settings()
+        told = torch_settings.settings()
         assert told != before
         for one in (before, told):
-            compat.apply_settings(one)
-            assert compat.settings() == one
+            torch_settings.apply_settings(one)
+            assert torch_settings.settings() == one
     finally:
-        compat.apply_settings(before)
+        torch_settings.apply_settings(before)
 
 
 def test_every_tensor_of_ours_names_its_dtype_and_its_device() -> None:

@@ -10,7 +10,7 @@ import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
 
-from onlinequant_backend import graph
+from onlinequant_backend import graph, parameter_names, specialization
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, PassContext, layer_nodes, run_passes
 from tests.graph_probe import EIGHT_BITS, EVERY_LAYER, GraphProbe, Snapshot, WithWeight, capture
@@ -103,7 +103,7 @@ def test_copy_keeps_what_dynamo_knows() -> None:
     original.meta["note"] = "kept"
     copy = graph.copy_graph(graph.copy_graph(original))
     assert copy.meta["note"] == "kept"
-    names = [list(graph.parameter_names(module).values()) for module in (original, copy)]
+    names = [list(parameter_names.parameter_names(module).values()) for module in (original, copy)]
     assert names[0] == names[1]
     assert sorted(names[1]) == sorted(name for name, _ in net().named_parameters())
     with torch.no_grad():
@@ -112,7 +112,7 @@ def test_copy_keeps_what_dynamo_knows() -> None:
 
 def test_only_parameters_have_names() -> None:
     probe = GraphProbe(WithWeight(F.linear, 4, 4), noise(2, 4))
-    assert list(graph.parameter_names(probe.graph_module).values()) == ["weight"]
+    assert list(parameter_names.parameter_names(probe.graph_module).values()) == ["weight"]
     assert not graph.is_parameter(probe.nodes(LINEAR)[0])
 
 
@@ -144,7 +144,7 @@ def test_no_two_parameters_have_one_name(
     function: Callable[..., Any], models: tuple[Any, ...], names: list[str]
 ) -> None:
     traced, _ = capture(function, *models, noise(2, 4))
-    assert sorted(graph.parameter_names(traced).values()) == sorted(names)
+    assert sorted(parameter_names.parameter_names(traced).values()) == sorted(names)
     assert not graph.is_parameter(None)
 
 
@@ -155,9 +155,9 @@ def test_specialize_bakes_numbers_in(count: int, factor: float) -> None:
     symbolic = graph.copy_graph(original)
     inputs = graph.placeholders(symbolic)
     assert any(isinstance(arg, int) for arg in args)
-    assert sum(map(graph.is_wrapped_float, inputs)) == 1
+    assert sum(map(specialization.is_wrapped_float, inputs)) == 1
 
-    graph.specialize(symbolic, args)
+    specialization.specialize(symbolic, args)
     symbolic.graph.lint()
     symbolic.recompile()
     # Only the tensor is read any more.
@@ -190,12 +190,12 @@ def test_a_float_that_is_only_calculated_with_stays_an_input(
     captured, args = capture(function, x, 0.3, dynamic=True)
     for number in (0.3, 0.7):
         specialized = graph.copy_graph(captured)
-        (node,) = filter(graph.is_wrapped_float, graph.placeholders(specialized))
-        assert graph.is_open_float(node) == stays
+        (node,) = filter(specialization.is_wrapped_float, graph.placeholders(specialized))
+        assert specialization.is_open_float(node) == stays
         values = [
             torch.tensor(number, dtype=torch.float64) if arg is not x and torch.is_tensor(arg) else arg for arg in args
         ]
-        graph.specialize(specialized, values)
+        specialization.specialize(specialized, values)
         specialized.recompile()
         assert bool(node.users) == stays
         expected = function(x, number)
@@ -206,8 +206,8 @@ def test_a_float_that_is_only_calculated_with_stays_an_input(
 def test_scalar_tensor_is_no_wrapped_float() -> None:
     original, args = capture(lambda x, t: x * t, noise(3), torch.tensor(2.0, dtype=torch.float64), dynamic=True)
     copy = graph.copy_graph(original)
-    assert not any(map(graph.is_wrapped_float, graph.placeholders(copy)))
-    graph.specialize(copy, args)
+    assert not any(map(specialization.is_wrapped_float, graph.placeholders(copy)))
+    specialization.specialize(copy, args)
     assert Snapshot.of(copy) == Snapshot.of(original)
 
 

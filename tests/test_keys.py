@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, keys, precision
+from onlinequant_backend import inductor_interface, keys, precision, source_digest
 from onlinequant_backend.formats import INT8, ONEDNN, ONEDNN_7, Format
 from tests.model_process import ModelProcess
 from tests.small import CLOSE, WIDE, X, compiled, entries, forget_everything, small
@@ -25,7 +25,7 @@ PARTS = ("portable", "weights", "machine", "graph")
 
 @pytest.fixture(autouse=True)
 def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
     with torch.no_grad():
         yield
 
@@ -194,7 +194,7 @@ def test_another_cache_directory(tmp_path: Path) -> None:
         ("onlinequant_backend.keys.source_digest", lambda: "other"),
         ("torch.__version__", "2.99.0"),
         ("onlinequant_backend.keys._triton_version", lambda: "99"),
-        ("onlinequant_backend.compat.int8_instructions", lambda: "other"),
+        ("onlinequant_backend.hardware.int8_instructions", lambda: "other"),
     ],
 )
 def test_another_machine(name: str, value: object, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,21 +224,21 @@ def test_every_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     (tmp_path / "package" / "kernels").mkdir(parents=True)
     (tmp_path / "passes").mkdir()
-    monkeypatch.setattr(keys, "__file__", str(tmp_path / "package" / "keys.py"))
+    monkeypatch.setattr(source_digest, "__file__", str(tmp_path / "package" / "keys.py"))
     monkeypatch.setattr(passes, "__file__", str(tmp_path / "passes" / "__init__.py"))
     digests = set()
     files = ("package/keys.py", "package/kernels/cpu.py", "passes/a.py", "passes/b.py")
     for text in ("", "# changed\n"):
         for file in files:
             (tmp_path / file).write_text(text)
-            keys.source_digest.cache_clear()
-            digests.add(keys.source_digest())
+            source_digest.source_digest.cache_clear()
+            digests.add(source_digest.source_digest())
     assert len(digests) == 2 * len(files)
     (tmp_path / "package" / "__pycache__").mkdir()
     (tmp_path / "package" / "__pycache__" / "keys.pyc").write_text("")
-    keys.source_digest.cache_clear()
-    assert keys.source_digest() in digests
-    keys.source_digest.cache_clear()
+    source_digest.source_digest.cache_clear()
+    assert source_digest.source_digest() in digests
+    source_digest.source_digest.cache_clear()
 
 
 def test_other_layers_of_equal_weights() -> None:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
+from onlinequant_backend.weight_quantization import quantize_weight
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
 

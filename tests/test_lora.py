@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from tests.test_runtime import EagerInductor, dynamo_graphs
 from tests.tiny import OPTIONS, noise, relative_error
 
@@ -119,7 +119,7 @@ def _no_gradients() -> Iterator[None]:
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
 
 

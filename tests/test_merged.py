@@ -14,13 +14,17 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import build, formats, ops
-from onlinequant_backend.copies import Call, Copy, make_room, quantize_weight
+from onlinequant_backend import build, compiled_graph, formats, ops
+from onlinequant_backend.compiled_graph import CompiledGraph
+from onlinequant_backend.copies import Call, Copy, make_room
 from onlinequant_backend.formats import FP8, INT8, Format
+from onlinequant_backend.layer_registry import known_layers
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.merged import MergedWeight
 from onlinequant_backend.passes import ConvGeometry
-from onlinequant_backend.weights import WeightSet, registry
+from onlinequant_backend.set_registry import known_sets
+from onlinequant_backend.weight_quantization import quantize_weight
+from onlinequant_backend.weights import WeightSet
 from tests.graph_probe import host_precision
 from tests.test_runtime import EagerInductor, compiled, dynamo_graphs, inductor  # noqa: F401
 from tests.tiny import OPTIONS, noise, relative_error
@@ -43,12 +47,12 @@ def selected(
     weights: Sequence[torch.Tensor], format: Format = FP8, together: Sequence[Sequence[int]] = ()
 ) -> WeightSet:
     """A set whose layers have seen an input and run in 8 bit."""
-    layers = [registry.layer(weight, None, format, "minmax") for weight in weights]
+    layers = [known_layers.layer(weight, None, format, "minmax") for weight in weights]
     for layer in layers:
         layer.observed.update(X)
     names = [str(i) for i in range(len(weights))]
     made = WeightSet(weights, names, range(len(weights)), layers, layout=0, together=together)
-    registry.add(made)
+    known_sets.add(made)
     made.select(weights, range(len(weights)))
     return made
 
@@ -256,7 +260,7 @@ def test_another_model_that_shares_one_of_merged_weights_has_copies_of_its_own()
     others = [*new_weights((3, 2, 1))[:2], weights[2]]
     other = selected(others)
     assert (other.layers[2], other.merge((0, 1, 2))) == (made.layers[2], None)
-    graph = build.CompiledGraph(lambda weight: weight, [], [("merged_weight", (0, 1, 2))])
+    graph = compiled_graph.CompiledGraph(lambda weight: weight, [], [("merged_weight", (0, 1, 2))])
     assert graph([], other).shape == merged.weight.shape == graph([], made).shape
     for each, its in ((made, weights), (other, others)):
         each.follow(its)
@@ -297,17 +301,20 @@ def test_extras_are_looked_up_again_after_merging() -> None:
     """Compiled graphs of other sets, too, hold tensors that the merged one replaces."""
     weights = new_weights()
     made, other = selected(weights), selected(weights[:1])
-    for each in (made, other):
-        each.extras["graph"] = (print, (each.layers[0].weight,))  # type: ignore[assignment]
+    graph = CompiledGraph(lambda weight: weight, [], [("weight", 0)])
+    before = [graph.prepare(each) for each in (made, other)]
     merged = merge(made)
-    assert not made.extras
-    assert not other.extras
+    for each in (made, other):
+        assert not each.is_current(weights[: len(each.layers)])
+        each.follow(weights[: len(each.layers)])
+    after = [graph.prepare(each) for each in (made, other)]
+    assert all(old.extras[0] is not new.extras[0] for old, new in zip(before, after, strict=True))
+    assert all(new.extras[0] is each.layers[0].weight for new, each in zip(after, (made, other), strict=True))
     assert made.extra("merged_weight", (0, 1, 2)) is merged.weight
     assert made.extra("merged_weight_scale", (0, 1, 2)) is merged.weight_scale
     assert made.extra("weight", 2) is made.layers[2].weight
-    other.extras["graph"] = (print, ())
     merge(made)
-    assert other.extras
+    assert [graph.prepare(each) for each in (made, other)] == after
 
 
 # --- Whole models ---
@@ -428,7 +435,7 @@ def test_blocks_of_one_graph_have_merged_weights_of_their_own(
             assert relative_error(block(*INPUTS), block.forward(*INPUTS)) < CLOSE
     assert (len(inductor.graphs), dynamo_graphs(), len(changes)) == (1, 1, 1)
     merged = [
-        {id(registry.layer(getattr(block, name).weight, None, formats.FP8, "mse").copy.merged) for name in QKV}
+        {id(known_layers.layer(getattr(block, name).weight, None, formats.FP8, "mse").copy.merged) for name in QKV}
         for block in blocks
     ]
     assert len(merged[0]) == len(merged[1]) == 1

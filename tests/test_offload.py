@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from tests.small import X, compiled, small
 from tests.test_runtime import EagerInductor
 
@@ -48,7 +48,7 @@ def offload(model: nn.Module) -> None:
 
 @torch.no_grad()
 def test_weights_that_are_replaced_at_each_call_are_not_observed_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
     model = small()
     expected = model(X)
     offload(model)
@@ -61,7 +61,7 @@ def test_weights_that_are_replaced_at_each_call_are_not_observed_for_good(monkey
 
 @torch.no_grad()
 def test_models_that_come_and_go_are_no_offload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
 
     @functools.partial(torch.compile, backend=oq.onlinequant, options={"precision": "int8", "calibration_steps": 9})
     def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, entry, keys
+from onlinequant_backend import entry, inductor_interface, keys
 from onlinequant_backend.cache import Cache
 from onlinequant_backend.entry import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
@@ -45,7 +45,7 @@ from tests.tiny import OPTIONS, noise, relative_error
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[EagerInductor]:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     forget_everything()
     with torch.no_grad():
         yield stand_in
@@ -389,7 +389,7 @@ def test_a_model_that_fails_is_not_locked(when: str, inductor: EagerInductor, mo
     step = compiled(model)
     step(X)
     if when == "observing":
-        monkeypatch.setattr("onlinequant_backend.calibration.Observation.see", fail)
+        monkeypatch.setattr("onlinequant_backend.observation.Observation.see", fail)
     else:
         inductor.error = MemoryError("no memory")
     for _ in range(3):

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from onlinequant_backend import compat, errors, precision
+from onlinequant_backend import errors, hardware, precision
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.kernels import cpu
 from onlinequant_backend.precision import Precision
@@ -24,7 +24,7 @@ def has(monkeypatch: pytest.MonkeyPatch) -> SetFlags:
 
     def set_flags(*flags: str) -> None:
         names = ("avx512_vnni", "avx_vnni", "amx_int8", "avx2")
-        monkeypatch.setattr(compat, "cpu_flags", lambda: {name: name in flags for name in names})
+        monkeypatch.setattr(hardware, "cpu_flags", lambda: {name: name in flags for name in names})
 
     return set_flags
 
@@ -149,15 +149,15 @@ def test_torch_without_onednn_stays_in_float(has: SetFlags, monkeypatch: pytest.
 
 
 def test_this_machine_has_flags() -> None:
-    flags = compat.cpu_flags()
+    flags = hardware.cpu_flags()
     assert flags.keys() == {"avx512_vnni", "avx_vnni", "amx_int8", "avx2"}
     assert all(type(value) is bool for value in flags.values())
 
 
 def test_kernels_ask_for_the_flags_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is asked at every call of every layer."""
-    flags = unittest.mock.Mock(wraps=compat.cpu_flags)
-    monkeypatch.setattr(compat, "cpu_flags", flags)
+    flags = unittest.mock.Mock(wraps=hardware.cpu_flags)
+    monkeypatch.setattr(hardware, "cpu_flags", flags)
     cpu.has_vnni.cache_clear()
     answers = {cpu.has_vnni() for _ in range(3)}
     assert flags.call_count == len(answers) == 1

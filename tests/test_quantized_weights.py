@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, keys
+from onlinequant_backend import inductor_interface, keys
 from tests.small import CLOSE, Small, X, compiled, small
 from tests.test_runtime import EagerInductor
 from tests.tiny import relative_error
@@ -92,7 +92,7 @@ def check_both_dtypes(model: Small, shapes: str = "auto") -> None:
 
 @torch.no_grad()
 def test_only_a_layer_that_is_quantized_already_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", EagerInductor())
+    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
     check_both_dtypes(quantized_by_others())
 
 

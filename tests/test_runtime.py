@@ -16,10 +16,10 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, copies, merged, ops
+from onlinequant_backend import copies, inductor_interface, merged, ops
 from onlinequant_backend.kernels import cpu as kernels_cpu
 from onlinequant_backend.layers import Layer
-from onlinequant_backend.weights import registry
+from onlinequant_backend.set_registry import known_sets
 from tests.tiny import OPTIONS, Net, net, noise, relative_error
 
 X = noise(1, 4, 8, 8)
@@ -51,7 +51,7 @@ class EagerInductor:
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
 
 
@@ -472,7 +472,7 @@ def test_nothing_is_left_of_a_model_that_is_gone(inductor: EagerInductor) -> Non
     for _ in range(3):
         step(X)
     memory = [StorageWeakRef(parameter.untyped_storage()) for parameter in model.parameters()]
-    (weights,) = registry._sets
+    (weights,) = known_sets
     memory += [StorageWeakRef(layer.weight.untyped_storage()) for layer in weights.layers if layer.weight is not None]
     assert len(memory) > len(list(model.parameters())) and not any(part.expired() for part in memory)
     del model, step
@@ -609,7 +609,7 @@ def test_what_was_released_comes_back_without_a_compile(inductor: EagerInductor)
     model = net()
     step = compiled(model)
     pictures = [step(X) for _ in range(3)]
-    layers = {layer for known in registry._sets for layer in known.layers}
+    layers = {layer for known in known_sets for layer in known.layers}
     copies = [weakref.ref(copy) for layer in layers for copy in (layer.weight, layer.weight_scale)]
     packed = len(kernels_cpu._packed_weights)
     size = oq.copied_bytes(model)

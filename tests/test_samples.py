@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onlinequant_backend.samples import sample
+from onlinequant_backend.tensors import sample
 from tests.tiny import noise
 
 

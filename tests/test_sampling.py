@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from onlinequant_backend.progress import told_to
 from onlinequant_backend.sampling import SamplingRun, current_run, sampling_run
 from tests.small import X, compiled, small, texts_into
@@ -25,7 +25,7 @@ def compiles(monkeypatch: pytest.MonkeyPatch) -> list[torch.fx.GraphModule]:
         graphs.append(graph)
         return graph
 
-    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
     return graphs
 
 
@@ -111,7 +111,7 @@ def test_a_failure_at_the_end_leaves_the_model_in_float(monkeypatch: pytest.Monk
     def fail(*_arguments: object, **_options: object) -> None:
         raise RuntimeError("no compiler")
 
-    monkeypatch.setattr(compat, "compile_fx", fail)
+    monkeypatch.setattr(inductor_interface, "compile_fx", fail)
     model = small()
     step, expected = compiled(model), model(X)
     with sampling_run(1):

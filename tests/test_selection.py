@@ -18,6 +18,7 @@ from onlinequant_backend.kernels import tuning
 from onlinequant_backend.kernels.tuning import CUBLAS, TMA, Tile
 from onlinequant_backend.passes import LayerInfo
 from onlinequant_backend.passes.select_nodes import select_nodes
+from onlinequant_backend.report import NodeDecision
 from onlinequant_backend.selection import Timing
 from tests.graph_probe import SYMMETRIC, GraphProbe
 from tests.tiny import noise
@@ -74,7 +75,7 @@ def test_every_shape_is_timed_once_and_what_is_not_faster_stays_in_float(timed: 
     times = {info.name: (info.float_us, info.quantized_us) for info in probe.infos}
     # q and k are one product of a tensor that is quantized by itself; what ``out`` reads is when it is computed.
     assert times == {"q": (10, 5.5), "k": (10, 5.5), "out": (10, 9.8), "conv": (10, 9)}
-    assert {decision.quantized_us for decision in (info.decision() for info in probe.infos)} == {5.5, 9, 9.8}
+    assert {decision.quantized_us for decision in (NodeDecision.of(info) for info in probe.infos)} == {5.5, 9, 9.8}
     assert selection.measure(analyzed().graph_module, FP8, CPU) == reasons
     assert len(timed) == 4
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from tests.test_runtime import EagerInductor
 from tests.tiny import OPTIONS, Net, net, noise
 
@@ -21,7 +21,7 @@ X = noise(2, 4, 16, 16)
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
 
 

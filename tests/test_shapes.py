@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onlinequant_backend import graph, shapes
+from onlinequant_backend import graph, shapes, symbolic_inputs
 from tests.graph_probe import capture
 from tests.tiny import noise
 
@@ -22,11 +22,11 @@ def test_a_size_of_1_beside_a_larger_one_stays(batch: int, steps: int, is_expand
     step = values["l_t_"].shape[0].node.expr
     assert shapes.broadcast_sizes(graph_module, arguments) == ({step} if is_expanded else set())
 
-    made = shapes.SymbolicInputs(graph_module, arguments)
+    made = symbolic_inputs.SymbolicInputs(graph_module, arguments)
     fake = dict(zip(values, made.values, strict=True))
     assert isinstance(fake["l_x_"].shape[0], torch.SymInt)
     assert isinstance(fake["l_t_"].shape[0], torch.SymInt) != is_expanded
     made.finish()
-    assert made.fits(arguments, at_least=shapes.SMALLEST)
+    assert made.fits(arguments, at_least=symbolic_inputs.SMALLEST)
     arguments[[*values].index("l_t_") - 1] = 7
-    assert made.fits(arguments, at_least=shapes.SMALLEST) != is_expanded
+    assert made.fits(arguments, at_least=symbolic_inputs.SMALLEST) != is_expanded

@@ -17,7 +17,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import copies
-from onlinequant_backend.weights import registry
+from onlinequant_backend.set_registry import known_sets
 from tests.small import forget_everything
 from tests.test_runtime import EagerInductor, compiled, deltas, inductor  # noqa: F401
 from tests.test_threads import CLOSE, X, at_once
@@ -131,7 +131,7 @@ def test_originals_that_are_put_aside_need_no_copies_of_their_own(inductor: Eage
 
 
 def all_copies() -> set[copies.Copy]:
-    return {layer.copy for known in registry._sets for layer in known.layers}
+    return {layer.copy for known in known_sets for layer in known.layers}
 
 
 @pytest.mark.parametrize("change", ["replaced", "in place"])

@@ -12,8 +12,8 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.formats import FP8, INT8, ONEDNN
 from onlinequant_backend.layers import Layer
+from onlinequant_backend.set_registry import known_sets
 from onlinequant_backend.smoothing import smoothing_factors
-from onlinequant_backend.weights import registry
 from tests.test_runtime import CLOSE, EagerInductor, compiled, inductor
 from tests.tiny import Net, net, noise, relative_error
 
@@ -145,4 +145,4 @@ def test_two_models_of_one_graph_may_be_smoothed_differently(inductor: EagerIndu
     for _ in range(2):
         step(X)
     assert 0 < relative_error(step(X), expected[1]) < CLOSE
-    assert any(layer.smoothing is not None for weights in registry._sets for layer in weights.layers)
+    assert any(layer.smoothing is not None for weights in known_sets for layer in weights.layers)

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from onlinequant_backend.stand_ins import stand_in
 from tests.small import CLOSE, X, compiled, small
 from tests.test_runtime import EagerInductor
@@ -29,7 +29,7 @@ def swapping() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in_for_it = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in_for_it)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in_for_it)
     return stand_in_for_it
 
 
@@ -98,7 +98,9 @@ def test_a_lora_that_is_swapped_in_is_seen() -> None:
         step(X)
     replaced = nn.Parameter(-model.linear.weight, requires_grad=False)
     torch.utils.swap_tensors(model.linear.weight, replaced)
-    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    errors = [relative_error(step(X), model(X)) for _ in range(2)]
+    assert max(errors) < CLOSE
+    assert errors[1] > 0
     assert len(oq.reports()) == 1
 
 

@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, weights
-from onlinequant_backend.build import CompiledGraph
+from onlinequant_backend import inductor_interface, weights
+from onlinequant_backend.compiled_graph import CompiledGraph
 from onlinequant_backend.watch import Watch
 from onlinequant_backend.weights import WeightSet
 from tests.test_runtime import EagerInductor, compiled, deltas
@@ -33,7 +33,7 @@ SIZES = ((1, 8, 8), (2, 12, 8), (1, 8, 16), (3, 4, 4))
 @pytest.fixture
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
 
 

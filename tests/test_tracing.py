@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat, shapes
+from onlinequant_backend import inductor_interface, shapes
 from tests.small import CLOSE, compiled
 from tests.test_runtime import EagerInductor
 from tests.tiny import OPTIONS, net, noise, relative_error
@@ -23,7 +23,7 @@ Call = tuple[Any, ...]
 @pytest.fixture(autouse=True)
 def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
-    monkeypatch.setattr(compat, "compile_fx", stand_in)
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     torch._dynamo.utils.counters.clear()
     return stand_in
 
@@ -216,7 +216,7 @@ def test_what_inductor_cannot_compile_for_all_sizes_is_traced_for_fewer(monkeypa
             raise TypeError("cannot determine truth value of Relational")
         return graph_module
 
-    monkeypatch.setattr(compat, "compile_fx", failing)
+    monkeypatch.setattr(inductor_interface, "compile_fx", failing)
     model = net()
     step = compiled(model, {"precision": "float"})
     for size in ((8, 8), (8, 12)):

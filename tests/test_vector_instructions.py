@@ -6,7 +6,7 @@ import pytest
 from torch._inductor import cpu_vec_isa
 
 from onlinequant_backend import vector_instructions
-from onlinequant_backend.compat import inductor_cache
+from onlinequant_backend.inductor_interface import inductor_cache
 
 
 @pytest.fixture

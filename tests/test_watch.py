@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend import drift
+from onlinequant_backend import clip_counting, drift
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.persistence import Entry
 from onlinequant_backend.report import VISIBLE
@@ -528,9 +528,9 @@ def test_what_errors_of_other_layers_push_beyond_a_range_is_no_drift(
     x, y = noise(64, 64, seed=1), noise(64, 64, seed=2)
     for _ in range(3):
         step(x, y)
-    pushed = drift.Seen(0.002, 1, 254)  # of the first layer in 8 bit; in float its range is right
+    pushed = clip_counting.Seen(0.002, 1, 254)  # of the first layer in 8 bit; in float its range is right
 
-    def drifted(weights: WeightSet, *_: object) -> dict[int, drift.Seen]:
+    def drifted(weights: WeightSet, *_: object) -> dict[int, clip_counting.Seen]:
         return {0: pushed} if weights.layers[0].clipped < pushed.clipped else {}
 
     monkeypatch.setattr(WeightSet, "drifted", drifted)
@@ -546,7 +546,7 @@ def test_few_values_far_beyond_a_range_are_found_at_a_change(beyond: int, induct
     """As few as this are no drift elsewhere, but nobody knows how far beyond the range they are."""
     model, spikes = Sum().requires_grad_(False), torch.zeros(256, 64)
     spikes.view(-1)[torch.randperm(spikes.numel(), generator=torch.Generator().manual_seed(0))[:beyond]] = 40.0
-    assert not drift.has_drifted(beyond / spikes.numel(), 0.0)
+    assert not clip_counting.has_drifted(beyond / spikes.numel(), 0.0)
 
     def forward(x: torch.Tensor, strength: float) -> torch.Tensor:
         return model(x + strength * spikes, x)

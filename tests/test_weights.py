@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import build, copies
+from onlinequant_backend import compiled_graph, copies, weight_quantization
 from onlinequant_backend.copies import Copy
 from onlinequant_backend.errors import FreedWeightsError
 from onlinequant_backend.formats import FP8
+from onlinequant_backend.layer_registry import known_layers
 from onlinequant_backend.layers import Layer
 from onlinequant_backend.passes import ConvGeometry
-from onlinequant_backend.weights import WeightSet, registry
+from onlinequant_backend.set_registry import known_sets
+from onlinequant_backend.weights import WeightSet
 from tests.graph_probe import host_precision
 from tests.tiny import noise, relative_error
 
@@ -43,7 +45,7 @@ def named(weights: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def selected(weights: Sequence[torch.Tensor], selection: Sequence[int] | None = None) -> WeightSet:
     """A set whose layers have seen an input and run in 8 bit."""
-    layers = [registry.layer(weight, None, FORMAT, "minmax") for weight in weights]
+    layers = [known_layers.layer(weight, None, FORMAT, "minmax") for weight in weights]
     for layer in layers:
         layer.observed.update(noise(16, 24))
     made = set_of(weights, layers)
@@ -144,17 +146,17 @@ def test_new_parameter_takes_over_the_layer_of_the_old() -> None:
     made = selected(weights)
     patched = [weights[0], nn.Parameter(weights[1] * 2, requires_grad=False), weights[2]]
     assert made.ids != [id(weight) for weight in patched]
-    registry.add(made)
-    assert registry.predecessor(named(patched)) is made
-    assert registry.predecessor(named(weights_of(linears()))) is None
-    assert registry.predecessor({f"other.{name}": weight for name, weight in named(weights).items()}) is None
+    known_sets.add(made)
+    assert known_sets.predecessor(named(patched)) is made
+    assert known_sets.predecessor(named(weights_of(linears()))) is None
+    assert known_sets.predecessor({f"other.{name}": weight for name, weight in named(weights).items()}) is None
     assert (made.overlap(named(weights)), made.overlap(named(patched))) == (3, 2)
 
     old = made.layer("1")
     assert old is made.layers[1]
-    assert registry.layer(patched[1], None, FORMAT, "minmax", old=old) is old
-    assert registry.layer(patched[1], None, FORMAT, "mse", old=old) is not old
-    assert registry.layer(patched[1], None, FP8, "minmax", old=old) is not old
+    assert known_layers.layer(patched[1], None, FORMAT, "minmax", old=old) is old
+    assert known_layers.layer(patched[1], None, FORMAT, "mse", old=old) is not old
+    assert known_layers.layer(patched[1], None, FP8, "minmax", old=old) is not old
     following = set_of(patched, made.layers)
     handle = old.weight
     following.select(patched, range(3))
@@ -176,8 +178,8 @@ def test_weights_of_float_layers_are_not_watched() -> None:
 @torch.no_grad()
 def test_a_weight_that_another_place_needs_in_float_is_not_freed() -> None:
     weights = weights_of(linears(2))
-    layers = [registry.layer(weights[0], None, FORMAT, "minmax", place=place) for place in range(2)]
-    layers.append(registry.layer(weights[1], None, FORMAT, "minmax"))
+    layers = [known_layers.layer(weights[0], None, FORMAT, "minmax", place=place) for place in range(2)]
+    layers.append(known_layers.layer(weights[1], None, FORMAT, "minmax"))
     for layer in layers:
         layer.observed.update(noise(16, 24))
     made = set_of(weights, layers, [0, 0, 1])
@@ -203,7 +205,7 @@ def test_same_values_elsewhere_are_not_quantized_again_in_vain() -> None:
 
 def test_calls_are_those_of_the_layer_that_saw_least() -> None:
     weights = weights_of(linears())
-    layers = [registry.layer(weight, None, FORMAT, "minmax") for weight in weights]
+    layers = [known_layers.layer(weight, None, FORMAT, "minmax") for weight in weights]
     first, second = set_of(weights[:2], layers[:2]), set_of(weights[1:], layers[1:])
     first.count_call("")
     first.count_call("")
@@ -214,7 +216,7 @@ def test_calls_are_those_of_the_layer_that_saw_least() -> None:
 
 def test_layer_that_is_called_twice_counts_once() -> None:
     (weight,) = weights_of(linears(1))
-    layer = registry.layer(weight, None, FORMAT, "minmax")
+    layer = known_layers.layer(weight, None, FORMAT, "minmax")
     made = set_of([weight], [layer, layer], [0, 0])
     made.count_call("")
     assert made.calls() == 1
@@ -252,16 +254,16 @@ def test_sets_that_share_a_weight_share_its_layer() -> None:
 
 def test_layer_depends_on_what_its_state_depends_on() -> None:
     weight, other = nn.Parameter(noise(8, 8)), nn.Parameter(noise(8, 8))
-    layer = registry.layer(weight, None, 7, "mse")
-    assert registry.layer(weight, None, 7, "mse") is layer
-    assert registry.layer(other, None, 7, "mse") is not layer  # equal values, another tensor
-    assert registry.layer(weight, PADDED, 7, "mse") is not layer
-    assert registry.layer(weight, None, 8, "mse") is not layer
-    assert registry.layer(weight, None, 7, "minmax") is not layer
+    layer = known_layers.layer(weight, None, 7, "mse")
+    assert known_layers.layer(weight, None, 7, "mse") is layer
+    assert known_layers.layer(other, None, 7, "mse") is not layer  # equal values, another tensor
+    assert known_layers.layer(weight, PADDED, 7, "mse") is not layer
+    assert known_layers.layer(weight, None, 8, "mse") is not layer
+    assert known_layers.layer(weight, None, 7, "minmax") is not layer
     # An old layer is for weights that have none.
-    assert registry.layer(weight, None, 7, "mse", old=Layer(None, 7, "mse")) is layer
-    registry.clear()
-    assert registry.layer(weight, None, 7, "mse") is not layer
+    assert known_layers.layer(weight, None, 7, "mse", old=Layer(None, 7, "mse")) is layer
+    known_layers.clear()
+    assert known_layers.layer(weight, None, 7, "mse") is not layer
 
 
 def test_dropped_model_takes_its_layers_along() -> None:
@@ -312,12 +314,12 @@ def test_released_weights_take_the_captures_with_them(monkeypatch: pytest.Monkey
         def release(self) -> None:
             released.append(self)
 
-    monkeypatch.setattr(build, "GraphedCall", Graphed)
+    monkeypatch.setattr(compiled_graph, "GraphedCall", Graphed)
     module, other = linears(), linears()
     known, others = selected(weights_of(module)), selected(weights_of(other))
-    registry.add(known)
-    registry.add(others)
-    graph = build.CompiledGraph(lambda weight: weight, [], [("weight", 1)], graphed=Graphed)
+    known_sets.add(known)
+    known_sets.add(others)
+    graph = compiled_graph.CompiledGraph(lambda weight: weight, [], [("weight", 1)], graphed=Graphed)
     prepared, kept = graph.prepare(known), graph.prepare(others)
     assert graph([], known) is known.layers[1].weight is not None
     oq.release(module)
@@ -328,7 +330,7 @@ def test_released_weights_take_the_captures_with_them(monkeypatch: pytest.Monkey
 def test_what_was_merged_is_released_as_a_whole_and_merged_again() -> None:
     module = linears()
     known = selected(weights_of(module))
-    registry.add(known)
+    known_sets.add(known)
     for layer in known.layers:  # as on a GPU: on a CPU weights are packed and never merged
         layer.format = layer.copy.format = FP8
     oq.invalidate(module)
@@ -356,9 +358,9 @@ def test_what_was_merged_is_released_as_a_whole_and_merged_again() -> None:
 def test_copies_are_allocated_before_what_is_needed_to_make_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else a GPU's memory has holes between the copies, which are never given back."""
     weights = [noise(24, 24, seed=1), noise(32, 24, seed=2), noise(8, 16, 3, 3, seed=3)]
-    layers = [registry.layer(weight, PADDED if weight.dim() == 4 else None, FP8, "minmax") for weight in weights]
+    layers = [known_layers.layer(weight, PADDED if weight.dim() == 4 else None, FP8, "minmax") for weight in weights]
     done: list[str] = []
-    quantize, allocate = copies.quantize_weight, Copy.new_tensor
+    quantize, allocate = weight_quantization.quantize_weight, Copy.new_tensor
 
     def quantized(*args: Any) -> Any:
         done.append("quantized")

@@ -16,7 +16,7 @@ from torch import nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from onlinequant_backend import compat, graph, ops, shapes, wire
+from onlinequant_backend import compat, graph, ops, symbolic_inputs, wire
 from onlinequant_backend.passes import REWRITE
 from tests.graph_probe import GraphProbe, capture
 from tests.small import X, small
@@ -182,13 +182,13 @@ def test_symbolic_sizes_arrive(make: Callable[[], nn.Module]) -> None:
     sizes = {"s": 2, "h": 12, "w": 8}
     values = [node.meta["example_value"] for node in graph.placeholders(module)]
     hints = [compat.hint(value) if isinstance(value, torch.SymInt) else value for value in values]
-    made = shapes.SymbolicInputs(module, hints)
+    made = symbolic_inputs.SymbolicInputs(module, hints)
     assert len(made.symbols) == len(sizes)
 
     shape_env = ShapeEnv(duck_shape=False)
     mode = FakeTensorMode(shape_env=shape_env)
     data = wire.dumps((wire.standard(module), made.values))
-    arrived, inputs = wire.loads(data, mode, shapes.symbolic_sizes(shape_env, made.symbols))
+    arrived, inputs = wire.loads(data, mode, symbolic_inputs.symbolic_sizes(shape_env, made.symbols))
     assert all_of(arrived) == all_of(wire.standard(module))
     assert [_kind(value) for value in inputs] == [_kind(value) for value in made.values]
     symbols = [value for value in inputs if isinstance(value, torch.SymInt)]
@@ -196,9 +196,9 @@ def test_symbolic_sizes_arrive(make: Callable[[], nn.Module]) -> None:
     assert {value.node.hint for value in symbols} == set(sizes.values())
     # They are as free as they were: a product of two is still one.
     product = symbols[0] * symbols[1] + 1
-    assert str(wire.loads(wire.dumps(product), mode, shapes.symbolic_sizes(shape_env, ()) | _named(symbols))) == str(
-        product
-    )
+    assert str(
+        wire.loads(wire.dumps(product), mode, symbolic_inputs.symbolic_sizes(shape_env, ()) | _named(symbols))
+    ) == str(product)
 
 
 def _named(sizes: list[torch.SymInt]) -> dict[str, torch.SymInt]:
@@ -242,14 +242,14 @@ def test_inputs_of_inference_mode_have_ordinary_stand_ins(dynamic: bool) -> None
     model, x = small(), noise(2, 4, 12, 8) * 1
     assert x.is_inference()
     module, args = capture(model, x, dynamic=dynamic)
-    made: Any = shapes.SymbolicInputs(module, args) if dynamic else shapes.FixedInputs(args)
+    made: Any = symbolic_inputs.SymbolicInputs(module, args) if dynamic else symbolic_inputs.FixedInputs(args)
     tensors = [value for value in made.values if isinstance(value, torch.Tensor)]
     assert tensors and not any(value.is_inference() for value in tensors)
 
 
 def test_a_tensor_that_is_given_twice_stays_one() -> None:
     x = noise(2, 3)
-    first, second, other = shapes.FixedInputs([x, x, noise(2, 3)]).values
+    first, second, other = symbolic_inputs.FixedInputs([x, x, noise(2, 3)]).values
     assert first is second is not other
 
 

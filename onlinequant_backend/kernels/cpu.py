@@ -14,9 +14,9 @@ from functools import lru_cache
 
 import torch
 
-from .. import compat
+from .. import hardware
 from ..formats import NOT_FINITE
-from ..layout import CHANNELS_LAST
+from ..tensors import CHANNELS_LAST
 from . import emulated
 
 _packed_weights: dict[int, torch.Tensor] = {}
@@ -25,7 +25,7 @@ _packed_weights: dict[int, torch.Tensor] = {}
 @lru_cache(maxsize=1)
 def has_vnni() -> bool:
     """Whether 8-bit products are summed in 32 bits; without, two of them are summed in 16 bits and saturate."""
-    return compat.int8_instructions() is not None
+    return hardware.int8_instructions() is not None
 
 
 def new_handle(shape: torch.Size) -> torch.Tensor:

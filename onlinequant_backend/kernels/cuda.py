@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from .. import ahead
-from ..layout import CHANNELS_LAST
+from ..tensors import CHANNELS_LAST
 from . import tuning
 from .tuning import CUBLAS, GLUON, TMA, Tile
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from ..formats import NOT_FINITE
-from ..layout import CHANNELS_LAST
+from ..tensors import CHANNELS_LAST
 
 
 def linear(

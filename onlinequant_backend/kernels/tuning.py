@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from .. import compat
+from .. import hardware
 
 CUBLAS, GLUON, TMA, GATHER = "cublas", "gluon", "tma", "gather"
 # Stride, padding and dilation of a convolution.
@@ -193,7 +193,7 @@ def _processors() -> int:
 @functools.lru_cache(maxsize=1)
 def _has_gluon() -> bool:
     # Its products are Hopper's alone.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9 and compat.has_gluon()
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9 and hardware.has_gluon()
 
 
 @functools.lru_cache(maxsize=1)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from onlinequant_backend import SamplingRun, compat
+from onlinequant_backend import SamplingRun, inductor_interface
 from onlinequant_backend.comfy_integration.control_patch import quantize_control_net
 from tests.small import Small, X, texts_into
 from tests.tiny import OPTIONS, relative_error
@@ -45,7 +45,7 @@ class Control:
 
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", lambda graph, inputs, options, outside_dynamo: graph)
+    monkeypatch.setattr(inductor_interface, "compile_fx", lambda graph, inputs, options, outside_dynamo: graph)
 
 
 @pytest.fixture

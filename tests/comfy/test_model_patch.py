@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import compat
+from onlinequant_backend import inductor_interface
 from onlinequant_backend.comfy_integration import compiled_method
 from onlinequant_backend.comfy_integration.model_patch import (
     APPLY_MODEL,
@@ -28,7 +28,7 @@ from onlinequant_backend.comfy_integration.model_patch import (
     quantize_model,
     record_of_model,
 )
-from onlinequant_backend.weights import registry
+from onlinequant_backend.set_registry import known_sets
 from tests.small import WIDE, Small, X, small, texts_into
 from tests.tiny import OPTIONS, noise, relative_error
 
@@ -101,7 +101,7 @@ class Patcher:
 
 @pytest.fixture(autouse=True)
 def _without_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compat, "compile_fx", lambda graph, inputs, options, outside_dynamo: graph)
+    monkeypatch.setattr(inductor_interface, "compile_fx", lambda graph, inputs, options, outside_dynamo: graph)
 
 
 @pytest.fixture
@@ -167,8 +167,8 @@ def test_a_model_is_observed_again_when_asked_for_and_not_compiled_again(denoise
     record = record_of_model(model)
     assert record is not None
     assert [record.is_to_observe_again(number) for number in (3, 3, 4, 4)] == [False, False, True, False]
-    assert registry.observe_again(list(Denoiser().parameters())) == 0
-    assert registry.observe_again(list(denoiser.parameters())) == 1
+    assert known_sets.observe_again(list(Denoiser().parameters())) == 0
+    assert known_sets.observe_again(list(denoiser.parameters())) == 1
     record.start_over()
     told.clear()
     assert all(torch.equal(result, expected) for result in model.run(X))

@@ -9,9 +9,9 @@ import torch
 
 from onlinequant_backend import ops
 from onlinequant_backend.calibration import ActivationRange, freeze
-from onlinequant_backend.copies import quantize_weight
 from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.kernels import emulated, reference
+from onlinequant_backend.weight_quantization import quantize_weight
 from tests.graph_probe import host_precision
 from tests.kernels.test_cpu import CONVS, DTYPES, LINEARS, TOLERANCE
 from tests.tiny import noise

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from onlinequant_backend import compat
+from onlinequant_backend import hardware
 from onlinequant_backend.kernels.tuning import GLUON, Tile
 from tests.kernel_operands import FORMATS, assert_near, new_operands, output_of
 
@@ -62,7 +62,7 @@ def test_matches_the_reference(shape, K, kernel, padding, stride, out_dtype, dty
     ],
 )
 def test_other_tiles_are_refused(tile: Tile) -> None:
-    if not compat.has_gluon():
+    if not hardware.has_gluon():
         pytest.skip("this Triton has no such Gluon")
     from onlinequant_backend.kernels.gluon_conv import gluon_conv
 
@@ -82,7 +82,7 @@ def test_other_tiles_are_refused(tile: Tile) -> None:
     ids=lambda case: " ".join(case),
 )
 def test_compiles_for_hopper_with_both_operands_in_shared_memory(case: dict[str, Any], tmp_path: Path) -> None:
-    if not compat.has_gluon():
+    if not hardware.has_gluon():
         pytest.skip("this Triton has no such Gluon")
     script = Path(__file__).with_name("compile_gluon.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import graph, ops, specialization
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.drop_identities import drop_identities
 from onlinequant_backend.passes.fuse_group_norm import fuse_group_norm
@@ -209,7 +209,7 @@ def test_packed_formats_are_left_alone() -> None:
 def test_all_passes_with_symbolic_sizes() -> None:
     module = Normed(diffusers_rows, nn.Linear(20, 8))
     probe = GraphProbe(module, X, precision=SYMMETRIC[0], dynamic=True).analyze()
-    graph.specialize(probe.graph_module, list(probe.inputs.values()), sizes=False)  # eps was an input
+    specialization.specialize(probe.graph_module, list(probe.inputs.values()), sizes=False)  # eps was an input
     layers = probe.observe()
     assert probe.run(*REWRITE)["fuse_group_norm"] == 1
     (result,) = probe.call_quantized(layers)

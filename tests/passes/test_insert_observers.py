@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from onlinequant_backend.calibration import Observation, observe
+from onlinequant_backend.observation import Observation, observe
 from onlinequant_backend.passes.insert_observers import insert_observers
 from tests.graph_probe import GraphProbe
 from tests.tiny import net, noise

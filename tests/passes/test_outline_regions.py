@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import agreement, compat, graph
+from onlinequant_backend import agreement, compat, graph, inductor_interface
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.outline_regions import outline_regions
 from tests.graph_probe import GraphProbe
@@ -172,7 +172,7 @@ def test_results_that_are_views_with_inductor() -> None:
     assert any(node.target == "clone" for node in region.graph.nodes)
     with torch.no_grad():
         args = list(probe.inputs.values())
-        (result,) = compat.compile_fx(probe.graph_module, args, {}, outside_dynamo=True)(*args)
+        (result,) = inductor_interface.compile_fx(probe.graph_module, args, {}, outside_dynamo=True)(*args)
     assert relative_error(result, views(X)) < 1e-5
 
 
@@ -261,7 +261,7 @@ def test_what_inductor_gets_wrong_is_compiled_as_a_whole(
         compiled.append(in_regions)
         return lambda *args: [result * by for result in module(*args)] if in_regions else module(*args)
 
-    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
     caplog.set_level(logging.INFO, "onlinequant")
     module, x = Blocks(), noise(1, 16, 8, 8)
     step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
@@ -293,7 +293,7 @@ def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPa
         op_by_op += 1
         return relative_error(*values)
 
-    monkeypatch.setattr(compat, "compile_fx", compile_fx)
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
     monkeypatch.setattr(agreement, "relative_error", counting)
     module = Blocks()
     for number, size in enumerate((8, 8, 4)):

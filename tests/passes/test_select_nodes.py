@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.layers import Sensitivity
 from onlinequant_backend.passes import ConvGeometry
+from onlinequant_backend.passes.layer import Sensitivity
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.precision import Precision
 from onlinequant_backend.report import CANDIDATE

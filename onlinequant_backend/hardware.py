@@ -1,0 +1,45 @@
+"""What this machine's processors can do, as far as torch knows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch._refs
+
+
+@functools.lru_cache(maxsize=1)
+def has_gluon() -> bool:
+    """Whether this Triton has Gluon as our kernel wants it. It is experimental, so other versions than those which the
+    kernel was compiled with, 3.6 to 3.8, do not count."""
+    try:
+        import triton
+        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
+    except ImportError:
+        return False
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= version < (3, 9)
+
+
+def cpu_flags() -> dict[str, bool]:
+    """The 8-bit matrix instructions of this CPU: ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` and ``avx2``."""
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return {
+        "avx512_vnni": bool(torch.cpu._is_vnni_supported()),
+        "avx_vnni": bool(capabilities.get("avx_vnni", False)),
+        "amx_int8": bool(torch.cpu._is_amx_tile_supported()),
+        "avx2": bool(torch.cpu._is_avx2_supported()),
+    }
+
+
+def int8_instructions() -> str | None:
+    """The best of this CPU's instructions that sum 8-bit products in 32 bits; None if it has none."""
+    flags = cpu_flags()
+    return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
+
+
+def device_capability(device: torch.device) -> str:
+    """What tells devices apart that may need other code: a GPU's compute capability, a CPU's 8-bit instructions."""
+    if device.type == "cuda":
+        return "{}.{}".format(*torch.cuda.get_device_capability(device))
+    return str(int8_instructions()) if device.type == "cpu" else ""

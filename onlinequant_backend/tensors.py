@@ -1,0 +1,60 @@
+"""Helpers for tensors: samples of values, memory layouts, distances."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch._refs
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+
+def sample(tensor: torch.Tensor, number: int) -> torch.Tensor:
+    """At most ``number`` values of ``tensor``: a view, unless there are gaps in the tensor's memory."""
+    flat = tensor.detach()
+    order = sorted(range(flat.dim()), key=flat.stride, reverse=True)
+    flat = flat.permute(order).reshape(-1)  # in memory order: a whole copy of each channels-last weight takes seconds
+    step = max(1, math.ceil(flat.numel() / number)) | 1  # odd, so that it visits every channel
+    return flat[::step]
+
+
+# Channels last, by a tensor's dimensions; others have no such layout.
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    """``operator.itemgetter``, the quickest there is, that gives a tuple for any number of positions."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda sequence: tuple(sequence[position] for position in positions)
+
+
+def relative_error(result: Any, expected: Any) -> float:
+    """``||result - expected|| / ||expected||`` over all float tensors in two results of one graph; NaN if any is."""
+    flat = _flat(expected)
+    return float((_flat(result) - flat).norm() / flat.norm())
+
+
+def _flat(result: Any) -> torch.Tensor:
+    tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])
+
+
+def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy whose memory is laid out alike, gaps and expanded dimensions included."""
+    from torch._prims_common import clone_preserve_strides
+
+    copy: torch.Tensor = clone_preserve_strides(tensor)
+    return copy
+
+
+def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """``tensor`` itself, or what a quantized one is made of."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [part for name in names for part in plain_tensors(getattr(tensor, name))]

@@ -1,0 +1,146 @@
+"""Global settings of torch that what is traced or compiled depends on."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import dataclasses
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch._refs
+from torch._C._dynamo.guards import GlobalStateGuard
+
+
+@dataclasses.dataclass(frozen=True)
+class GlobalState:
+    """What a graph computes depends on beside its inputs, and what Dynamo traces anew for when it changes.
+
+    Attributes:
+        guarded: all of that, as text: autocast, the default dtype, determinism, precision of products, threads.
+        default_dtype: of new tensors.
+        autocast: the dtype for each type of device that it is on for.
+    """
+
+    guarded: str
+    default_dtype: torch.dtype
+    autocast: dict[str, torch.dtype]
+
+    @classmethod
+    def now(cls) -> GlobalState:
+        """As it is in this thread."""
+        guard: Any = GlobalStateGuard()
+        return cls(str(guard.__getstate__()), torch.get_default_dtype(), autocast_dtypes())
+
+    @contextlib.contextmanager
+    def autocasting(self) -> Iterator[None]:
+        """Within the block autocast, which belongs to a thread and a ``with``, is on and off as it was."""
+        with contextlib.ExitStack() as stack:
+            for device in sorted({*self.autocast, *autocast_dtypes()}):
+                is_on = device in self.autocast
+                stack.enter_context(torch.autocast(device, dtype=self.autocast.get(device), enabled=is_on))
+            yield
+
+
+def autocast_dtypes() -> dict[str, torch.dtype]:
+    """The dtype of autocast for each type of device that it is on for in this thread."""
+    devices = torch._C._autocast_supported_devices()
+    return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+
+
+# What a compile depends on beside its graph, and what another process must be told: the keys of Inductor's caches hold
+# most of it.
+_FLAGS = (
+    "backends.cuda.matmul.allow_tf32",
+    "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_bf16_reduced_precision_reduction",
+    "backends.cuda.matmul.allow_fp16_accumulation",
+    "backends.cudnn.allow_tf32",
+    "backends.cudnn.benchmark",
+    "backends.cudnn.deterministic",
+    # After the older ones for the same, and the general before the particular.
+    "backends.fp32_precision",
+    "backends.cudnn.fp32_precision",
+    "backends.cudnn.conv.fp32_precision",
+    "backends.cudnn.rnn.fp32_precision",
+    "backends.cuda.matmul.fp32_precision",
+    "backends.mkldnn.fp32_precision",
+    "backends.mkldnn.conv.fp32_precision",
+    "backends.mkldnn.rnn.fp32_precision",
+    "backends.mkldnn.matmul.fp32_precision",
+)
+# What is asked for with the first function and set with the second one, and the order in which attention is tried.
+_SWITCHES = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp),
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp),
+    (
+        torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed,
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp,
+    ),
+    (torch._C._get_sdp_priority_order, torch._C._set_sdp_priority_order),
+)
+Settings = tuple[dict[str, Any], list[Any], list[dict[str, Any]]]
+_held_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar("onlinequant_settings", default=None)
+
+
+@contextlib.contextmanager
+def held_settings() -> Iterator[None]:
+    """Within the block ``settings`` are what they are now. A step in float changes the order of attention's kernels at
+    each layer in ComfyUI, for the whole process, and changes it back."""
+    token = _held_settings.set(settings())
+    try:
+        yield
+    finally:
+        _held_settings.reset(token)
+
+
+def settings() -> Settings:
+    """What ``apply_settings`` takes in another process, so that it compiles the same: it must pickle."""
+    held = _held_settings.get()
+    if held is not None:
+        return held
+    flags = {name: value for name in _FLAGS if (value := _flag(name)) is not None}
+    plain = (bool, int, float, str, type(None))
+    configs = [
+        {name: value for name, value in config.save_config_portable().items() if isinstance(value, plain)}
+        for config in _configs()
+    ]
+    return flags, [ask() for ask, _ in _SWITCHES], configs
+
+
+def _flag(name: str) -> Any:
+    """A setting of torch's by its name; None where it cannot be told, since a newer one for the same is set."""
+    try:
+        return operator.attrgetter(name)(torch)
+    except RuntimeError:
+        return None
+
+
+def apply_settings(settings: Settings) -> None:
+    """Set all that differs."""
+    flags, switches, configs = settings
+    for name, value in flags.items():
+        owner, _, attribute = name.rpartition(".")
+        if _flag(name) != value:
+            setattr(operator.attrgetter(owner)(torch), attribute, value)
+    change: Any
+    for (ask, change), value in zip(_SWITCHES, switches, strict=True):
+        if ask() != value:
+            change(value)
+    for config, values in zip(_configs(), configs, strict=True):
+        known = config.save_config_portable()
+        config.load_config({name: value for name, value in values.items() if name in known and known[name] != value})
+
+
+def _configs() -> tuple[Any, ...]:
+    import torch._functorch.config as functorch_config
+    import torch._inductor.config as inductor_config
+
+    return inductor_config, functorch_config

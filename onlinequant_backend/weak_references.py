@@ -1,0 +1,33 @@
+"""Weak references to tensors."""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._refs
+from torch.utils.weak import WeakIdRef
+
+
+class HarmlessReference(WeakIdRef):
+    """A weak reference to a tensor that does not keep torch from swapping it: it goes on referring to the same object,
+    whose content is another one then."""
+
+    def __init__(self, tensor: torch.Tensor, callback: Callable[[Any], object]) -> None:
+        super().__init__(tensor, callback)
+        # The function looks this name up whenever it is called; its own may have been imported by others long ago.
+        vars(torch.utils)["weakref"] = _weakref_without_harmless
+
+
+_weakref_without_harmless = types.ModuleType("weakref")
+_weakref_without_harmless.__dict__.update(vars(weakref))
+
+
+def _getweakrefs(value: Any) -> list[Any]:
+    return [reference for reference in weakref.getweakrefs(value) if not isinstance(reference, HarmlessReference)]
+
+
+_weakref_without_harmless.getweakrefs = _getweakrefs  # type: ignore[attr-defined]

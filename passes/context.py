@@ -1,0 +1,82 @@
+"""What a pass is told about the graph that it changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import torch
+
+from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.passes.layer import LayerInfo
+from onlinequant_backend.precision import Precision
+
+
+@dataclasses.dataclass
+class PassContext:
+    """What the passes are told, and what they hand on to each other.
+
+    Attributes:
+        config, precision: the user's options and what the device resolves them to.
+        measured: whether the layers' sensitivities have been measured.
+        unusable: by layer name, what observing found that rules a layer out.
+        freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
+        selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
+        device: where the graph runs.
+        at_largest: each of these layers, by name, at the largest size that its model was traced at.
+        smoothing: what identifies the factors that a layer's input is smoothed by, by the layer's index, if it is.
+        merge: makes one weight of those of several layers, by their indices; returns whether it could.
+        extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
+    """
+
+    config: QuantConfig
+    precision: Precision
+    measured: bool = False
+    unusable: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    freed: Collection[int] = ()
+    selection: Sequence[int] | None = None
+    device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    at_largest: Callable[[Sequence[LayerInfo]], Mapping[str, LayerInfo]] = lambda infos: {}
+    smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
+    merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
+    extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
+
+    def threshold(self, kind: str) -> tuple[float, str]:
+        """The density in FLOPs per byte below which a layer of this kind stays in float, and what that is called."""
+        name = f"{kind}_compute_density_threshold"
+        given = getattr(self.config, name)
+        if given is not None:
+            return given, f"{name}={given:g}"
+        if self.measures_speed:
+            return 0.0, "none"
+        where, density = ("GPUs", _GPU_THRESHOLDS[kind]) if self.device.type == "cuda" else ("CPUs", _CPU_THRESHOLD)
+        return density, f"{density:g}, the {name} for {where}"
+
+    @property
+    def measures_speed(self) -> bool:
+        """Whether layers are selected by measured times, and by their compute density only where a threshold is set."""
+        return self.device.type == "cuda" and self.config.selection != "density"
+
+    @property
+    def in_regions(self) -> bool:
+        """Whether what the graph does more than once is to be compiled once."""
+        asked = self.config.regional_compilation
+        return self.device.type == "cpu" if asked == "auto" else bool(asked)
+
+    @property
+    def saturates(self) -> bool:
+        """Whether converting to the activations' dtype limits them: in Triton's conversion to float8 the instruction
+        does (PTX ``cvt.rn.satfinite.e4m3x2.f32``). Clamping before made Inductor's LayerNorm a third slower."""
+        return self.device.type == "cuda" and self.precision.format.activation.is_floating_point
+
+
+def is_selected(info: LayerInfo, context: PassContext) -> bool:
+    """Whether to rewrite this layer."""
+    if info.index is None:
+        return False
+    return info.quantized if context.selection is None else info.index in context.selection
+
+
+# FLOPs per byte from which layers gain by 8 bit. A GPU waits for its memory until far more than a CPU.
+_GPU_THRESHOLDS = {"conv": 100.0, "linear": 300.0}
+_CPU_THRESHOLD = 20.0
