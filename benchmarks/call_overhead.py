@@ -23,7 +23,8 @@ from rich.table import Table
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from onlinequant_backend import backend, inductor_interface
+from onlinequant_backend import backend
+from onlinequant_backend.torch_internals import inductor_interface
 
 OPTIONS = {"precision": "int8", "calibration_steps": 1, "linear_compute_density_threshold": 0}
 

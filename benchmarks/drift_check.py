@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend as oq
 from benchmarks.models import build, model_parser, seconds, thresholds
 from onlinequant_backend.progress import Progress
-from onlinequant_backend.set_registry import known_sets
+from onlinequant_backend.runtime.set_registry import known_sets
 
 EVERY = 64
 

@@ -51,7 +51,7 @@ from benchmarks.fidelity_study import Row, Study, file_name
 from benchmarks.fidelity_subjects import SAMPLERS, RandomWeights, Scenes, Subject
 from benchmarks.fidelity_variants import COMPILED, EAGER, Variant, variants, without_inductor
 from benchmarks.models import MODELS
-from onlinequant_backend import files
+from onlinequant_backend.cache import files
 from onlinequant_backend.config import CALIBRATION_METHODS, QuantConfig
 
 # Heading of each column, and how its figures are written.

@@ -15,8 +15,8 @@ import onlinequant_backend as oq
 from benchmarks.fidelity_subjects import DRAWN, OBSERVED, Denoiser, Subject
 from benchmarks.fidelity_variants import EAGER, Variant
 from benchmarks.models import relative_error
+from onlinequant_backend.report.image_quality import psnr, ssim
 from onlinequant_backend.scenes.sheet import save_sheet
-from onlinequant_backend.similarity import psnr, ssim
 
 Row = dict[str, Any]
 # Pictures on a sheet, and how many times as large as they are the differences there are drawn.

@@ -14,7 +14,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from benchmarks.per_token import per_token
-from onlinequant_backend import inductor_interface
+from onlinequant_backend.torch_internals import inductor_interface
 
 Denoiser = Callable[..., Any]
 

@@ -29,10 +29,12 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_step import require_cuda
 from benchmarks.models import relative_error
-from onlinequant_backend import formats, ops, selection
-from onlinequant_backend.calibration import ActivationRange, freeze
+from onlinequant_backend import ops
+from onlinequant_backend.kernels import formats
 from onlinequant_backend.passes import ConvGeometry, LayerInfo
-from onlinequant_backend.weight_quantization import quantize_weight
+from onlinequant_backend.quantization.ranges import ActivationRange, freeze
+from onlinequant_backend.quantization.weight_quantization import quantize_weight
+from onlinequant_backend.selection import layer_timing
 
 FORMATS = {"fp8": formats.FP8, "int8": formats.INT8}
 
@@ -157,7 +159,7 @@ def quantized(
     ones = (1,) * len(shape.kernel)
     geometry = ConvGeometry(tuple(shape.strides), tuple(shape.padding), ones)
     sizes: dict[str, Any] = {"input_shape": tuple(x.shape), "weight_shape": tuple(weight.shape)}
-    selection.tune(LayerInfo(str(shape), "conv", geometry=geometry, dtype=x.dtype, **sizes), number_format, x.device)
+    layer_timing.tune(LayerInfo(str(shape), "conv", geometry=geometry, dtype=x.dtype, **sizes), number_format, x.device)
     qparams = input_qparams(x, number_format)
     xq = ops.quantize(x, qparams, number_format.activation, True)
     wq, scale = quantize_weight(weight, number_format)

@@ -21,9 +21,10 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_conv import FORMATS, Result, input_qparams, run
 from benchmarks.models import relative_error
-from onlinequant_backend import ops, selection
+from onlinequant_backend import ops
 from onlinequant_backend.passes import LayerInfo
-from onlinequant_backend.weight_quantization import quantize_weight
+from onlinequant_backend.quantization.weight_quantization import quantize_weight
+from onlinequant_backend.selection import layer_timing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +93,7 @@ def measure(
     for name in names:
         number_format = FORMATS[name]
         sizes: dict[str, Any] = {"input_shape": tuple(x.shape), "weight_shape": tuple(weight.shape)}
-        selection.tune(LayerInfo(str(shape), "linear", dtype=x.dtype, **sizes), number_format, x.device)
+        layer_timing.tune(LayerInfo(str(shape), "linear", dtype=x.dtype, **sizes), number_format, x.device)
         qparams = input_qparams(x, number_format)
         xq = ops.quantize(x, qparams, number_format.activation, False)
         wq, scale = quantize_weight(weight, number_format)

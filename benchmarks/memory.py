@@ -24,7 +24,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import onlinequant_backend
 from benchmarks.models import build, relative_error
-from onlinequant_backend import inductor_interface
+from onlinequant_backend.torch_internals import inductor_interface
 
 
 def resident() -> int:

@@ -21,10 +21,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.models import GPU_THRESHOLDS, MODELS, build
-from onlinequant_backend import graph
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, LayerInfo, PassContext, layer_nodes, run_passes
-from onlinequant_backend.precision import Precision
 
 
 def analyzed_layers(model: torch.nn.Module, inputs: dict[str, Any], config: QuantConfig) -> list[LayerInfo]:
@@ -33,10 +33,10 @@ def analyzed_layers(model: torch.nn.Module, inputs: dict[str, Any], config: Quan
     layers: list[LayerInfo] = []
 
     def backend(graph_module: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        analyzed = graph.copy_graph(graph_module)
+        analyzed = fx_utils.copy_graph(graph_module)
         run_passes(analyzed, ANALYZE, context)
-        run_passes(graph.copy_graph(analyzed), OBSERVE, context)
-        rewritten = graph.copy_graph(analyzed)
+        run_passes(fx_utils.copy_graph(analyzed), OBSERVE, context)
+        rewritten = fx_utils.copy_graph(analyzed)
         changes = run_passes(rewritten, REWRITE, context)
         found = [info for _, info in layer_nodes(analyzed)]
         assert changes["rewrite_linear"] + changes["rewrite_conv"] == sum(info.quantized for info in found)

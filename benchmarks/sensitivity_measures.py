@@ -10,12 +10,13 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from onlinequant_backend import formats, graph, precision
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.layers import Layer
-from onlinequant_backend.observation import Observation
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.kernels import formats, precision
 from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
-from onlinequant_backend.sensitivity import estimate_by_gradient, measure_end_to_end
+from onlinequant_backend.quantization.layer_state import Layer
+from onlinequant_backend.quantization.observation import Observation
+from onlinequant_backend.selection.sensitivity import estimate_by_gradient, measure_end_to_end
 
 _ADDS = (operator.add, operator.iadd, torch.add)
 
@@ -38,20 +39,20 @@ class Observed:
         traced, self.args = _traced(model, inputs)
         device = next(model.parameters()).device
         context = PassContext(config, precision.resolve(config.precision, device))
-        self.graph_module = graph.copy_graph(traced)
+        self.graph_module = fx_utils.copy_graph(traced)
         run_passes(self.graph_module, ANALYZE, context)
         found = [(node, info) for node, info in layer_nodes(self.graph_module) if info.index is not None]
         self.infos: list[LayerInfo] = [info for _, info in found]
         self._indices = {node: index for index, (node, _) in enumerate(found)}
         method = config.calibration_method
         self.layers = [Layer(info.geometry, context.precision.format, method, device) for info in self.infos]
-        self._observing = graph.copy_graph(self.graph_module)
+        self._observing = fx_utils.copy_graph(self.graph_module)
         run_passes(self._observing, OBSERVE, context)
         self._calibrate()
 
     @torch.no_grad()
     def _calibrate(self) -> None:
-        names = [node.name for node in graph.placeholders(self.graph_module)]
+        names = [node.name for node in fx_utils.placeholders(self.graph_module)]
         weights = [dict(zip(names, self.args, strict=True))[info.weight] for info in self.infos]
         kept = range(len(self.layers))
         self.result = self._observing(*self.args, Observation(self.layers, weights, compares=True, kept=kept))

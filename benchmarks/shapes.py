@@ -35,7 +35,7 @@ OPTIONS = {"precision": "int8", "calibration_steps": 1}
 def run(shapes: str, steps: int, count: int) -> dict[str, Any]:
     """Measure one value of the option ``shapes`` in this process."""
     import onlinequant_backend
-    from onlinequant_backend.demo import CHANNELS, TEXT_WIDTH, build_unet
+    from onlinequant_backend.cli.demo import CHANNELS, TEXT_WIDTH, build_unet
 
     unet = build_unet(CHANNELS)
     step = torch.compile(unet, backend="onlinequant", options={**OPTIONS, "shapes": shapes})

@@ -68,31 +68,25 @@ class Parts:
 
 def watched() -> Parts:
     """The parts of this backend's first calls."""
-    from onlinequant_backend import (
-        agreement,
-        backend,
-        build,
-        choice,
-        compat,
-        layers,
-        persistence,
-        runtime,
-        selection,
-        traced,
-        weights,
-    )
+    from onlinequant_backend import backend
+    from onlinequant_backend.analysis import traced_graph
+    from onlinequant_backend.compilation import build, region_check
+    from onlinequant_backend.quantization import layer_state, weight_set
+    from onlinequant_backend.runtime import cache_entry, quantized_graph
+    from onlinequant_backend.selection import layer_choice, layer_timing
+    from onlinequant_backend.torch_internals import dynamo_interface
 
     parts = Parts()
     owners: dict[str, list[tuple[Any, str]]] = {
-        "cache lookup": [(runtime.QuantizedGraph, "_entry"), (persistence.Entry, "restore")],
-        "cache writing": [(runtime.QuantizedGraph, "_publish")],
-        "passes": [(module, "run_passes") for module in (backend, build, choice, traced)],
-        "weights": [(weights.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
-        "kernels ahead": [(selection, "compile_ahead")],
-        "timing": [(selection, "measure")],
-        "sensitivity": [(layers.Layer, "measure_sensitivity")],
-        "Inductor": [(compat, "compile_fx")],
-        "comparing": [(agreement.Reference, "__init__"), (agreement.Reference, "check")],
+        "cache lookup": [(quantized_graph.QuantizedGraph, "_entry"), (cache_entry.Entry, "restore")],
+        "cache writing": [(quantized_graph.QuantizedGraph, "_publish")],
+        "passes": [(module, "run_passes") for module in (backend, build, layer_choice, traced_graph)],
+        "weights": [(weight_set.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
+        "kernels ahead": [(layer_timing, "compile_ahead")],
+        "timing": [(layer_timing, "measure")],
+        "sensitivity": [(layer_state.Layer, "measure_sensitivity")],
+        "Inductor": [(dynamo_interface, "compile_fx")],
+        "comparing": [(region_check.Reference, "__init__"), (region_check.Reference, "check")],
     }
     for part, functions in owners.items():
         for owner, name in functions:

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
-from onlinequant_backend import OnlineQuantError, compat, onlinequant
+from onlinequant_backend import OnlineQuantError, onlinequant
 from onlinequant_backend.backend import failures_raised
-from onlinequant_backend.garbage import uncollected
+from onlinequant_backend.garbage_collection import uncollected
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
-from onlinequant_backend.sampling import SamplingRun, current_run
+from onlinequant_backend.runtime.sampling import SamplingRun, current_run
+from onlinequant_backend.torch_internals import dynamo_interface
 
 _log = logging.getLogger("onlinequant")
 
@@ -99,7 +100,7 @@ class CompiledMethod:
         """``original`` through the backend; as it is, until the run ends, where that fails."""
         if original != self._original:
             # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
-            compat.watch_compilations(_tracing_begins, _tracing_ends)
+            dynamo_interface.watch_compilations(_tracing_begins, _tracing_ends)
             self._compiled = torch.compile(_with_own_code(original), backend=onlinequant, options=dict(self._options))
             self._original = original
         compiled = self._compiled
@@ -109,7 +110,7 @@ class CompiledMethod:
             if self.trouble is not None:
                 return original(*args, **kwargs)
             try:
-                with compat.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin(original), failures_raised():
+                with dynamo_interface.dynamo_settings(_MOST_GRAPHS), _tracing_may_begin(original), failures_raised():
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")

@@ -9,9 +9,9 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from onlinequant_backend.graph_memory import give_back_freed_memory, trim_graph_memory
+from onlinequant_backend.compilation.graph_memory import give_back_freed_memory, trim_graph_memory
 from onlinequant_backend.progress import Listener, Update, told_to
-from onlinequant_backend.sampling import SamplingRun, current_run
+from onlinequant_backend.runtime.sampling import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .record import Record, record_of

@@ -14,9 +14,9 @@ from aiohttp import web
 from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
-from onlinequant_backend.cache import ENVIRONMENT_VARIABLES
+from onlinequant_backend.cache.cache_store import ENVIRONMENT_VARIABLES
 from onlinequant_backend.progress import Update
-from onlinequant_backend.set_registry import known_sets
+from onlinequant_backend.runtime.set_registry import known_sets
 
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model

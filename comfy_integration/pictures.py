@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from onlinequant_backend.similarity import psnr, ssim
+from onlinequant_backend.report.image_quality import psnr, ssim
 
 # Differences of a good 8-bit picture are too faint to see.
 AMPLIFIED = 5

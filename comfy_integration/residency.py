@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.trouble import going_on
+from onlinequant_backend.best_effort import going_on
 
 _log = logging.getLogger("onlinequant")
 

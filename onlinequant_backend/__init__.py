@@ -10,9 +10,9 @@ from .backend import onlinequant
 from .config import QuantConfig
 from .errors import OnlineQuantError
 from .progress import Update, told_to
-from .report import NodeDecision, Report, reports
-from .runtime import copied_bytes, invalidate, release, reset
-from .sampling import SamplingRun, sampling_run
+from .report.report import NodeDecision, Report, reports
+from .runtime.quantized_graph import copied_bytes, invalidate, release, reset
+from .runtime.sampling import SamplingRun, sampling_run
 
 __all__ = [
     "NodeDecision",

@@ -13,27 +13,20 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from . import (
-    cache,
-    compat,
-    exclusion,
-    graph,
-    inductor_interface,
-    keys,
-    operations,
-    parameter_names,
-    precision,
-    progress,
-    report,
-    tracing,
-)
+from . import progress
+from .analysis import graph_key, tracing
+from .analysis.traced_graph import TracedGraph
+from .best_effort import warn_once
+from .cache import cache_store
 from .config import QuantConfig
+from .graph import exclusion, fx_utils, operations, parameter_names
+from .kernels import precision
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
-from .report import NodeDecision
-from .runtime import NEEDS_GRADIENTS, QuantizedGraph, graphs
-from .sampling import current_run
-from .traced import TracedGraph
-from .trouble import warn_once
+from .report import report
+from .report.report import NodeDecision
+from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs
+from .runtime.sampling import current_run
+from .torch_internals import dynamo_interface, inductor_interface
 
 _log = logging.getLogger("onlinequant")
 _are_failures_raised: contextvars.ContextVar[bool] = contextvars.ContextVar("onlinequant_raises", default=False)
@@ -89,16 +82,16 @@ def onlinequant(
         _log.info("%s stays in float: %s", entry.model, reason)
         progress.tell(entry.summary())
         # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
-        if config.compile_in_background or compat.is_transforming():
+        if config.compile_in_background or dynamo_interface.is_transforming():
             return _as_it_is(graph_module, entry)
         with tracing.compiled_as_traced():
             return inductor_interface.compile_fx(
                 graph_module, list(example_inputs), config.inductor_options(), outside_dynamo=False
             )
-    store = cache.Cache.open(config.cache_dir, config.cache_size_limit)
+    store = cache_store.Cache.open(config.cache_dir, config.cache_size_limit)
     if not is_known_elsewhere:
         _log.info("%s: nothing is kept in the cache, since it calls functions that are in this process alone", model)
-        store = cache.Cache(None, config.cache_size_limit)
+        store = cache_store.Cache(None, config.cache_size_limit)
     entry.phase, entry.phase_reason = "calibrating", "observing in float"
     quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
     if identity is not None:
@@ -131,18 +124,18 @@ def _analyze(
     resolved: precision.Precision,
     device: torch.device,
 ) -> _Analysis:
-    oddity = graph.oddity(graph_module)
+    oddity = fx_utils.oddity(graph_module)
     if oddity is not None:
         return _Analysis(graph_module, [], oddity)
     try:
-        analyzed = graph.copy_graph(graph_module)
+        analyzed = fx_utils.copy_graph(graph_module)
         parameter_names.name_parameters(analyzed, inputs, tracing.root())
         run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
         infos = [info for _, info in layer_nodes(analyzed)]
         reason = _why_float(infos, resolved, inputs)
         if reason is not None:
             return _Analysis(analyzed, infos, reason)
-        identity = keys.identity(analyzed, config, resolved, device)
+        identity = graph_key.identity(analyzed, config, resolved, device)
         return _Analysis(analyzed, infos, None, identity, not operations.is_of_this_process(analyzed))
     except Exception as error:  # whatever a graph may hold, torch can compile it
         if _are_failures_raised.get():
@@ -174,7 +167,7 @@ def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..
 
 
 def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:
-    if torch.is_grad_enabled() and any(map(graph.requires_grad, inputs)):
+    if torch.is_grad_enabled() and any(map(fx_utils.requires_grad, inputs)):
         return NEEDS_GRADIENTS
     if resolved.name == "float":
         return resolved.reason

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from . import errors, inductor_interface
+from . import errors
+from .torch_internals import inductor_interface
 
 PRECISIONS = ("auto", "int8", "fp8", "float")
 SENSITIVITIES = ("gradient", "local", "end_to_end")

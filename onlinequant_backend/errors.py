@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .compat import UnwrappedError
+from .torch_internals.dynamo_interface import UnwrappedError
 
 
 class OnlineQuantError(UnwrappedError, ValueError):

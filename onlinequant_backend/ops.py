@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
-from . import ahead, clip_counting, formats
-from .kernels import cpu, cuda
+from .kernels import clip_counting, formats, x86
+from .kernels.nvidia import operators, precompile
 from .tensors import CHANNELS_LAST
 
 _library = torch.library.Library("onlinequant", "DEF")
@@ -143,10 +143,12 @@ for _name, _fake in (
     ("group_norm", _group_norm_fake),
     ("conv", _conv_fake),
 ):
-    for _device, _kernels in (("CPU", cpu), ("CUDA", cuda)):
+    for _device, _kernels in (("CPU", x86), ("CUDA", operators)):
         _kernel = getattr(_kernels, _name)
         _library.impl(_name, _kernel if _name.endswith("_norm") else clip_counting.counted(_kernel), _device)
-    torch.library.register_fake(f"onlinequant::{_name}", ahead.noted(_fake, getattr(cuda, _name)), lib=_library)
+    torch.library.register_fake(
+        f"onlinequant::{_name}", precompile.noted(_fake, getattr(operators, _name)), lib=_library
+    )
 
 quantize = torch.ops.onlinequant.quantize.default
 linear = torch.ops.onlinequant.linear.default

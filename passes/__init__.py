@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch.fx as fx
 
+from onlinequant_backend.graph.layer_info import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
+
 from .annotate_density import annotate_density
 from .context import PassContext
 from .drop_identities import drop_identities
@@ -20,7 +22,6 @@ from .fuse_layer_norm import fuse_layer_norm
 from .insert_observers import insert_observers
 from .keep_output_layout import keep_output_layout
 from .keep_views import keep_views
-from .layer import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
 from .merge_linears import merge_linears
 from .name_layers import name_layers
 from .outline_regions import outline_regions

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat, graph
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import CONV_TARGETS, LINEAR_TARGETS, LayerInfo, layer_nodes
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
-from .layer import CONV_TARGETS, LINEAR_TARGETS, LayerInfo, layer_nodes
 
 
 def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -26,7 +27,7 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
     for node, info in layer_nodes(graph_module):
         if info.output_shape:
             continue
-        x, weight = (_example(graph.argument(node, i, name)) for i, name in ((0, "input"), (1, "weight")))
+        x, weight = (_example(fx_utils.argument(node, i, name)) for i, name in ((0, "input"), (1, "weight")))
         y = _example(node)
         if x is None or weight is None or y is None:
             info.reason = "its shapes are not known"
@@ -39,7 +40,7 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
     largest = context.at_largest([info for _, info in layer_nodes(graph_module)]) if changed else {}
     for node, info in layer_nodes(graph_module):
         known = largest.get(info.name)
-        if known is not None and not graph.is_concrete(node.meta.get("example_value")) and _is_alike(known, info):
+        if known is not None and not fx_utils.is_concrete(node.meta.get("example_value")) and _is_alike(known, info):
             for name in ("input_shape", "output_shape", "flops", "bytes"):
                 setattr(info, name, getattr(known, name))
     return changed
@@ -59,7 +60,7 @@ def _flops(node: fx.Node, info: LayerInfo) -> int:
 
 
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
-    return tuple(compat.hint(size) for size in tensor.shape)
+    return tuple(dynamo_interface.hint(size) for size in tensor.shape)
 
 
 def _example(node: Any) -> torch.Tensor | None:

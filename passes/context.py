@@ -8,8 +8,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.passes.layer import LayerInfo
-from onlinequant_backend.precision import Precision
+from onlinequant_backend.graph.layer_info import LayerInfo
+from onlinequant_backend.kernels.precision import Precision
 
 
 @dataclasses.dataclass

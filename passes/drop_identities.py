@@ -5,8 +5,8 @@ import operator
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph
-from onlinequant_backend.aliasing import Memory
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
 
 from .context import PassContext
 
@@ -28,7 +28,7 @@ def drop_identities(graph_module: fx.GraphModule, context: PassContext) -> int:
     memory = Memory(graph_module)
     dropped = 0
     for node in list(graph_module.graph.nodes):
-        if (_is_division_by_one(node) or graph.is_idle_dropout(node)) and not _is_memory_needed(node, memory):
+        if (_is_division_by_one(node) or fx_utils.is_idle_dropout(node)) and not _is_memory_needed(node, memory):
             node.replace_all_uses_with(node.all_input_nodes[0])
             graph_module.graph.erase_node(node)
             dropped += 1

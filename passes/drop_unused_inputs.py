@@ -3,8 +3,9 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
+from onlinequant_backend.graph.layer_info import CASTS
+
 from .context import PassContext
-from .layer import CASTS
 
 
 def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -5,8 +5,8 @@ import operator
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph
-from onlinequant_backend.aliasing import Memory
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
 
 from .context import PassContext
 
@@ -52,7 +52,7 @@ def _is_private(node: fx.Node, memory: Memory, order: dict[fx.Node, int]) -> boo
     if not isinstance(written, fx.Node) or not isinstance(written.meta.get("example_value"), torch.Tensor):
         return False
     other = value.meta.get("example_value") if isinstance(value, fx.Node) else value
-    target = graph.example(written)
+    target = fx_utils.example(written)
     if not isinstance(other, (torch.Tensor, int, float)) or torch.result_type(target, other) != target.dtype:
         return False
     for owner in memory.owners(written):

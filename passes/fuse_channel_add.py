@@ -5,12 +5,14 @@ import operator
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat, graph, ops
-from onlinequant_backend.aliasing import Memory
-from onlinequant_backend.kernels import tuning
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.layer_info import info_of
+from onlinequant_backend.kernels.nvidia import tuning
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
-from .layer import info_of
 
 _ADDS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
 
@@ -61,12 +63,12 @@ def _fuse(graph_module: fx.GraphModule, conv: fx.Node, add: fx.Node) -> bool:
     if add.target not in _ADDS or len(add.args) != 2 or add.kwargs:
         return False
     other = add.args[1] if add.args[0] is conv else add.args[0]
-    if not isinstance(other, fx.Node) or other is conv or not _fits(other, add, graph.example(conv)):
+    if not isinstance(other, fx.Node) or other is conv or not _fits(other, add, fx_utils.example(conv)):
         return False
     with graph_module.graph.inserting_before(add):
         row = graph_module.graph.call_function(torch.ops.aten.flatten.using_ints, (other, 1))
         new = graph_module.graph.call_function(ops.conv, (*conv.args, None, row))
-    new.meta = {**conv.meta, "example_value": graph.example(add)}
+    new.meta = {**conv.meta, "example_value": fx_utils.example(add)}
     add.replace_all_uses_with(new)
     graph_module.graph.erase_node(add)
     graph_module.graph.erase_node(conv)
@@ -77,5 +79,5 @@ def _fits(other: fx.Node, add: fx.Node, y: torch.Tensor) -> bool:
     value, total = (node.meta.get("example_value") for node in (other, add))
     if not isinstance(value, torch.Tensor) or not isinstance(total, torch.Tensor):
         return False
-    sizes, expected = ([compat.hint(size) for size in tensor.shape] for tensor in (value, y))
+    sizes, expected = ([dynamo_interface.hint(size) for size in tensor.shape] for tensor in (value, y))
     return sizes == [*expected[:2], *[1] * (y.dim() - 2)] and value.dtype is total.dtype is y.dtype

@@ -6,12 +6,13 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
-from onlinequant_backend.aliasing import Memory
-from onlinequant_backend.kernels import tuning
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.layer_info import info_of
+from onlinequant_backend.kernels.nvidia import tuning
 
 from .context import PassContext
-from .layer import info_of
 
 
 def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -75,7 +76,11 @@ def _product(linear: fx.Node) -> fx.Node | None:
     halves = {user.args[1]: user for user in chunk.users if user.target is operator.getitem}
     value, gate = halves.get(0), halves.get(1)
     gelu = None if gate is None else _only_user(gate)
-    if gelu is None or gelu.target is not torch._C._nn.gelu or graph.argument(gelu, 1, "approximate", "none") != "none":
+    if (
+        gelu is None
+        or gelu.target is not torch._C._nn.gelu
+        or fx_utils.argument(gelu, 1, "approximate", "none") != "none"
+    ):
         return None
     product = _only_user(gelu)
     if product is None or product.target not in (operator.mul, operator.imul, torch.mul) or product.kwargs:
@@ -84,10 +89,10 @@ def _product(linear: fx.Node) -> fx.Node | None:
 
 
 def _is_halving(node: fx.Node) -> bool:
-    if node.target not in ("chunk", torch.chunk) or graph.argument(node, 1, "chunks") != 2:
+    if node.target not in ("chunk", torch.chunk) or fx_utils.argument(node, 1, "chunks") != 2:
         return False
-    last = graph.example(node.all_input_nodes[0]).dim() - 1
-    return graph.argument(node, 2, "dim", 0) in (-1, last)
+    last = fx_utils.example(node.all_input_nodes[0]).dim() - 1
+    return fx_utils.argument(node, 2, "dim", 0) in (-1, last)
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

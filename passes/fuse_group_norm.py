@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.tensors import CHANNELS_LAST
 
 from .context import PassContext
@@ -48,14 +49,14 @@ def fuse_group_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _has_kernel(norm: fx.Node) -> bool:
-    x, groups = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "num_groups")
+    x, groups = fx_utils.argument(norm, 0, "input"), fx_utils.argument(norm, 1, "num_groups")
     value = x.meta.get("example_value")
     return (
         isinstance(value, torch.Tensor)
         and value.dim() in CHANNELS_LAST
         and value.dtype in _DTYPES
         and isinstance(groups, int)
-        and isinstance(graph.argument(norm, 4, "eps", 1e-5), (int, float))
+        and isinstance(fx_utils.argument(norm, 4, "eps", 1e-5), (int, float))
     )
 
 
@@ -73,24 +74,24 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
         return False
     _, qparams, dtype, channels_last = quantize.args[:4]
     assert isinstance(dtype, torch.dtype)
-    x, groups = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "num_groups")
-    weight, bias = graph.argument(norm, 2, "weight"), graph.argument(norm, 3, "bias")
-    eps = graph.argument(norm, 4, "eps", 1e-5)
+    x, groups = fx_utils.argument(norm, 0, "input"), fx_utils.argument(norm, 1, "num_groups")
+    weight, bias = fx_utils.argument(norm, 2, "weight"), fx_utils.argument(norm, 3, "bias")
+    eps = fx_utils.argument(norm, 4, "eps", 1e-5)
     # Where the norm was, since somebody may write into x before its result is quantized.
     with graph_module.graph.inserting_before(norm):
         # In the graph, so that what computes x writes it like this.
-        layout: dict[str, Any] = {"memory_format": CHANNELS_LAST[graph.example(x).dim()]}
+        layout: dict[str, Any] = {"memory_format": CHANNELS_LAST[fx_utils.example(x).dim()]}
         x = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (x,), layout)
         args = (x, groups, weight, bias, eps, silu, qparams, dtype)
         result = graph_module.graph.call_function(ops.group_norm, args)
     result.meta = {key: value for key, value in quantize.meta.items() if key != "onlinequant"}
     # AOTAutograd caches only graphs in which methods are called on what has an example.
-    result.meta["example_value"] = graph.example(norm).to(dtype)
+    result.meta["example_value"] = fx_utils.example(norm).to(dtype)
     if orderings:
         orderings[0].replace_input_with(last, result)
         result = orderings[-1]
         for node in orderings:
-            node.meta["example_value"] = graph.example(node).to(dtype)
+            node.meta["example_value"] = fx_utils.example(node).to(dtype)
     if not channels_last:
         with graph_module.graph.inserting_before(quantize):
             result = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (result,))

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat, graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
 
@@ -39,7 +41,7 @@ def fuse_layer_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
     if context.precision.format.is_packed:
         return 0
     fused = 0
-    hoist = not any(map(graph.writes_in_place, graph_module.graph.nodes))
+    hoist = not any(map(fx_utils.writes_in_place, graph_module.graph.nodes))
     for norm in list(graph_module.graph.nodes):
         quantize = _quantize_after(norm) if norm.target is torch.nn.functional.layer_norm else None
         if quantize is not None:
@@ -53,18 +55,20 @@ def _quantize_after(norm: fx.Node) -> fx.Node | None:
     quantize = next(iter(norm.users)) if len(norm.users) == 1 else None
     if quantize is None or quantize.target is not ops.quantize or quantize.args[3]:
         return None
-    x, shape = graph.argument(norm, 0, "input"), graph.argument(norm, 1, "normalized_shape")
+    x, shape = fx_utils.argument(norm, 0, "input"), fx_utils.argument(norm, 1, "normalized_shape")
     value = x.meta.get("example_value")
-    fits = isinstance(value, torch.Tensor) and len(shape) == 1 and compat.hint(value.shape[-1]) <= _MAX_CHANNELS
-    return quantize if fits and value.dtype == graph.example(norm).dtype else None
+    fits = (
+        isinstance(value, torch.Tensor) and len(shape) == 1 and dynamo_interface.hint(value.shape[-1]) <= _MAX_CHANNELS
+    )
+    return quantize if fits and value.dtype == fx_utils.example(norm).dtype else None
 
 
 def _fuse(graph_module: fx.GraphModule, norm: fx.Node, quantize: fx.Node, hoist: bool) -> None:
-    x = graph.argument(norm, 0, "input")
+    x = fx_utils.argument(norm, 0, "input")
     # Where something writes in place, the sum may not be what it was any more when the norm reads it.
     terms = _terms(x) if hoist else None
-    weight, bias = graph.argument(norm, 2, "weight"), graph.argument(norm, 3, "bias")
-    eps = graph.argument(norm, 4, "eps", 1e-5)
+    weight, bias = fx_utils.argument(norm, 2, "weight"), fx_utils.argument(norm, 3, "bias")
+    eps = fx_utils.argument(norm, 4, "eps", 1e-5)
     _, qparams, dtype = quantize.args[:3]
     # Where the sum was, since others may read it before the norm does.
     with graph_module.graph.inserting_before(norm if terms is None else x):
@@ -93,5 +97,5 @@ def _terms(node: Any) -> tuple[fx.Node, fx.Node] | None:
         return None
     values = [value.meta.get("example_value") for value in (a, b, node)]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    kinds = {(tuple(compat.hint(size) for size in tensor.shape), tensor.dtype) for tensor in tensors}
+    kinds = {(tuple(dynamo_interface.hint(size) for size in tensor.shape), tensor.dtype) for tensor in tensors}
     return (a, b) if len(tensors) == 3 and len(kinds) == 1 else None

@@ -4,11 +4,11 @@ from typing import Any
 
 import torch.fx as fx
 
-from onlinequant_backend import graph
-from onlinequant_backend.observation import observe
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import layer_reads
+from onlinequant_backend.quantization.observation import observe
 
 from .context import PassContext
-from .layer import layer_reads
 
 
 def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -34,12 +34,12 @@ def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
     ]
     if not layers:
         return 0
-    observation = graph.add_placeholder(graph_module, "onlinequant_observation")
+    observation = fx_utils.add_placeholder(graph_module, "onlinequant_observation")
     first_readers: dict[tuple[Any, int], int] = {}
     for node, index, read in layers:
         first = first_readers.setdefault(read, index)
         users = list(node.users)
-        x, bias = graph.argument(node, 0, "input"), graph.argument(node, 2, "bias")
+        x, bias = fx_utils.argument(node, 0, "input"), fx_utils.argument(node, 2, "bias")
         with graph_module.graph.inserting_after(node):
             observed = graph_module.graph.call_function(observe, (observation, index, first, x, node, bias))
         for user in users:

@@ -5,8 +5,9 @@ from collections.abc import Sequence
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat, graph
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.tensors import CHANNELS_LAST
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
 
@@ -63,7 +64,7 @@ def _permuted(graph_module: fx.GraphModule, node: fx.Node, order: Sequence[int])
     if list(order) == sorted(order):
         return node
     permuted = graph_module.graph.call_function(torch.ops.aten.permute.default, (node, list(order)))
-    permuted.meta["example_value"] = graph.example(node).permute(*order)
+    permuted.meta["example_value"] = fx_utils.example(node).permute(*order)
     return permuted
 
 
@@ -73,7 +74,7 @@ def _layout(node: fx.Node) -> tuple[torch.memory_format, list[int] | None]:
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return torch.contiguous_format, None
     # The traced strides may be symbolic, so ask a tensor of the same strides that has no memory.
-    sizes, strides = ([compat.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
+    sizes, strides = ([dynamo_interface.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
     traced = torch.empty_strided(sizes, strides, dtype=torch.float32, device="meta")
     as_it_is = list(range(value.dim()))
     for memory_format in (torch.contiguous_format, CHANNELS_LAST.get(value.dim(), torch.contiguous_format)):

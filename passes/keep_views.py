@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat
-from onlinequant_backend.aliasing import Memory
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
 from .keep_output_layout import in_float_layout
@@ -61,7 +61,7 @@ def _shape(node: fx.Node) -> tuple[tuple[int, ...], ...]:
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return ()
-    return tuple(tuple(map(compat.hint, numbers)) for numbers in (value.shape, value.stride()))
+    return tuple(tuple(map(dynamo_interface.hint, numbers)) for numbers in (value.shape, value.stride()))
 
 
 def _has_sizes(view: fx.Node) -> bool:

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
-from onlinequant_backend.aliasing import Memory
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.layer_info import LayerInfo, layer_nodes
 
 from .context import PassContext
-from .layer import LayerInfo, layer_nodes
 
 
 def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -60,8 +61,8 @@ def _merge(
     nodes = [node for node, _ in members]
     first = nodes[0]
     old_inputs = [node.args[i] for node in nodes for i in (2, 3)]
-    weight = graph.add_placeholder(graph_module, f"onlinequant_merged_weight_{indices[0]}")
-    scale = graph.add_placeholder(graph_module, f"onlinequant_merged_scale_{indices[0]}")
+    weight = fx_utils.add_placeholder(graph_module, f"onlinequant_merged_weight_{indices[0]}")
+    scale = fx_utils.add_placeholder(graph_module, f"onlinequant_merged_scale_{indices[0]}")
     context.extra_inputs += [("merged_weight", indices), ("merged_weight_scale", indices)]
     x, qparams, _, _, bias, dtype = first.args
     sizes = [info.weight_shape[0] for _, info in members]
@@ -82,7 +83,7 @@ def _merge(
 
 def _drop(graph_module: fx.GraphModule, inputs: list[Any], context: PassContext) -> None:
     """Take away inputs that this rewriting had appended and that nothing reads any more."""
-    names = [node.name for node in graph.placeholders(graph_module)][-len(context.extra_inputs) :]
+    names = [node.name for node in fx_utils.placeholders(graph_module)][-len(context.extra_inputs) :]
     gone = {node.name for node in inputs if not node.users}
     context.extra_inputs[:] = [
         extra for extra, name in zip(context.extra_inputs, names, strict=True) if name not in gone

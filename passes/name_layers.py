@@ -2,10 +2,17 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from onlinequant_backend import parameter_names
+from onlinequant_backend.graph import parameter_names
+from onlinequant_backend.graph.layer_info import (
+    CONV_TARGETS,
+    LINEAR_TARGETS,
+    TRANSPOSED_TARGETS,
+    LayerInfo,
+    info_of,
+    weight_parameter,
+)
 
 from .context import PassContext
-from .layer import CONV_TARGETS, LINEAR_TARGETS, TRANSPOSED_TARGETS, LayerInfo, info_of, weight_parameter
 
 _KINDS: dict[object, str] = {
     **dict.fromkeys(LINEAR_TARGETS, "linear"),

@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import compat, graph
-from onlinequant_backend.aliasing import Memory
-from onlinequant_backend.repeats import repeated_runs
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.layer_info import info_of
+from onlinequant_backend.graph.repeated_runs import repeated_runs
+from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
-from .layer import info_of
 
 # Regions of fewer calls are not worth it, nor are those that save less than this share of the graph's calls.
 _LEAST_CALLS, _LEAST_SAVED = 20, 0.02
@@ -61,8 +62,8 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _may_be_outlined(graph_module: fx.GraphModule, context: PassContext) -> bool:
-    is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in graph.placeholders(graph_module))
-    in_place = any(map(graph.writes_in_place, graph_module.graph.nodes))
+    is_symbolic = any(isinstance(_example(node), torch.SymInt) for node in fx_utils.placeholders(graph_module))
+    in_place = any(map(fx_utils.writes_in_place, graph_module.graph.nodes))
     return context.in_regions and not is_symbolic and not in_place and not Memory(graph_module).has_results_in_common()
 
 
@@ -244,7 +245,7 @@ def _replace(graph_module: fx.GraphModule, inside: Sequence[fx.Node], outputs: S
     own = set(inside)
     with graph_module.graph.inserting_before(inside[-1].next):
         region = graph_module.graph.get_attr(name)
-        call = graph_module.graph.call_function(compat.invoke_subgraph, (region, name, *_inputs(inside)))
+        call = graph_module.graph.call_function(dynamo_interface.invoke_subgraph, (region, name, *_inputs(inside)))
         call.meta["outlined"] = True
         for position, index in enumerate(outputs):
             result = graph_module.graph.call_function(operator.getitem, (call, position))

@@ -4,10 +4,11 @@ import operator
 
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import layer_reads
 
 from .context import PassContext, is_selected
-from .layer import layer_reads
 
 
 def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -55,7 +56,7 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 def _extra_input(graph_module: fx.GraphModule, what: str, index: int, context: PassContext) -> fx.Node:
     context.extra_inputs.append((what, index))
-    return graph.add_placeholder(graph_module, f"onlinequant_{what}_{index}")
+    return fx_utils.add_placeholder(graph_module, f"onlinequant_{what}_{index}")
 
 
 def _is_quantize(node: object) -> bool:

@@ -4,10 +4,11 @@ from typing import Any
 
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import LayerInfo
 
 from .context import PassContext
-from .layer import LayerInfo
 
 
 def quantized_operands(
@@ -17,11 +18,11 @@ def quantized_operands(
 
     Appends the two weight inputs to the graph and to ``context.extra_inputs``.
     """
-    x = graph.argument(node, 0, "input")
+    x = fx_utils.argument(node, 0, "input")
     if not (isinstance(x, fx.Node) and x.target is ops.quantize) or node.target in (ops.linear, ops.conv):
         return None
     assert info.index is not None
     context.extra_inputs += [("weight", info.index), ("weight_scale", info.index)]
-    weight = graph.add_placeholder(graph_module, f"onlinequant_weight_{info.index}")
-    scale = graph.add_placeholder(graph_module, f"onlinequant_scale_{info.index}")
-    return x, x.args[1], weight, scale, graph.argument(node, 2, "bias")
+    weight = fx_utils.add_placeholder(graph_module, f"onlinequant_weight_{info.index}")
+    scale = fx_utils.add_placeholder(graph_module, f"onlinequant_scale_{info.index}")
+    return x, x.args[1], weight, scale, fx_utils.argument(node, 2, "bias")

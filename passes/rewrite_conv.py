@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import layer_nodes
 
 from .context import PassContext
-from .layer import layer_nodes
 from .quantized_operands import quantized_operands
 
 
@@ -30,6 +31,6 @@ def rewrite_conv(graph_module: fx.GraphModule, context: PassContext) -> int:
         if operands is not None:
             assert info.geometry is not None
             geometry = (list(info.geometry.stride), list(info.geometry.padding), list(info.geometry.dilation))
-            graph.replace_call(graph_module, node, ops.conv, (*operands, *geometry, graph.example(node).dtype))
+            fx_utils.replace_call(graph_module, node, ops.conv, (*operands, *geometry, fx_utils.example(node).dtype))
             rewritten += 1
     return rewritten

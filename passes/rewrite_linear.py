@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import torch.fx as fx
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.layer_info import layer_nodes
 
 from .context import PassContext
-from .layer import layer_nodes
 from .quantized_operands import quantized_operands
 
 
@@ -27,6 +28,6 @@ def rewrite_linear(graph_module: fx.GraphModule, context: PassContext) -> int:
     for node, info in layer_nodes(graph_module):
         operands = quantized_operands(graph_module, node, info, context) if info.kind == "linear" else None
         if operands is not None:
-            graph.replace_call(graph_module, node, ops.linear, (*operands, graph.example(node).dtype))
+            fx_utils.replace_call(graph_module, node, ops.linear, (*operands, fx_utils.example(node).dtype))
             rewritten += 1
     return rewritten

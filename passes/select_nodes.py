@@ -7,12 +7,20 @@ import torch
 import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from onlinequant_backend import exclusion, graph
-from onlinequant_backend.aliasing import Memory
-from onlinequant_backend.report import CANDIDATE
+from onlinequant_backend.graph import exclusion, fx_utils
+from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.layer_info import (
+    CASTS,
+    CONV_TARGETS,
+    TRANSPOSED_TARGETS,
+    ConvGeometry,
+    LayerInfo,
+    layer_nodes,
+    weight_parameter,
+)
+from onlinequant_backend.report.report import CANDIDATE
 
 from .context import PassContext
-from .layer import CASTS, CONV_TARGETS, TRANSPOSED_TARGETS, ConvGeometry, LayerInfo, layer_nodes, weight_parameter
 
 _log = logging.getLogger("onlinequant")
 
@@ -87,7 +95,7 @@ def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: Pas
     if info.flops < _LITTLE_WORK * work:
         if _is_result(node):
             return f"the model's last layer: {_NOT_WORTH_IT}"
-        if info.kind == "conv" and _is_input(graph.argument(node, 0, "input")):
+        if info.kind == "conv" and _is_input(fx_utils.argument(node, 0, "input")):
             return f"the model's first layer: {_NOT_WORTH_IT}"
     return None
 
@@ -95,7 +103,7 @@ def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: Pas
 def _is_result(node: fx.Node) -> bool:
     """Whether a value is one that the model gives, be it in another form or with something written into it."""
     return any(
-        user.op == "output" or ((_is_arranging(user) or graph.writes_in_place(user)) and _is_result(user))
+        user.op == "output" or ((_is_arranging(user) or fx_utils.writes_in_place(user)) and _is_result(user))
         for user in node.users
     )
 
@@ -118,7 +126,7 @@ def _is_shortcut(node: fx.Node, info: LayerInfo) -> bool:
     add = next(iter(node.users))
     if add.target not in (operator.add, operator.iadd, torch.add):
         return False
-    x = graph.argument(node, 0, "input")
+    x = fx_utils.argument(node, 0, "input")
     return any(other is not node and _is_made_of(other, x) for other in add.all_input_nodes)
 
 
@@ -157,7 +165,7 @@ def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
         return "its weight is computed in the graph, not a parameter"
     if memory.is_written(parameter):
         return "its weight is written in the graph"
-    weight = graph.example(parameter)
+    weight = fx_utils.example(parameter)
     # ComfyUI's and torchao's, say.
     if type(weight).__name__ == "QuantizedTensor" or is_traceable_wrapper_subclass(weight):
         return "its weight is quantized already, or a tensor subclass for another reason"
@@ -167,8 +175,8 @@ def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
         return "it computes nothing"
     if info.kind == "linear" and len(info.weight_shape) != 2:
         return "its weight is not a matrix"
-    if graph.example(node).dtype not in _FLOAT_DTYPES:
-        return f"its dtype {graph.example(node).dtype} has no 8-bit kernel"
+    if fx_utils.example(node).dtype not in _FLOAT_DTYPES:
+        return f"its dtype {fx_utils.example(node).dtype} has no 8-bit kernel"
     return _impossible_conv(node, info) if info.kind == "conv" else None
 
 
@@ -178,7 +186,7 @@ def _impossible_conv(node: fx.Node, info: LayerInfo) -> str | None:
         return f"{dimensions}-d convolutions have no 8-bit kernel"
     if len(info.input_shape) != dimensions + 2:
         return "its input has no batch dimension"
-    groups = graph.argument(node, 6, "groups", 1)
+    groups = fx_utils.argument(node, 6, "groups", 1)
     if groups != 1:
         return f"grouped convolutions (groups={groups}) have no 8-bit kernel"
     geometry = _geometry(node, info, dimensions)
@@ -190,7 +198,7 @@ def _impossible_conv(node: fx.Node, info: LayerInfo) -> str | None:
 
 def _geometry(node: fx.Node, info: LayerInfo, dimensions: int) -> ConvGeometry | str:
     def per_dimension(position: int, name: str, default: int) -> tuple[int, ...] | None:
-        value = graph.argument(node, position, name, default)
+        value = fx_utils.argument(node, position, name, default)
         if isinstance(value, fx.Node):
             return None
         values = (value,) * dimensions if isinstance(value, int) else tuple(value)
@@ -200,7 +208,7 @@ def _geometry(node: fx.Node, info: LayerInfo, dimensions: int) -> ConvGeometry |
     stride, dilation = per_dimension(3, "stride", 1), per_dimension(5, "dilation", 1)
     if stride is None or dilation is None:
         return "its geometry is computed in the graph"
-    padding = graph.argument(node, 4, "padding", 0)
+    padding = fx_utils.argument(node, 4, "padding", 0)
     if padding == "same":
         reach = [dil * (kernel - 1) for dil, kernel in zip(dilation, info.weight_shape[2:], strict=True)]
         if any(size % 2 for size in reach):

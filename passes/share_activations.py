@@ -5,8 +5,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend import graph
-from onlinequant_backend.aliasing import Memory
+from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph.aliasing import Memory
 
 from .context import PassContext
 
@@ -33,7 +33,7 @@ def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int
     memory = Memory(graph_module)
     writes = shared = 0
     for node in list(graph_module.graph.nodes):
-        writes += graph.writes_in_place(node)
+        writes += fx_utils.writes_in_place(node)
         if node.target not in _ACTIVATIONS or memory.is_written(node) or memory.returns(node):
             continue
         known = first.setdefault((node.target, node.args, tuple(sorted(node.kwargs.items())), writes), node)

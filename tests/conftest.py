@@ -44,8 +44,8 @@ def _fresh_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
     monkeypatch.setenv("ONLINEQUANT_CACHE_DIR", str(tmp_path / "onlinequant-cache"))
     monkeypatch.delenv("COMFYUI_ONEDIFF_SAVE_GRAPH_DIR", raising=False)
     # It takes seconds for each test, and another process does not see what a test has patched.
-    if "onlinequant_backend.compile_process" in sys.modules:
-        monkeypatch.setattr("onlinequant_backend.compile_process.is_possible", lambda: False)
+    if "onlinequant_backend.compilation.compile_process" in sys.modules:
+        monkeypatch.setattr("onlinequant_backend.compilation.compile_process.is_possible", lambda: False)
     yield
     # Not imported here: most tests of plain Python never load torch.
     if "onlinequant_backend" in sys.modules:

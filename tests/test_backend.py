@@ -10,11 +10,12 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import backend, inductor_interface
-from tests.graph_probe import EIGHT_BITS, GraphProbe
-from tests.small import CLOSE, compiled
-from tests.test_runtime import EagerInductor
-from tests.tiny import noise, relative_error
+from onlinequant_backend import backend
+from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.graph_probe import EIGHT_BITS, GraphProbe
+from tests.helpers.small import CLOSE, compiled
+from tests.helpers.tiny import noise, relative_error
+from tests.runtime.test_quantized_graph import EagerInductor
 
 X = noise(8, 16)
 

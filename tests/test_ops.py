@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from onlinequant_backend import ops
-from onlinequant_backend.calibration import ActivationRange, freeze
-from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.kernels import reference
-from onlinequant_backend.weight_quantization import quantize_weight
-from tests.tiny import noise
+from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, Format
+from onlinequant_backend.quantization.ranges import ActivationRange, freeze
+from onlinequant_backend.quantization.weight_quantization import quantize_weight
+from tests.helpers.tiny import noise
 
 FORMATS = [pytest.param(format, id=format.name) for format in (ONEDNN, INT8, FP8)]
 INTEGERS = FORMATS[:2]

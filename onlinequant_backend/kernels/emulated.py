@@ -10,8 +10,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..formats import NOT_FINITE
 from ..tensors import CHANNELS_LAST
+from .formats import NOT_FINITE
 
 
 def linear(

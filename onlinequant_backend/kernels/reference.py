@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ..formats import NOT_FINITE
+from .formats import NOT_FINITE
 
 
 def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:

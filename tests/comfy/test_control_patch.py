@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from onlinequant_backend import SamplingRun, inductor_interface
+from onlinequant_backend import SamplingRun
 from onlinequant_backend.comfy_integration.control_patch import quantize_control_net
-from tests.small import Small, X, texts_into
-from tests.tiny import OPTIONS, relative_error
+from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.small import Small, X, texts_into
+from tests.helpers.tiny import OPTIONS, relative_error
 
 
 class Control:

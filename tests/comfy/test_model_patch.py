@@ -18,7 +18,6 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import inductor_interface
 from onlinequant_backend.comfy_integration import compiled_method
 from onlinequant_backend.comfy_integration.model_patch import (
     APPLY_MODEL,
@@ -28,9 +27,10 @@ from onlinequant_backend.comfy_integration.model_patch import (
     quantize_model,
     record_of_model,
 )
-from onlinequant_backend.set_registry import known_sets
-from tests.small import WIDE, Small, X, small, texts_into
-from tests.tiny import OPTIONS, noise, relative_error
+from onlinequant_backend.runtime.set_registry import known_sets
+from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.small import WIDE, Small, X, small, texts_into
+from tests.helpers.tiny import OPTIONS, noise, relative_error
 
 SIGMAS = torch.tensor([4.0, 2.0, 1.0, 0.0])
 
@@ -282,7 +282,7 @@ def test_what_fails_is_tried_again_in_the_next_run(
 ) -> None:
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
     with monkeypatch.context() as broken:
-        broken.setattr(oq.backend.keys, "identity", lambda *_: 1 // 0)
+        broken.setattr(oq.backend.graph_key, "identity", lambda *_: 1 // 0)
         assert all(torch.equal(result, expected) for result in model.run())
         assert told[-1].startswith("in float, since it failed (tried again at the next run)")
     model.run()
@@ -299,7 +299,7 @@ def test_what_always_fails_is_left_alone_after_three_runs(
         attempts.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(oq.backend.keys, "identity", fail)
+    monkeypatch.setattr(oq.backend.graph_key, "identity", fail)
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
     for _ in range(5):
         assert all(torch.equal(result, expected) for result in model.run())

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from onlinequant_backend import ops
-from onlinequant_backend.calibration import ActivationRange, freeze
-from onlinequant_backend.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.kernels import emulated, reference
-from onlinequant_backend.weight_quantization import quantize_weight
-from tests.graph_probe import host_precision
-from tests.kernels.test_cpu import CONVS, DTYPES, LINEARS, TOLERANCE
-from tests.tiny import noise
+from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, Format
+from onlinequant_backend.quantization.ranges import ActivationRange, freeze
+from onlinequant_backend.quantization.weight_quantization import quantize_weight
+from tests.helpers.graph_probe import host_precision
+from tests.helpers.tiny import noise
+from tests.kernels.test_x86 import CONVS, DTYPES, LINEARS, TOLERANCE
 
 EMULATED = [pytest.param(format, id=format.name) for format in (INT8, FP8)]
 FORMATS = [pytest.param(host_precision().format, id=ONEDNN.name), *EMULATED]

@@ -8,8 +8,8 @@ from torch import nn
 from onlinequant_backend.passes import ANALYZE
 from onlinequant_backend.passes.annotate_density import annotate_density
 from onlinequant_backend.passes.name_layers import name_layers
-from tests.graph_probe import GraphProbe, WithWeight
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe, WithWeight
+from tests.helpers.tiny import noise
 
 
 @pytest.mark.parametrize(

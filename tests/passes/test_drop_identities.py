@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from onlinequant_backend.passes.drop_identities import drop_identities
-from tests.graph_probe import GraphProbe
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe
+from tests.helpers.tiny import noise
 
 X = noise(2, 8)
 

@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from onlinequant_backend import graph
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.passes.drop_unused_inputs import drop_unused_inputs
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from tests.graph_probe import GraphProbe, WithWeight
-from tests.tiny import net, noise
+from tests.helpers.graph_probe import GraphProbe, WithWeight
+from tests.helpers.tiny import net, noise
 
 
 def test_float_weights_of_8_bit_layers_go() -> None:
@@ -17,7 +17,7 @@ def test_float_weights_of_8_bit_layers_go() -> None:
     assert probe.run(drop_unused_inputs) == {"drop_unused_inputs": 4}
     assert probe.after.counts - probe.before.counts == {}
     assert probe.added("placeholder") == -4
-    left = {node.name for node in graph.placeholders(probe.graph_module)}
+    left = {node.name for node in fx_utils.placeholders(probe.graph_module)}
     for info in probe.infos:
         assert (info.weight in left) is (not info.quantized)
         assert info.quantized or info.reason == "quantized_conv_percentage is 0"

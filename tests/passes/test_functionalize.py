@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from onlinequant_backend import graph
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.passes.functionalize import functionalize
-from tests.graph_probe import GraphProbe
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe
+from tests.helpers.tiny import noise
 
 Function = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,9 +56,9 @@ def test_what_the_graph_has_made_is_left_as_it_was(function: Function, changes: 
     x = noise(2, 8)
     expected = function(x)
     probe = GraphProbe(function, x)
-    assert any(map(graph.writes_in_place, probe.graph_module.graph.nodes))
+    assert any(map(fx_utils.writes_in_place, probe.graph_module.graph.nodes))
     assert probe.run(functionalize) == {"functionalize": changes}
-    assert not any(map(graph.writes_in_place, probe.graph_module.graph.nodes))
+    assert not any(map(fx_utils.writes_in_place, probe.graph_module.graph.nodes))
     for _ in range(2):
         (result,) = probe.call()
         assert torch.equal(result, expected)

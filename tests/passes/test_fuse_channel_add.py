@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from onlinequant_backend import ops
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.fuse_channel_add import fuse_channel_add
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_conv import rewrite_conv
-from onlinequant_backend.precision import Precision
-from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
+from tests.helpers.tiny import noise, relative_error
 
 FLATTEN = torch.ops.aten.flatten.using_ints
 X, TIME = noise(2, 8, 6, 5), noise(2, 8, seed=2)

@@ -9,14 +9,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend import ops
-from onlinequant_backend.kernels import tuning
+from onlinequant_backend.kernels.nvidia import tuning
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.drop_identities import drop_identities
 from onlinequant_backend.passes.fuse_geglu import fuse_geglu
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from onlinequant_backend.precision import Precision
-from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
+from tests.helpers.tiny import noise, relative_error
 
 X = noise(2, 10, 32)
 Combine = Callable[[torch.Tensor], torch.Tensor]

@@ -8,16 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 from torch._functorch._aot_autograd.autograd_cache import check_cacheable
 
-from onlinequant_backend import graph, ops, specialization
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils, specialization
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.drop_identities import drop_identities
 from onlinequant_backend.passes.fuse_group_norm import fuse_group_norm
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_conv import rewrite_conv
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from onlinequant_backend.precision import Precision
-from tests.graph_probe import SYMMETRIC, GraphProbe, host_precision
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import SYMMETRIC, GraphProbe, host_precision
+from tests.helpers.tiny import noise, relative_error
 
 PREPARE = (quantize_inputs, rewrite_linear, rewrite_conv, drop_identities)
 X = noise(2, 20, 6, 5)
@@ -113,7 +114,7 @@ def test_rows_of_an_image_are_made_after_the_op(rows: Between, precision: Precis
     assert rows(y).data_ptr() == y.data_ptr()
     # What AOTAutograd does not cache, a warm start would trace again.
     check_cacheable(probe.graph_module)
-    assert all(graph.example(node).dtype is norm.args[-1] for node in (norm, *norm.users))
+    assert all(fx_utils.example(node).dtype is norm.args[-1] for node in (norm, *norm.users))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

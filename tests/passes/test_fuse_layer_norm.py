@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from onlinequant_backend import ops
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.fuse_layer_norm import fuse_layer_norm
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from onlinequant_backend.precision import Precision
-from tests.graph_probe import SYMMETRIC, GraphProbe
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import SYMMETRIC, GraphProbe
+from tests.helpers.tiny import noise, relative_error
 
 X = noise(2, 6, 32)
 Normalize = Callable[[nn.LayerNorm, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]

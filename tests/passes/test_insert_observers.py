@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from onlinequant_backend.observation import Observation, observe
 from onlinequant_backend.passes.insert_observers import insert_observers
-from tests.graph_probe import GraphProbe
-from tests.tiny import net, noise
+from onlinequant_backend.quantization.observation import Observation, observe
+from tests.helpers.graph_probe import GraphProbe
+from tests.helpers.tiny import net, noise
 
 X = noise(1, 4, 8, 8)
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.keep_output_layout import keep_output_layout
-from tests.graph_probe import GraphProbe, host_precision
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe, host_precision
+from tests.helpers.tiny import noise
 
 CONTIGUOUS = torch.ops.aten.contiguous.default
 LAYOUTS = {4: torch.channels_last, 5: torch.channels_last_3d}

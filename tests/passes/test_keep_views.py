@@ -9,8 +9,8 @@ from torch import nn
 
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.keep_views import keep_views
-from tests.graph_probe import GraphProbe, host_precision
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import GraphProbe, host_precision
+from tests.helpers.tiny import noise, relative_error
 
 CONTIGUOUS = torch.ops.aten.contiguous.default
 X = noise(2, 4, 8, 8)

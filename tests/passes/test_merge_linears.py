@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend import ops
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.merge_linears import merge_linears
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from onlinequant_backend.precision import Precision
-from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
+from tests.helpers.tiny import noise, relative_error
 
 SPLIT = torch.ops.aten.split_with_sizes.default
 X = noise(2, 10, 32)

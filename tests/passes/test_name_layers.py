@@ -10,8 +10,8 @@ from diffusers.models.unets.unet_2d_blocks import CrossAttnDownBlock2D
 from torch import nn
 
 from onlinequant_backend.passes.name_layers import name_layers
-from tests.graph_probe import GraphProbe, WithWeight
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe, WithWeight
+from tests.helpers.tiny import noise
 
 
 class Nested(nn.Module):

@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import agreement, compat, graph, inductor_interface
+from onlinequant_backend.compilation import region_check
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.outline_regions import outline_regions
-from tests.graph_probe import GraphProbe
-from tests.small import CLOSE, cache_directory, forget_everything
-from tests.tiny import OPTIONS, Block, net, noise, relative_error
+from onlinequant_backend.torch_internals import dynamo_interface, inductor_interface
+from tests.helpers.graph_probe import GraphProbe
+from tests.helpers.small import CLOSE, cache_directory, forget_everything
+from tests.helpers.tiny import OPTIONS, Block, net, noise, relative_error
 
 X = noise(2, 8)
 Step = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -50,7 +52,7 @@ class Repeating(nn.Module):
 
 def regions(probe: GraphProbe) -> list[int]:
     """How often each region is called, in the order of the graph."""
-    names = [str(node.args[1]) for node in probe.nodes(compat.invoke_subgraph)]
+    names = [str(node.args[1]) for node in probe.nodes(dynamo_interface.invoke_subgraph)]
     return [names.count(name) for name in dict.fromkeys(names)]
 
 
@@ -109,9 +111,9 @@ def test_only_tensors_cross_a_border() -> None:
     probe = GraphProbe(module, X, regional_compilation=True)
     probe.run(outline_regions)
     assert regions(probe) == [4]
-    for call in probe.nodes(compat.invoke_subgraph):
-        assert all(isinstance(graph.example(node), torch.Tensor) for node in call.all_input_nodes[1:])
-        assert all(isinstance(graph.example(user), torch.Tensor) for user in call.users)
+    for call in probe.nodes(dynamo_interface.invoke_subgraph):
+        assert all(isinstance(fx_utils.example(node), torch.Tensor) for node in call.all_input_nodes[1:])
+        assert all(isinstance(fx_utils.example(user), torch.Tensor) for user in call.users)
     (result,) = probe.call()
     assert torch.equal(result, module(X))
 
@@ -131,7 +133,7 @@ def test_no_tuple_crosses_a_border(place: int) -> None:
     graph_module = fx.GraphModule({}, traced)
     context = GraphProbe(Repeating([long]), X, regional_compilation=True).context
     assert outline_regions(graph_module, context)
-    inputs = [node.all_input_nodes[1:] for node in traced.nodes if node.target is compat.invoke_subgraph]
+    inputs = [node.all_input_nodes[1:] for node in traced.nodes if node.target is dynamo_interface.invoke_subgraph]
     assert pair not in {node for nodes in inputs for node in nodes}
 
 
@@ -294,7 +296,7 @@ def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPa
         return relative_error(*values)
 
     monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
-    monkeypatch.setattr(agreement, "relative_error", counting)
+    monkeypatch.setattr(region_check, "relative_error", counting)
     module = Blocks()
     for number, size in enumerate((8, 8, 4)):
         forget_everything()
@@ -309,13 +311,13 @@ def test_what_inductor_gets_right_is_found_out_once(monkeypatch: pytest.MonkeyPa
 @torch.no_grad()
 def test_without_a_result_there_is_nothing_to_compare(tmp_path: Path) -> None:
     nothing = fx.symbolic_trace(lambda x: (x * 0, x.argmax(), x / 0))
-    agreement.Reference(nothing, [X], {}, tmp_path).check(lambda x: [x, x, x])
+    region_check.Reference(nothing, [X], {}, tmp_path).check(lambda x: [x, x, x])
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("wrong", [lambda x: [x, x], lambda x: [x, -x / 100], lambda x: [0 * x, x / 100]])
 def test_every_output_counts_by_itself(tmp_path: Path, wrong: Callable[..., Any]) -> None:
-    reference = agreement.Reference(fx.symbolic_trace(lambda x: (x, x / 100)), [X], {}, tmp_path)
+    reference = region_check.Reference(fx.symbolic_trace(lambda x: (x, x / 100)), [X], {}, tmp_path)
     with pytest.raises(RuntimeError, match="they differ by"):
         reference.check(wrong)
     assert not list(tmp_path.iterdir())
@@ -325,17 +327,17 @@ def test_every_output_counts_by_itself(tmp_path: Path, wrong: Callable[..., Any]
 
 def test_what_was_found_right_with_other_options_is_compared_again(tmp_path: Path) -> None:
     graph_module = fx.symbolic_trace(lambda x: (x,))
-    agreement.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [x])
-    agreement.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [-x])  # is not looked at any more
+    region_check.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [x])
+    region_check.Reference(graph_module, [X], {}, tmp_path).check(lambda x: [-x])  # is not looked at any more
     with pytest.raises(RuntimeError, match="differ by 2 from"):
-        agreement.Reference(graph_module, [X], {"max_autotune": True}, tmp_path).check(lambda x: [-x])
+        region_check.Reference(graph_module, [X], {"max_autotune": True}, tmp_path).check(lambda x: [-x])
 
 
 def test_the_reference_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
     probe = GraphProbe(Repeating([long] * 3), X, regional_compilation=True)
     probe.run(outline_regions)
     args = list(probe.inputs.values())
-    reference = agreement.Reference(probe.graph_module, args, {}, tmp_path)
+    reference = region_check.Reference(probe.graph_module, args, {}, tmp_path)
     expected = probe.graph_module(*args)
     for node in probe.graph_module.region_0.graph.nodes:
         if node.target is operator.add:

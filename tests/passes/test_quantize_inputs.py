@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.passes import REWRITE
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
-from tests.graph_probe import GraphProbe, WithWeight, host_precision
-from tests.tiny import net, noise, relative_error
+from tests.helpers.graph_probe import GraphProbe, WithWeight, host_precision
+from tests.helpers.tiny import net, noise, relative_error
 
 LINEAR = torch._C._nn.linear
 
@@ -40,7 +41,7 @@ def test_q_k_and_v_share_one_quantize_node() -> None:
     indices = {info.name: info.index for info in probe.infos}
     first_readers = ["conv_in", "blocks.0.conv", "blocks.0.to_q", "blocks.0.to_out", "conv_out"]
     assert probe.context.extra_inputs == [("qparams", indices[name]) for name in first_readers]
-    assert [node.name for node in graph.placeholders(probe.graph_module)[-5:]] == [
+    assert [node.name for node in fx_utils.placeholders(probe.graph_module)[-5:]] == [
         f"onlinequant_qparams_{indices[name]}" for name in first_readers
     ]
     probe.assert_settled(quantize_inputs)

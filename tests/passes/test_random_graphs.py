@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend.passes import REWRITE
-from tests.graph_probe import GraphProbe, host_precision
-from tests.tiny import noise
+from tests.helpers.graph_probe import GraphProbe, host_precision
+from tests.helpers.tiny import noise
 
 INPUTS = {"v0": noise(6, 16), "v1": noise(2, 8, 6, 16)}
 VALUES = ("F.silu({})", "F.silu({})", "torch.tanh({})", "{} / 1.0", "{} * 0.5", "F.relu({})", "{}.clone()")

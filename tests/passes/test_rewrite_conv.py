@@ -10,8 +10,8 @@ from torch import nn
 from onlinequant_backend import ops
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_conv import rewrite_conv
-from tests.graph_probe import GraphProbe, WithWeight, host_precision
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import GraphProbe, WithWeight, host_precision
+from tests.helpers.tiny import noise, relative_error
 
 IMAGE = (2, 16, 9, 8)
 

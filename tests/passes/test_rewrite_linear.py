@@ -8,8 +8,8 @@ from torch import nn
 from onlinequant_backend import ops
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
-from tests.graph_probe import GraphProbe, WithWeight, host_precision
-from tests.tiny import noise, relative_error
+from tests.helpers.graph_probe import GraphProbe, WithWeight, host_precision
+from tests.helpers.tiny import noise, relative_error
 
 LINEAR = torch._C._nn.linear
 

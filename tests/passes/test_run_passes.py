@@ -8,10 +8,11 @@ import torch
 import torch.fx as fx
 from torch import nn
 
-from onlinequant_backend import graph, ops
+from onlinequant_backend import ops
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, SELECT, PassContext
-from tests.graph_probe import GraphProbe, host_precision
-from tests.tiny import net, noise, relative_error
+from tests.helpers.graph_probe import GraphProbe, host_precision
+from tests.helpers.tiny import net, noise, relative_error
 
 X = noise(1, 4, 8, 8)
 
@@ -94,7 +95,7 @@ def test_whole_net_in_8_bit_is_close_to_float(
     assert (probe.added(torch._C._nn.linear), probe.added(torch.conv2d)) == (-linears, -convs)
     assert changes["drop_unused_inputs"] == linears + convs
     # The caller hands over what is left of its arguments, then the extra inputs, in this order.
-    names = [node.name for node in graph.placeholders(probe.graph_module)]
+    names = [node.name for node in fx_utils.placeholders(probe.graph_module)]
     assert all(name in probe.inputs for name in names[: -len(probe.context.extra_inputs)])
 
     (result,) = probe.call_quantized(layers)

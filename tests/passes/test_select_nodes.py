@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.graph.layer_info import Sensitivity
+from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes import ConvGeometry
-from onlinequant_backend.passes.layer import Sensitivity
 from onlinequant_backend.passes.select_nodes import select_nodes
-from onlinequant_backend.precision import Precision
-from onlinequant_backend.report import CANDIDATE
-from tests.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight
-from tests.tiny import net, noise
+from onlinequant_backend.report.report import CANDIDATE
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight
+from tests.helpers.tiny import net, noise
 
 IMAGE = noise(1, 4, 8, 8)
 ROWS = noise(2, 8)

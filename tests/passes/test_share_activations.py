@@ -12,8 +12,8 @@ from onlinequant_backend.passes.merge_linears import merge_linears
 from onlinequant_backend.passes.quantize_inputs import quantize_inputs
 from onlinequant_backend.passes.rewrite_linear import rewrite_linear
 from onlinequant_backend.passes.share_activations import share_activations
-from tests.graph_probe import SYMMETRIC, GraphProbe
-from tests.tiny import noise
+from tests.helpers.graph_probe import SYMMETRIC, GraphProbe
+from tests.helpers.tiny import noise
 
 X = noise(2, 32)
 # What a value may be written through, without any node that is called after it.

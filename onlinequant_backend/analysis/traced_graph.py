@@ -1,0 +1,65 @@
+"""One graph as Dynamo has traced it, with all that stays the same for as long as it is used."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+
+import torch
+import torch.fx as fx
+
+from ..config import QuantConfig
+from ..graph import fx_utils
+from ..kernels.precision import Precision
+from ..passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
+from ..report.report import Report
+from ..torch_internals import torch_settings
+from . import graph_key
+
+
+@dataclass(frozen=True, eq=False)
+class TracedGraph:
+    """A float graph whose layers have been named and measured.
+
+    Attributes:
+        module: the graph.
+        config: the user's options.
+        precision: what these are on this device.
+        device: where the graph runs.
+        report: what is told of it.
+        state: of the process and the thread when it was traced.
+    """
+
+    module: fx.GraphModule
+    config: QuantConfig
+    precision: Precision
+    device: torch.device
+    report: Report
+    state: torch_settings.GlobalState = field(default_factory=torch_settings.GlobalState.now)
+
+    @functools.cached_property
+    def infos(self) -> list[LayerInfo]:
+        """Its layers that may be in 8 bit, by their indices."""
+        return [info for _, info in layer_nodes(self.module) if info.index is not None]
+
+    @functools.cached_property
+    def operations(self) -> str:
+        """Stands for what it computes; see ``keys.operations_digest``."""
+        return graph_key.operations_digest(self.module)
+
+    @functools.cached_property
+    def may_repeat(self) -> bool:
+        """Whether a call may be done twice: nothing is written in place."""
+        return not any(map(fx_utils.writes_in_place, self.module.graph.nodes))
+
+    @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether two calls with the same inputs give different results."""
+        return any(map(fx_utils.is_random, self.module.graph.nodes))
+
+    @functools.cached_property
+    def observed(self) -> fx.GraphModule:
+        """The same with observers; not needed where an earlier process has observed."""
+        observed = fx_utils.copy_graph(self.module)
+        run_passes(observed, OBSERVE, PassContext(self.config, self.precision))
+        return observed

@@ -1,0 +1,36 @@
+"""What stands in the way of the cache is said once and stops nobody."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+from . import fork_locks
+
+_log = logging.getLogger("onlinequant")
+_said: set[str] = set()
+_lock = fork_locks.lock()
+
+
+def warn_once(kind: str, message: str, *arguments: object) -> None:
+    """Log ``message`` as a warning the first time that this process has this kind of trouble."""
+    with _lock:
+        first = kind not in _said
+        _said.add(kind)
+    _log.log(logging.WARNING if first else logging.DEBUG, message, *arguments)
+
+
+@contextlib.contextmanager
+def going_on(message: str, *arguments: object) -> Iterator[None]:
+    """A block that any error ends, but that raises none: it becomes a warning that begins with ``message``.
+
+    A full disk fails in many places, but is one kind of trouble.
+    """
+    try:
+        yield
+    except Exception as error:
+        # Not OSError alone: a cache that saves some seconds must not cost a picture that took minutes.
+        kind = f"{type(error).__name__} {getattr(error, 'errno', '')}"
+        explained = f"{message}: %s. Going on without it."
+        warn_once(kind, explained, *arguments, str(error).rstrip(".") or type(error).__name__)

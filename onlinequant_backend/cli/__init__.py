@@ -1,0 +1,3 @@
+"""The command ``onlinequant``."""
+
+from .commands import main as main

@@ -1,0 +1,191 @@
+"""From a selection of layers to a compiled 8-bit graph: rewrite a copy, hand it to Inductor."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import logging
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..cache.cache_store import emptied
+from ..config import QuantConfig
+from ..graph import fx_utils, specialization
+from ..kernels.precision import Precision
+from ..passes import REWRITE, PassContext, run_passes
+from ..quantization.weight_set import WeightSet
+from . import graph_transport, region_check
+from .compiled_graph import CompiledGraph
+from .cuda_graphs import GraphedCall
+from .inductor_job import Job, NotNowError, compile_job, holds_code, is_refused, job_name, refuse
+from .symbolic_inputs import FixedInputs, SymbolicInputs
+
+_log = logging.getLogger("onlinequant")
+
+
+class _JobError(Exception):
+    """``job`` cannot be compiled in its directory, because of ``error``."""
+
+    def __init__(self, job: Job, error: Exception) -> None:
+        self.job, self.error = job, error
+
+
+def build(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    weights: WeightSet,
+    config: QuantConfig,
+    precision: Precision,
+    symbolic: bool,
+    directory: Path | None,
+    beforehand: Callable[[Job], object] = lambda job: None,
+) -> CompiledGraph:
+    """Rewrite the selected layers of a copy of ``graph_module`` and compile it.
+
+    ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
+    caches; None leaves them where they are by default. What it holds may be damaged, so that what fails is tried once
+    more without that. If it turns out that nothing can be written there any more, a temporary directory takes its
+    place. What cannot be compiled in regions is compiled as a whole. ``beforehand`` is called with what will be
+    compiled, and may have another process do so first.
+    """
+
+    def attempt(directory: Path | None) -> CompiledGraph:
+        return _build(graph_module, args, weights, config, precision, symbolic, directory, beforehand)
+
+    try:
+        return _build_anywhere(attempt, directory)
+    except _JobError as failure:
+        job, error = failure.job, failure.error
+    if not job.has_regions:
+        raise error
+    refuse(job)
+    _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
+    whole = dataclasses.replace(config, regional_compilation=False)
+    return build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
+
+
+def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: Path | None) -> CompiledGraph:
+    """``attempt(directory)``, or what takes its place where the directory is to blame."""
+    held_code = directory is not None and holds_code(directory)
+    try:
+        return attempt(directory)
+    except _JobError as failure:
+        job, error = failure.job, failure.error
+        if directory is None:
+            raise
+        if not _can_be_written(directory):
+            _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
+            return attempt(Path(_temporary_directory().name))
+        if not held_code or is_refused(job):
+            raise
+        _log.warning("compiling in an empty directory, since what %s holds may be damaged: %s", directory, error)
+        try:
+            with emptied(directory):
+                return attempt(directory)
+        except _JobError:
+            refuse(job)  # it was not damaged
+        except OSError as obstacle:
+            _log.info("%s cannot be emptied: %s", directory, obstacle)
+        raise
+
+
+def _build(
+    graph_module: fx.GraphModule,
+    args: Sequence[Any],
+    weights: WeightSet,
+    config: QuantConfig,
+    precision: Precision,
+    symbolic: bool,
+    directory: Path | None,
+    beforehand: Callable[[Job], object],
+) -> CompiledGraph:
+    start = time.perf_counter()
+    inputs = SymbolicInputs(graph_module, args) if symbolic else FixedInputs(args)
+    rewritten = fx_utils.copy_graph(graph_module)
+    specialization.specialize(rewritten, args, sizes=not symbolic)
+    device = weights.layers[0].device
+    context = PassContext(
+        config,
+        precision,
+        selection=weights.selection,
+        device=device,
+        smoothing=weights.smoothing(),
+        merge=lambda indices: weights.merge(indices) is not None,
+    )
+    has_regions = run_passes(rewritten, REWRITE, context)["outline_regions"] > 0
+    positions = {node.name: position for position, node in enumerate(fx_utils.placeholders(graph_module))}
+    names = [node.name for node in fx_utils.placeholders(rewritten)]
+    taken = [positions[name] for name in names if name in positions]
+    extras = [weights.extra(what, of) for what, of in context.extra_inputs]
+    moved = [i for i, at in enumerate(taken) if device.type == "cuda" and _is_cpu_number(inputs.values[at])]
+    examples = [inputs.values[at] for at in taken]
+    with inputs.fake_mode, torch.inference_mode(False):
+        for i in moved:
+            examples[i] = examples[i].to(device)
+    examples += graph_transport.stand_ins(inputs.fake_mode, extras)
+    options = {"force_layout_optimization": True, **config.inductor_options()}
+    graphed = None
+    if device.type == "cuda":
+        # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
+        options.setdefault("realize_reads_threshold", 1)
+        options["triton.cudagraphs"] = False  # ours take their place
+        # A quantized tensor's own address says nothing of where its parts are.
+        have_parts = any(map(is_traceable_wrapper_subclass, examples))
+        if config.cuda_graphs and not have_parts and not any(map(fx_utils.writes_in_place, rewritten.graph.nodes)):
+            parameters = {
+                i for i, node in enumerate(fx_utils.placeholders(graph_module)) if fx_utils.is_parameter(node)
+            }
+            fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
+            graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
+    standard = graph_transport.standard(rewritten)
+    name = job_name(standard, examples, options)
+    job = Job(standard, examples, inputs.symbols, options, directory, device, name, has_regions)
+    given = [*(args[at].to(device) if i in moved else args[at] for i, at in enumerate(taken)), *extras]
+    reference = region_check.Reference(job.graph, given, options, directory) if has_regions else None
+    try:
+        if has_regions and is_refused(job):
+            raise RuntimeError("they could not be the last time")
+        times = [start, time.perf_counter()]
+        beforehand(job)
+        times.append(time.perf_counter())
+        function = compile_job(job, inputs.fake_mode)
+        times.append(time.perf_counter())
+        seconds = (after - before for before, after in itertools.pairwise(times))
+        _log.debug("rewritten in %.1f s, compiled beforehand in %.1f s, by Inductor here in %.1f s", *seconds)
+        if reference is not None:
+            reference.check(function)
+    except NotNowError:
+        raise
+    except Exception as error:
+        raise _JobError(job, error) from error
+    sizes = inputs if isinstance(inputs, SymbolicInputs) else None
+    if sizes is not None:
+        sizes.finish()
+    return CompiledGraph(function, taken, context.extra_inputs, sizes, moved, graphed)
+
+
+def _is_cpu_number(value: Any) -> bool:
+    """A time step on the CPU, say: a CUDA graph would replay the one that it was captured with."""
+    return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() == 1
+
+
+def _can_be_written(directory: Path) -> bool:
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(2**20))
+    except OSError:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process ends

@@ -1,0 +1,375 @@
+"""Replay a compiled function as a CUDA graph: one launch instead of one for each of its hundreds of kernels.
+
+Inductor has CUDA graphs of its own, cudagraph trees. They keep their state in the thread that compiled and fail in any
+other, and ComfyUI calls models from a worker thread; also, they take back the outputs of earlier calls. Hence ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import logging
+import threading
+import time
+import traceback
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from ..tensors import getter
+from .graph_memory import (
+    Waits,
+    addresses_not_asked_about,
+    allocates_in_graph,
+    others_wait_to_synchronize,
+    trim_graph_memory,
+)
+
+_log = logging.getLogger("onlinequant")
+_MOST_CAPTURES = 8  # of one GraphedCall; they share memory for what they compute, but not for their outputs
+_MOST_MOVES = 8  # of the weights, without a replay in between
+
+
+class GraphedCall:
+    """A compiled function, replayed as a CUDA graph.
+
+    ``fixed`` says of each argument whether its address usually stays, as that of a weight or a scale does. All others
+    are copied into buffers at each call. The first call of each signature runs ``function`` as it is, which compiles
+    and initialises what is lazy and shows what forbids a graph; so a size that is used once costs no capture. The
+    second call captures. Signatures beyond the eight that were used last are forgotten.
+
+    Attributes:
+        reason: why the last call had no graph although it was not the first of its signature; None if it had.
+        captures: how many captures were made.
+    """
+
+    def __init__(self, function: Callable[..., Any], device: torch.device, fixed: Sequence[bool]) -> None:
+        self.reason: str | None = None
+        self.captures = 0
+        self._function = function
+        self._fixed = getter([position for position, is_fixed in enumerate(fixed) if is_fixed])
+        self._varying = [position for position, is_fixed in enumerate(fixed) if not is_fixed]
+        self._lane = lane_of(device)
+        self._known: OrderedDict[tuple[Any, ...], _Capture | None] = OrderedDict()  # None: ran once
+        self._addresses: list[int] = []
+        self._moves = 0
+        self._gave_up = False
+        self._said: set[str] = set()
+
+    def __call__(self, *args: Any) -> Any:
+        if self._gave_up:
+            return self._function(*args)
+        reason = self._refusal(args)
+        if reason is not None:
+            self._explain(reason, logging.INFO)
+            return self._function(*args)
+        signature = tuple(_signature(args[position]) for position in self._varying)
+        addresses = list(map(torch.Tensor.data_ptr, self._fixed(args)))
+        with self._lane.turn():
+            capture = self._find(signature, addresses, args)
+            if capture is not None:
+                self.reason, self._moves = None, 0
+                return capture.replay(args)
+        return self._function(*args) if self._gave_up else self._run_first(signature, args)
+
+    def release(self) -> None:
+        """Give back the memory of all captures; the next calls make new ones."""
+        with self._lane.lock:
+            self._lane.wait()  # a replay may still be running there
+            self._known.clear()
+            self._lane.trim()
+
+    def _refusal(self, args: Sequence[Any]) -> str | None:
+        """Why this one call cannot have a graph."""
+        if self._lane.is_capturing():
+            return "the caller is capturing a CUDA graph itself"
+        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+            return "gradients are needed"
+        for position in self._varying:
+            value = args[position]
+            if isinstance(value, torch.Tensor):
+                if value.device != self._lane.device:  # a kernel is launched with a CPU tensor's value
+                    return f"argument {position} is on {value.device}, not on {self._lane.device}"
+            elif not isinstance(value, (int, float, type(None))):
+                return f"argument {position} is of type {type(value).__name__}"
+        return None
+
+    def _find(self, signature: tuple[Any, ...], addresses: list[int], args: Sequence[Any]) -> _Capture | None:
+        """The capture for a call, made now if this is the second of its signature; None if it must run plainly."""
+        if addresses != self._addresses:
+            self._known.clear()
+            self._addresses = addresses
+            self._moves += 1
+            if self._moves > _MOST_MOVES:  # offloaded weights come back to another place each time
+                self._give_up(f"its weights have moved {_MOST_MOVES} times without one replay")
+        if signature not in self._known or self._gave_up:
+            return None
+        self._known.move_to_end(signature)
+        if self._known[signature] is None:
+            try:
+                self._known[signature] = _Capture(self._function, args, self._varying, self._lane)
+                self.captures += 1
+            except Exception as error:
+                what = (str(error).splitlines() or [""])[0]
+                self._give_up(f"capturing failed: {type(error).__name__}: {what}", logging.WARNING)
+                return None
+        return self._known[signature]
+
+    def _run_first(self, signature: tuple[Any, ...], args: Sequence[Any]) -> Any:
+        """The first call of a signature. What it does to its arguments decides whether there can be a graph."""
+        inputs = [args[position] for position in self._varying if isinstance(args[position], torch.Tensor)]
+        before = [(tensor, _version(tensor), tensor.clone()) for tensor in inputs]
+        outputs = self._function(*args)
+        trouble = self._trouble(args, outputs, before)
+        with self._lane.lock:
+            if trouble is not None:
+                self._give_up(trouble)
+            else:
+                self._known.setdefault(signature, None)
+                while len(self._known) > _MOST_CAPTURES:
+                    self._known.popitem(last=False)
+        return outputs
+
+    def _trouble(
+        self, args: Sequence[Any], outputs: Any, before: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
+    ) -> str | None:
+        """Why this function can never have a graph."""
+        # Inductor counts no version for what it writes under no_grad, and inference tensors have none.
+        if any(_version(tensor) != version or _differs(tensor, copy) for tensor, version, copy in before):
+            return "it writes into its arguments"
+        results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
+        if any(tensor.device != self._lane.device for tensor in (*results, *self._fixed(args))):
+            return f"not all of its weights and outputs are on {self._lane.device}"
+        storages = {_storage(arg) for arg in args if isinstance(arg, torch.Tensor)} - {0}  # 0: empty
+        if any(_storage(tensor) in storages for tensor in results):
+            return "an output is a view of an argument"  # and has to stay one, should the caller write into it
+        return None
+
+    def _give_up(self, reason: str, level: int = logging.INFO) -> None:
+        self._gave_up = True
+        self._known.clear()
+        self._explain(reason, level)
+
+    def _explain(self, reason: str, level: int) -> None:
+        self.reason = reason
+        if reason not in self._said:
+            self._said.add(reason)
+            _log.log(level, "no CUDA graph: %s", reason)
+
+
+class _Capture:
+    """One captured call: the buffers that it reads, and the memory that it leaves its outputs in."""
+
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], varying: Sequence[int], lane: _Lane) -> None:
+        self._positions = [position for position in varying if isinstance(args[position], torch.Tensor)]
+        arguments = list(args)
+        with lane.side_stream(), torch.inference_mode(False):  # an inference tensor could not be written outside of it
+            for position in self._positions:
+                tensor = args[position]
+                arguments[position] = torch.empty_strided(
+                    tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
+                )
+        self._buffers = [_without_repetitions(arguments[position]) for position in self._positions]
+        self._replay, self._outputs = lane.record(lambda: function(*arguments))
+
+    def replay(self, args: Sequence[Any]) -> Any:
+        for buffer, position in zip(self._buffers, self._positions, strict=True):
+            buffer.copy_(_without_repetitions(args[position]))
+        self._replay()
+        return _copied(self._outputs)
+
+
+class _Lane:
+    """What all graphs of a device share: a memory pool, the stream that captures, and whose turn it is.
+
+    In a shared pool one graph's outputs may lie where another one computes, so only one may run at a time.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.lock = threading.Lock()
+        self._stream = torch.cuda.Stream(device)
+        self._done = torch.cuda.Event()
+        self._last: torch.cuda.Stream | None = None
+        self._holder: int | None = None
+        self._graphs: weakref.WeakSet[torch.cuda.CUDAGraph] = weakref.WeakSet()
+        self._pool: Any = None
+
+    @contextlib.contextmanager
+    def turn(self) -> Iterator[None]:
+        """Hold the lock while launching; what is launched waits for what the turn before launched on another stream.
+        Within a turn of the same thread this does nothing."""
+        if self._holder == threading.get_ident():
+            yield
+            return
+        with self.lock:
+            stream = torch.cuda.current_stream(self.device)
+            if stream != self._last:
+                stream.wait_event(self._done)
+            self._holder = threading.get_ident()
+            try:
+                yield
+            finally:
+                self._holder = None
+                self._done.record(stream)
+                self._last = stream
+
+    def wait(self) -> None:
+        torch.cuda.synchronize(self.device)
+
+    def is_capturing(self) -> bool:
+        return torch.cuda.is_current_stream_capturing()
+
+    def side_stream(self) -> contextlib.AbstractContextManager[Any]:
+        """Memory from this stream is used again by captures only, which begin with a wait for the device."""
+        return torch.cuda.stream(self._stream)
+
+    def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        """Capture ``run``: what replays it, and its outputs, which each replay overwrites."""
+        times = [time.perf_counter()]
+        if allocates_in_graph():
+            run = self._on_own_memory(run)
+        others = list(self._graphs)  # held, because torch refuses a pool whose last graph is gone
+        if not others:
+            self._pool = torch.cuda.graph_pool_handle()
+        graph = torch.cuda.CUDAGraph()
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()  # during a capture the allocator cannot give back what it keeps
+        # cuBLAS keeps a workspace for each stream. Made in the capture, it must not outlive it, nor come from outside.
+        torch._C._cuda_clearCublasWorkspaces()
+        unasked = addresses_not_asked_about() if allocates_in_graph() else contextlib.nullcontext()
+        with others_wait_to_synchronize(), unasked, self.side_stream():
+            try:
+                # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
+                graph.capture_begin(self._pool, capture_error_mode="thread_local")
+                times.append(time.perf_counter())
+                outputs = run()
+                times.append(time.perf_counter())
+                torch._C._cuda_clearCublasWorkspaces()
+                graph.capture_end()
+            except BaseException as error:
+                # What was made in the capture is freed in it, before anything else: see ``graph_memory``.
+                traceback.clear_frames(error.__traceback__)
+                self._recover(graph)
+                raise
+        self._graphs.add(graph)
+        times.append(time.perf_counter())
+        seconds = (after - before for before, after in itertools.pairwise(times))
+        _log.debug("prepared a capture in %.2f s, captured in %.2f s, made a graph of it in %.2f s", *seconds)
+        return graph.replay, outputs
+
+    def trim(self) -> None:
+        """Give back the memory of graphs that are gone."""
+        trim_graph_memory(self.device)
+
+    def _on_own_memory(self, run: Callable[[], Any]) -> Callable[[], Any]:
+        """``run`` for an allocator that makes allocations a part of the graph: with outputs that are none of them.
+
+        If anything goes wrong within such a capture, the next tensor to be freed ends the process, and so does one that
+        was made in it and is freed before the first replay. So it is tried first, and refused if it might wait for the
+        GPU, which forbids a capture.
+        """
+        with self.side_stream():
+            with Waits() as waits:
+                outputs = run()
+            if waits.reason is not None:
+                raise RuntimeError(waits.reason)
+            kept = _copied(outputs)
+            del outputs
+            self._stream.synchronize()
+
+        def run_into_kept() -> Any:
+            _copy_storages(run(), kept)
+            return kept
+
+        return run_into_kept
+
+    def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
+        """After a failed capture: bring stream, allocator and random generator back into a usable state."""
+        self._graphs.clear()  # so that nothing else is captured into this pool
+        with contextlib.suppress(Exception):
+            graph.capture_end()
+        with contextlib.suppress(Exception):
+            # Does what capture_end has left undone after an invalid capture, and raises if it has left nothing.
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+            _broken.append(graph)
+            torch._C._cuda_releasePool(self.device.index, self._pool)
+        with contextlib.suppress(Exception):
+            torch._C._cuda_clearCublasWorkspaces()
+            torch.cuda.synchronize(self.device)
+            # The default generator believes that it is still being captured, until a capture ends well.
+            something, healthy = torch.zeros(1, dtype=torch.float32, device=self.device), torch.cuda.CUDAGraph()
+            healthy.capture_begin(capture_error_mode="thread_local")
+            something.zero_()
+            healthy.capture_end()
+
+
+_broken: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking such a graph
+_lanes: dict[torch.device, _Lane] = {}
+_lanes_lock = threading.Lock()
+
+
+def lane_of(device: torch.device) -> _Lane:
+    with _lanes_lock:
+        if device.index is None:
+            device = torch.device(device.type, torch.cuda.current_device())
+        if device not in _lanes:
+            _lanes[device] = _Lane(device)
+        return _lanes[device]
+
+
+def _signature(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return type(value), repr(value)  # 1, 1.0 and True are equal, and so are 0.0 and -0.0
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _differs(tensor: torch.Tensor, before: torch.Tensor) -> bool:
+    return not bool(((tensor == before) | (before != before)).all())  # a NaN is not equal to itself
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _copied(outputs: Any) -> Any:
+    """The same in memory of their own: outputs keep their strides and what they share with each other."""
+    leaves, structure = tree_flatten(outputs)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    copies = {_storage(tensor): _bytes(tensor).clone().untyped_storage() for tensor in tensors}
+    for i, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor):
+            leaves[i] = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
+                copies[_storage(leaf)], leaf.storage_offset(), leaf.size(), leaf.stride()
+            )
+    return tree_unflatten(leaves, structure)
+
+
+def _copy_storages(outputs: Any, kept: Any) -> None:
+    """Write what ``outputs`` lie in into what ``kept``, copies of outputs of the same function, lie in."""
+    done = set[int]()
+    for source, target in zip(tree_leaves(outputs), tree_leaves(kept), strict=True):
+        if isinstance(source, torch.Tensor) and _storage(target) not in done:
+            done.add(_storage(target))
+            _bytes(target).copy_(_bytes(source))
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """All of a tensor's storage."""
+    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+
+
+def _without_repetitions(tensor: torch.Tensor) -> torch.Tensor:
+    """An expanded tensor as it was before: nothing can be copied into one that shows a value twice."""
+    for dim, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor

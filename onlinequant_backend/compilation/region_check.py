@@ -1,0 +1,80 @@
+"""Whether Inductor's code for a graph in regions does what the graph does: few others ask Inductor for such graphs."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.utils._pytree as pytree
+
+from ..best_effort import going_on
+from ..graph import fx_utils
+from ..tensors import relative_error
+
+# Relative, of each output. Other roundings of floats fall into other steps of 8 bit, so that a step differs by 0.01 or
+# so. Whatever is computed wrongly is off by as much as it is large: this finds it where it is a tenth of an output.
+_LARGEST_DIFFERENCE = 0.1
+
+
+class Reference:
+    """A graph before it is compiled, to be run op by op for the same inputs.
+
+    ``options`` go to Inductor. ``directory`` is that of its caches, where it is noted what was found right, so that it
+    is compared once and not at each start.
+    """
+
+    def __init__(
+        self,
+        graph_module: fx.GraphModule,
+        inputs: Sequence[Any],
+        options: Mapping[str, Any],
+        directory: Path | None,
+    ) -> None:
+        self._graph = fx_utils.copy_graph(graph_module)
+        for name, region in graph_module.named_children():
+            if isinstance(region, fx.GraphModule):  # Inductor changes these, too
+                setattr(self._graph, name, fx_utils.copy_graph(region))
+        self._inputs = inputs
+        digest = _digest(self._graph, inputs, options)
+        self._note = None if directory is None else directory / f"agrees-{digest}"
+
+    @torch.no_grad()
+    def check(self, compiled: Callable[..., Any]) -> None:
+        """Raise RuntimeError unless ``compiled`` gives what the graph gives."""
+        if self._note is not None and self._note.exists():
+            return
+        expected = pytree.tree_leaves(self._graph(*self._inputs))
+        # Nothing can be said of outputs that are no floats, are nothing but zeros, or are not finite.
+        known = [i for i, value in enumerate(expected) if _is_float(value) and _is_known(value)]
+        if not known:
+            return
+        results = pytree.tree_leaves(compiled(*self._inputs))
+        errors = [relative_error(results[i], expected[i]) for i in known]
+        worst = math.nan if any(map(math.isnan, errors)) else max(errors)
+        if not worst <= _LARGEST_DIFFERENCE:
+            raise RuntimeError(f"compiled, they differ by {worst:.2g} from the same operations one by one")
+        if self._note is not None:
+            with going_on("cannot write %s", self._note):
+                self._note.touch()
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_floating_point()
+
+
+def _is_known(value: torch.Tensor) -> bool:
+    return not math.isnan(relative_error(value, value))
+
+
+def _digest(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
+    """Of all that Inductor's code depends on."""
+    modules = [module for _, module in sorted(graph_module.named_modules()) if isinstance(module, fx.GraphModule)]
+    code = [str(module.graph) for module in modules]
+    like = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs]
+    settings = sorted((name, repr(value)) for name, value in options.items())
+    return hashlib.sha256(repr((code, like, settings, torch.get_num_threads())).encode()).hexdigest()[:32]

@@ -1,0 +1,126 @@
+"""Fake inputs to compile with, of one shape or with symbolic sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import sympy
+import torch
+import torch.fx as fx
+from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+from ..graph import fx_utils
+from ..graph.dynamic_shapes import _symbols_of, broadcast_sizes
+from . import graph_transport
+
+# A batch of one must not make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
+# torch assumes that a size is not 1 wherever it asks which strides matter. With a size of 1 none does, so such a graph
+# nearly always serves it as well; ``QuantizedGraph`` makes sure.
+SMALLEST = 2
+
+
+class Symbol(NamedTuple):
+    """A symbolic size: its name with Dynamo, the name of its own, and what it was first."""
+
+    source: str
+    name: str
+    hint: int
+
+
+class FixedInputs:
+    """Fake inputs for a graph of one shape; the attributes are those of ``SymbolicInputs``."""
+
+    symbols: tuple[Symbol, ...] = ()
+
+    def __init__(self, arguments: Sequence[Any]) -> None:
+        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.values = graph_transport.stand_ins(self.fake_mode, arguments)
+
+
+def symbolic_sizes(shape_env: ShapeEnv, symbols: Sequence[Symbol]) -> dict[str, int | torch.SymInt]:
+    """The sizes of ``SymbolicInputs.symbols``, by name, in a shape environment of another process."""
+    return {symbol.name: _new_size(shape_env, symbol.source, symbol.hint) for symbol in symbols}
+
+
+def _new_size(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
+    source = ConstantSource(name)
+    own = shape_env.create_symbol(
+        hint, source, DimDynamic.DYNAMIC, constraint_dim=None, do_not_specialize_zero_one=True
+    )
+    number: Any = shape_env.create_symintnode(own, hint=hint, source=source)
+    return number
+
+
+class SymbolicInputs:
+    """Fake inputs of a graph with symbolic sizes, in a shape environment that belongs to nobody else.
+
+    Dynamo's own environment cannot be used once it has made its guards: what Inductor assumes about sizes must be
+    checked by somebody, and here that is ``fits``.
+
+    Attributes:
+        fake_mode: what the values are fake in.
+        values: for each input of the graph a fake tensor, a symbolic integer, or the argument as it is.
+        symbols: its sizes, from which another process makes the same ones; see ``symbolic_sizes``.
+    """
+
+    def __init__(self, graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
+        """Stand-ins for the ``arguments`` of a call; what Dynamo has fixed stays fixed."""
+        self._shape_env = ShapeEnv(duck_shape=False)
+        self._guards: str | None = None
+        self.fake_mode = FakeTensorMode(shape_env=self._shape_env)
+        traced = [node.meta.get("example_value") for node in fx_utils.placeholders(graph_module)]
+        # Every symbol that a graph uses is among its inputs; the same one may be there twice.
+        self._positions = {
+            value.node.expr: position
+            for position, value in enumerate(traced)
+            if isinstance(value, torch.SymInt) and isinstance(value.node.expr, sympy.Symbol)
+        }
+        self._ones = broadcast_sizes(graph_module, arguments) & self._positions.keys()
+        self._sizes: dict[sympy.Symbol, int | torch.SymInt] = {
+            symbol: 1 if symbol in self._ones else _new_size(self._shape_env, str(symbol), max(arguments[at], SMALLEST))
+            for symbol, at in self._positions.items()
+        }
+        self.symbols = tuple(
+            Symbol(str(symbol), str(size.node.expr), int(size.node.hint))
+            for symbol, size in self._sizes.items()
+            if isinstance(size, torch.SymInt)
+        )
+        with self.fake_mode, torch.inference_mode(False):
+            self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
+
+    def finish(self) -> None:
+        """Compiling is over: note what it assumed about the sizes."""
+        sizes = [size for size in self._sizes.values() if isinstance(size, torch.SymInt)]
+        self._guards = self._shape_env.produce_guards_expression(sizes)
+
+    def fits(self, arguments: Sequence[Any], at_least: int = 0) -> bool:
+        """Whether what was compiled holds for the sizes of another call, smaller ones counting as ``at_least``."""
+        if any(arguments[self._positions[symbol]] != 1 for symbol in self._ones):
+            return False
+        if self._guards is None:
+            return True
+        free = [position for symbol, position in self._positions.items() if symbol not in self._ones]
+        sizes = [max(arguments[position], at_least) for position in free]
+        return bool(self._shape_env.evaluate_guards_expression(self._guards, sizes))
+
+    def _fake(self, traced: Any, argument: Any) -> Any:
+        if isinstance(traced, torch.SymInt):
+            return self._own(traced)
+        if not isinstance(argument, torch.Tensor):
+            return argument
+        if not _symbols_of(traced):
+            return graph_transport.stand_ins(self.fake_mode, [argument])[0]
+        shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
+        return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
+
+    def _own(self, number: int | torch.SymInt) -> int | torch.SymInt:
+        """A size of Dynamo's in terms of our symbols."""
+        if not isinstance(number, torch.SymInt):
+            return number
+        result: int | torch.SymInt = sympy_interp(PythonReferenceAnalysis, self._sizes, number.node.expr)
+        return result

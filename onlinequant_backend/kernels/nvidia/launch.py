@@ -1,0 +1,71 @@
+"""How Triton's kernels are called: launched, or only compiled within ``ahead.on``."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import triton
+
+from . import precompile
+
+
+def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
+    """What to call with the arguments of ``kernel``, for a program at each place of ``grid``.
+
+    Ahead, it compiles the kernel for such arguments. Of tensors their dtypes and the alignment of their addresses
+    count, so that they may be on the meta device, without any memory.
+    """
+    _make_keys(kernel)
+    return functools.partial(_compile, kernel, grid) if precompile.is_ahead() else kernel[grid]
+
+
+_keyed: set[int] = set()  # kernels that have keys; not the kernels, since they are hashed by their keys
+_keys_lock = threading.Lock()
+
+
+def _make_keys(kernel: Any) -> None:
+    """Have Triton make the keys of all that ``kernel`` calls, and at last its own.
+
+    Triton 3.6 leaves the constants of a called function out of a key if that one has none yet, so that another process
+    would not find a kernel in the cache if it asked in another order.
+    """
+    if id(kernel) not in _keyed:
+        with _keys_lock:
+            for function in _calls_first(kernel, set()):
+                _ = function.cache_key
+        _keyed.add(id(kernel))
+
+
+def _calls_first(function: Any, seen: set[int]) -> Iterator[Any]:
+    """Triton's functions that ``function`` calls, directly or not, each after those that it calls itself."""
+    if id(function) in seen or not isinstance(function, triton.JITFunction):
+        return
+    seen.add(id(function))
+    for instruction in dis.get_instructions(function.fn):
+        if instruction.opname == "LOAD_GLOBAL":
+            yield from _calls_first(function.fn.__globals__.get(instruction.argval), seen)
+    yield function
+
+
+def _compile(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    compiled = kernel.warmup(*args, grid=grid, **options)
+    if compiled is not None:  # by the interpreter nothing is
+        # Triton 3.6 compiles this one, too, in C; it is found in the cache when the kernel is loaded.
+        triton.runtime.driver.active.launcher_cls(compiled.src, compiled.metadata)
+
+
+def processors(device: torch.device) -> int:
+    """The multiprocessors of a GPU; of the current one for the meta device, and 1 for a CPU."""
+    if device.type == "cpu":
+        return 1
+    return _processors(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@functools.cache
+def _processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count

@@ -1,0 +1,201 @@
+"""Which kernel each shape runs on, and how that divides its work.
+
+Every shape has a few candidates, the first of which is a good guess. ``selection.layer_timing`` times them and tells
+``choose`` which is best; the choices are kept in the cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from ...torch_internals import hardware
+
+CUBLAS, GLUON, TMA, GATHER = "cublas", "gluon", "tma", "gather"
+# Stride, padding and dilation of a convolution.
+Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """A kernel and how it divides the work.
+
+    Attributes:
+        kernel: "cublas" (the rest is its own affair), "gluon" (convolutions on Hopper GPUs, compute capability 9.0),
+            "tma" (operands fetched by the tensor memory accelerator, compute capability 9.0 and later) or "gather" (any
+            GPU, any geometry).
+        rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels.
+        warps, stages: of a Triton launch.
+        splits: programs that share the sum of one block, where its blocks alone would leave much of the GPU idle.
+    """
+
+    kernel: str
+    rows: int = 0
+    columns: int = 0
+    depth: int = 0
+    warps: int = 0
+    stages: int = 0
+    splits: int = 1
+
+
+_LINEAR = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_FEW_ROWS = (Tile(TMA, 64, 256, 128, 4, 3), Tile(TMA, 64, 128, 128, 4, 4), Tile(TMA, 64, 64, 128, 4, 5))
+_SHALLOW = Tile(TMA, 128, 64, 64, 4, 6)  # where half of the last block of inputs would be empty otherwise
+# Two programs on each processor, so that one computes GELU while the other multiplies: the best at every shape.
+_GEGLU = Tile(TMA, 128, 64, 128, 4, 3)
+_CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TMA, 64, 128, 128, 4, 4))
+_GLUON = (Tile(GLUON, 128, 256, 128, 8, 4), Tile(GLUON, 128, 128, 128, 8, 6))
+_CONV_HALF_DEPTH = tuple(dataclasses.replace(tile, depth=64) for tile in _CONV)
+_GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
+_MAX_SPLITS = 16
+
+_chosen: dict[str, Tile] = {}
+
+
+def choose(choices: Mapping[str, Tile]) -> None:
+    """Run these shapes on these tiles from now on."""
+    _chosen.update(choices)
+
+
+def chosen() -> dict[str, Tile]:
+    """Every choice that was made in this process."""
+    return dict(_chosen)
+
+
+def linear_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
+    """Names the shape of a linear layer."""
+    return f"linear {dtype} {M}x{K} {N}"
+
+
+def conv_key(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> str:
+    """Names the shapes of a convolution."""
+    numbers = " ".join("x".join(map(str, part)) for part in (x, weight, *geometry))
+    return f"conv {dtype} {numbers}"
+
+
+def linear_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
+    """The tile of a linear layer: [M, K] by [N, K]."""
+    return _chosen.get(linear_key(M, N, K, dtype)) or linear_tiles(M, N, K, dtype)[0]
+
+
+def conv_tile(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> Tile:
+    """The tile of a convolution: [N, C, *spatial] by [K, C, *kernel]."""
+    known = _chosen.get(conv_key(x, weight, geometry, dtype))
+    return known or conv_tiles(tuple(x), tuple(weight), geometry, dtype)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The candidates of a linear layer, the best guess first."""
+    if K % 16 or not _has_tma():
+        return _by_blocks(_GATHER, M, N)
+    own = _by_blocks(_LINEAR if M > 64 else _FEW_ROWS, M, N)
+    if M > 64 and 0 < K % 128 <= 64:
+        own = (_SHALLOW, *own)
+    # cuBLAS has no fp8 product for a handful of rows.
+    return (Tile(CUBLAS), *own) if dtype.is_floating_point and N % 16 == 0 and M >= 16 else own
+
+
+def geglu_tile(K: int) -> Tile | None:
+    """The tile of a linear layer with K inputs and GEGLU; None where the kernel cannot run."""
+    return None if K % 16 or not _has_tma() else _GEGLU
+
+
+@functools.lru_cache(maxsize=4096)
+def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype) -> tuple[Tile, ...]:
+    """The candidates of a convolution, the best guess first."""
+    pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
+    if is_pointwise(weight, geometry):
+        return linear_tiles(pixels, weight[0], weight[1], dtype)
+    if not (_fits_tma(x, weight, geometry) and _has_tma()):
+        return _by_blocks(_GATHER, pixels, weight[0])
+    # With a stride, blocks of channels must not reach into the next pixel.
+    tiles = _CONV if geometry[0][-1] == 1 or weight[1] % 128 == 0 else _CONV_HALF_DEPTH
+    steps = math.ceil(weight[1] / 128) * math.prod(weight[2:])
+    split = [
+        dataclasses.replace(tile, splits=splits)
+        for tile in tiles
+        for splits in range(1, max(min(steps // 4, _MAX_SPLITS), 1) + 1)
+    ]
+    # Of each tile the best number of programs for a block, and one: what splitting costs is the vaguer guess.
+    guessed = _by_blocks(split, pixels, weight[0], steps)
+    best = [next(tile for tile in guessed if tile.rows == block.rows) for block in tiles]
+    if _has_gluon() and tiles is _CONV:
+        best += _GLUON
+    return _by_blocks(tuple(dict.fromkeys((*best, *tiles))), pixels, weight[0], steps)
+
+
+def is_valid(tile: Tile) -> bool:
+    """Whether ``tile`` is among the candidates of any shape."""
+    unsplit = dataclasses.replace(tile, splits=1)
+    known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_CONV_HALF_DEPTH, *_GLUON, *_GATHER)
+    return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
+
+
+def is_pointwise(weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution is a linear layer over pixels."""
+    stride, padding, _ = geometry
+    return all(size == 1 for size in (*weight[2:], *stride)) and not any(padding)
+
+
+def output_size(spatial: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """The spatial dimensions of a convolution's result."""
+    return tuple(
+        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
+        for size, taps, step, pad, dil in zip(spatial, kernel, *geometry, strict=True)
+    )
+
+
+def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bool:
+    """Whether a convolution is one over rows and columns, of stride 1 or 2, or of stride 1 over frames alone."""
+    stride, padding, dilation = geometry
+    if any(step != 1 for step in dilation) or weight[1] % 16:
+        return False
+    if len(weight) == 4 and tuple(stride) == (2, 2):
+        return weight[1] % 64 == 0 and all(size % 2 == 0 for size in x[2:])
+    over_time = len(weight) == 5 and tuple(weight[3:]) == (1, 1) and tuple(padding[1:]) == (0, 0)
+    return all(step == 1 for step in stride) and (len(weight) == 4 or over_time)
+
+
+def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -> tuple[Tile, ...]:
+    """``tiles``, quickest first by a guess in microseconds of an H200, for sums of ``steps`` * 128 products.
+
+    Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty: then
+    shorter waves of more programs can win. A block takes a time that grows with its area, and a part that does not
+    (fitted to convolutions, before they could have several programs a block); Gluon's take three quarters of it. The
+    sums of several programs are written, read and added up in a kernel of its own, whose time is an estimate from the
+    bytes.
+    """
+
+    def time(tile: Tile) -> float:
+        waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / _processors())
+        products = waves * steps / tile.splits * (tile.rows * tile.columns + 6500) * 2.4e-5
+        if tile.kernel == GLUON:
+            products *= 0.75
+        return products + (3 + tile.splits * rows * columns * 2e-6 if tile.splits > 1 else 0)
+
+    return tuple(sorted(tiles, key=time))
+
+
+def _blocks(tile: Tile, rows: int, columns: int) -> int:
+    return math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
+
+
+@functools.lru_cache(maxsize=1)
+def _processors() -> int:
+    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
+
+
+@functools.lru_cache(maxsize=1)
+def _has_gluon() -> bool:
+    # Its products are Hopper's alone.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9 and hardware.has_gluon()
+
+
+@functools.lru_cache(maxsize=1)
+def _has_tma() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (9, 0)

@@ -1,0 +1,84 @@
+"""All layers of this process."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import MutableMapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import fork_locks
+from ..kernels.formats import Format
+from .layer_state import Layer
+from .weight_identity import StandIn, stand_in
+
+if TYPE_CHECKING:
+    from ..graph.layer_info import ConvGeometry
+
+
+class LayerRegistry:
+    """Every layer of this process, by weight and by what its state depends on."""
+
+    def __init__(self) -> None:
+        self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[StandIn, dict[int, Layer]]] = {}
+        self._lock = fork_locks.lock()  # models may run in threads of their own
+
+    def layer(
+        self,
+        weight: torch.Tensor,
+        geometry: ConvGeometry | None,
+        format: Format,
+        method: str,
+        old: Layer | None = None,
+        place: int = 0,
+    ) -> Layer:
+        """The layer of ``weight``, at the place of this number, or at another one that is ``old``: the layer of the
+        weight whose place in the model it has taken. Where there is none, it takes over ``old``, if that fits, or else
+        gets a new one."""
+        kind = (geometry, format, method, weight.device)
+        with self._lock:
+            layers = self._layers_of(kind).setdefault(stand_in(weight), {})
+            if old is not None and any(layer is old for layer in layers.values()):
+                return old  # so many layers before it had this weight as well
+            if place not in layers:
+                first = next(iter(layers.values()), None)
+                layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
+            return layers[place]
+
+    def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
+        """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
+        with self._lock:
+            layers = self._layers_of(layer.kind).get(stand_in(weight), {})
+            return layer if any(each is layer for each in layers.values()) else layers.get(place, layer)
+
+    def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
+        """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
+        with self._lock:
+            layers = self._layers_of(layer.kind)
+            parted: dict[int, Layer] = {}
+            for number, each in {**layers.get(stand_in(weight), {}), place: layer}.items():
+                parted[number] = each.parted(next(iter(parted.values()), None))
+            layers[stand_in(weight)] = parted
+            return parted[place]
+
+    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[StandIn, dict[int, Layer]]:
+        return self._layers.setdefault(kind, weakref.WeakKeyDictionary())
+
+    def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
+        """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
+        with self._lock:
+            given = list(map(stand_in, weights))
+            known = [layers[weight] for layers in self._layers.values() for weight in given if weight in layers]
+            found = {layer.copy for places in known for layer in places.values()}
+        for copy in found:
+            copy.forget()
+        return sum(copy.weight is not None for copy in found)
+
+    def clear(self) -> None:
+        """Forget every layer."""
+        with self._lock:
+            self._layers.clear()
+
+
+known_layers = LayerRegistry()

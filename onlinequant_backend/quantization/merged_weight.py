@@ -1,0 +1,99 @@
+"""Several linear weights as one, for linears that read the same tensor and so can be one product."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from .weight_copy import Copy
+
+
+class MergedWeight:
+    """The 8-bit weights of ``copies`` in one tensor, into which each goes on being quantized on its own.
+
+    Attributes:
+        copies: whose weights these are, in order; their ``weight`` and ``weight_scale`` become views.
+        weight: [sum of N, K].
+        weight_scale: float32 [sum of N], or [1] where a weight has one scale: then the largest that a layer needs
+            serves all, and is NaN while any of them is not finite. Such scales are powers of two, so that laying a
+            weight onto another one only moves its exponents.
+        shares_scale: whether there is one for all.
+    """
+
+    def __init__(self, copies: Sequence[Copy]) -> None:
+        weights, scales = [], []
+        for copy in copies:
+            assert copy.weight is not None and copy.weight_scale is not None
+            weights.append(copy.weight)
+            scales.append(copy.weight_scale)
+        self.copies = tuple(copies)
+        self.shares_scale = copies[0].format.linear_per_tensor
+        self._rows = [weight.shape[0] for weight in weights]
+        with torch.inference_mode(False), torch.no_grad():
+            self.weight = _whole(weights)
+            self.weight_scale = scales[0].clone() if self.shares_scale else torch.cat(scales)
+            self._hand_out()
+            if not self.shares_scale:
+                return
+            self._needed = {copy: float(scale) for copy, scale in zip(copies, scales, strict=True)}
+            self._scale = self._largest()
+            for copy, needed in self._needed.items():
+                _rescale(copy, needed, self._scale)
+            self._show()
+
+    def renew(self) -> None:
+        """Go on in other tensors, since a call in another thread reads these."""
+        self.weight, self.weight_scale = self.weight.clone(), self.weight_scale.clone()
+        self._hand_out()
+
+    def _hand_out(self) -> None:
+        weights = self.weight.split(self._rows)
+        scales = [self.weight_scale] * len(weights) if self.shares_scale else self.weight_scale.split(self._rows)
+        for copy, weight, scale in zip(self.copies, weights, scales, strict=True):
+            copy.weight, copy.weight_scale, copy.merged = weight, scale, self
+
+    def lay(self, copy: Copy, needed: float) -> float:
+        """The scale to quantize ``copy`` with, whose weight now needs at least this one; the others are laid onto it.
+
+        Not finite for a weight that is not: then the output of all layers is not finite until it is repaired.
+        """
+        self._needed[copy] = needed
+        before, scale = self._scale, self._largest()
+        others = [other for other in self.copies if other is not copy] if scale != before else []
+        stamps = [other.forget() for other in others]  # an interrupt may leave some laid onto it and some not
+        for other in others:
+            _rescale(other, before, scale)
+        self._scale = scale
+        self._show()
+        if scale > before:  # else what they lost to the larger scale comes back only from their float weights
+            for other, stamp in zip(others, stamps, strict=True):
+                other.recall(stamp)
+        return scale if math.isfinite(needed) else needed
+
+    def _largest(self) -> float:
+        """The scale that all parts can be laid onto; zeros, whose scale is not finite, onto any."""
+        return max((scale for scale in self._needed.values() if math.isfinite(scale)), default=1.0)
+
+    def _show(self) -> None:
+        self.weight_scale.fill_(self._scale if all(map(math.isfinite, self._needed.values())) else math.nan)
+
+
+def _whole(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """All rows of ``weights`` in one tensor: in that which they are parts of, or else in a new one."""
+    first, end = weights[0], weights[0].data_ptr()
+    for weight in weights:
+        if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.data_ptr() != end:
+            return torch.cat([weight.view(torch.uint8) for weight in weights]).view(first.dtype)
+        end += weight.nbytes
+    return first.as_strided((sum(map(len, weights)), first.shape[1]), (first.shape[1], 1), first.storage_offset())
+
+
+def _rescale(copy: Copy, old: float, new: float) -> None:
+    weight = copy.weight
+    assert weight is not None
+    if old != new and math.isfinite(old):
+        weight.copy_((weight.float() * (old / new)).to(weight.dtype))

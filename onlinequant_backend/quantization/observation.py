@@ -1,0 +1,91 @@
+"""What an observed call feeds to the layers."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Container, MutableMapping, Sequence
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+if TYPE_CHECKING:
+    from .layer_state import Layer
+
+
+@dataclasses.dataclass
+class Observation:
+    """What one call of an observed graph feeds: the layers by index, and how far to look.
+
+    Attributes:
+        layers: state of each observed layer.
+        weights: float weight of each.
+        compares: whether each layer's float output is to be compared with its 8-bit output.
+        kept: indices of the layers whose 8-bit copy is kept after that.
+        probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
+            probing, when there is nothing else to do.
+        refitting: indices of the frozen layers whose ranges are to be right for this call's inputs as well.
+        drifted: indices of those among them that have left their ranges, which get room for more.
+        lost: indices of those whose inputs were not finite, so that no range can.
+        gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
+            outside of a pass for these, when there is nothing else to do.
+        spared: bytes of free memory without which such a pass ends with MemoryError.
+    """
+
+    layers: Sequence[Layer]
+    weights: Sequence[torch.Tensor] = ()
+    compares: bool = False
+    kept: Container[int] = ()
+    probed: Container[int] | None = None
+    refitting: Container[int] = ()
+    drifted: Container[int] = ()
+    lost: set[int] = dataclasses.field(default_factory=set)
+    gradients: MutableMapping[int, float] | None = None
+    spared: float = 0
+
+    def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing.
+
+        ``first``: index of the first layer that reads the same ``x``. Its range then is this layer's as well.
+        """
+        layer = self.layers[index]
+        if self.gradients is not None:
+            return self._with_gradient(index, y)
+        if self.probed is not None:
+            return layer.quantized_output(x, bias, y) if index in self.probed else y
+        if layer.frozen:
+            if index in self.refitting and not layer.refit(x, index in self.drifted):
+                self.lost.add(index)
+            return y
+        shared = self.layers[first]
+        if index != first and (layer.observed is shared.observed or layer.observed.is_empty):
+            layer.observed, layer.smoothing = shared.observed, shared.smoothing
+        else:
+            layer.observe(x, self.weights[index], turn=index)
+        if self.compares and layer.range_refusal() is None:
+            layer.refresh(self.weights[index])
+            if layer.refusal() is None:
+                layer.measure_sensitivity(x, bias, y)
+            if index not in self.kept:
+                layer.copy.drop()
+        return y
+
+    def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:
+        if self.spared and psutil.virtual_memory().available < self.spared:
+            raise MemoryError("the memory is nearly used up")
+        gradients = self.gradients
+        assert gradients is not None
+
+        def add(gradient: torch.Tensor) -> None:
+            gradients[index] += float(gradient.float().square().sum())
+
+        y = y if y.requires_grad else y.detach().requires_grad_()  # nothing else asks for gradients
+        y.register_hook(add)
+        return y
+
+
+def observe(
+    observation: Observation, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The node that ``passes.insert_observers`` puts behind a layer; see ``Observation.see``."""
+    return observation.see(index, first, x, y, bias)

@@ -1,0 +1,274 @@
+"""The 8-bit copies of weights, and which of them are being read.
+
+Threads may run models that have weights in common, so two rules hold wherever something is written that calls read:
+``copies_lock`` is held and ``Generation.number`` moves before anybody asks what is read elsewhere. A call says what it
+reads before it looks at the number. So either the writer knows of the call, or the call waits for the writer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from .. import fork_locks
+from ..errors import FreedWeightsError
+from ..kernels import x86
+from ..kernels.formats import Format
+from ..tensors import CHANNELS_LAST
+from .weight_changes import Stamp
+from .weight_identity import weakly
+from .weight_quantization import quantize_weight, scale_of, scales_in
+
+if TYPE_CHECKING:
+    from ..graph.layer_info import ConvGeometry
+    from .layer_state import Layer
+    from .merged_weight import MergedWeight
+
+
+# Held while 8-bit copies and ranges are written, handed to a compiled graph or released. A call in another thread keeps
+# those that it was given for as long as it runs.
+copies_lock = fork_locks.rlock()
+_running: list[Call] = []
+
+
+class Generation:
+    """Counts how often anything that calls read was written or marked as stale; moved with ``copies_lock`` held.
+
+    Attributes:
+        copies: how often a copy came or went, or a model began to run on some.
+    """
+
+    number = 0
+    copies = 0
+
+
+class Call:
+    """Within the block, this thread runs a call.
+
+    Attributes:
+        layers: whose 8-bit copies and ranges it reads.
+    """
+
+    __slots__ = ("layers", "thread")
+
+    def __enter__(self) -> Call:
+        self.layers: Sequence[Layer] = ()
+        self.thread = threading.get_ident()
+        _running.append(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _running.remove(self)
+
+
+def read_elsewhere() -> Iterator[Layer]:
+    """The layers that calls in other threads read."""
+    this_thread = threading.get_ident()
+    return (layer for call in list(_running) if call.thread != this_thread for layer in call.layers)
+
+
+def _forget_others() -> None:
+    this_thread = threading.get_ident()
+    _running[:] = [call for call in _running if call.thread == this_thread]
+
+
+fork_locks.in_child(_forget_others)  # it has no other threads
+
+
+class Copy:
+    """The 8-bit copy of a weight. It may become that of another one, which has taken the weight's place in the model.
+
+    Attributes:
+        geometry, format: what it depends on beside the weight.
+        weight, weight_scale: the copy, or None.
+        merged: what it is a part of, or None.
+        in_use: whether a graph runs on it.
+        room: memory for the copy that is about to be made, and for its scales.
+        freed: whether the float weight is gone, so that it cannot be made anew.
+    """
+
+    def __init__(self, geometry: ConvGeometry | None, format: Format) -> None:
+        self.geometry = geometry
+        self.format = format
+        self.weight: torch.Tensor | None = None
+        self.weight_scale: torch.Tensor | None = None
+        self.room: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.merged: MergedWeight | None = None
+        self.in_use = False
+        self.freed = False
+        self._source: Callable[[], torch.Tensor | None] = lambda: None
+        self._former: list[Callable[[], torch.Tensor | None]] = []
+        self._stamp: Stamp | None = None
+
+    @property
+    def source(self) -> torch.Tensor | None:
+        """The weight that this is a copy of; None if there is none, or not any more."""
+        return self._source()
+
+    def is_current(self, weight: torch.Tensor) -> bool:
+        """Whether this is the copy of ``weight`` as it is now."""
+        if self.weight is None or self.source is not weight or self._stamp is None:
+            return False
+        return self._stamp.matches(Stamp.of(weight))
+
+    def is_claimed(self, weight: torch.Tensor) -> bool:
+        """Whether another weight than ``weight`` goes on needing this copy, so that it cannot be taken over.
+
+        Another model's does that runs in another thread, or has taken this copy from ``weight`` itself. Otherwise the
+        other weight most likely is put aside for as long as ``weight`` is in its place, as ComfyUI does.
+        """
+        if self.source is None or self.source is weight:
+            return False
+        with copies_lock:
+            Generation.number += 1
+            return self.freed or any(former() is weight for former in self._former) or self._is_read_elsewhere()
+
+    def _is_read_elsewhere(self) -> bool:
+        sharing = self._sharing()
+        return any(layer.copy in sharing for layer in read_elsewhere())
+
+    def _sharing(self) -> Sequence[Copy]:
+        return (self,) if self.merged is None else self.merged.copies
+
+    def requantize(self, weight: torch.Tensor, smoothing: torch.Tensor | None = None) -> None:
+        """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change; into
+        new ones while a call in another thread reads these. ``smoothing``: see ``quantize_weight``."""
+        self.check_not_freed()
+        stamp = Stamp.of(weight)  # before that: another thread may change the weight meanwhile
+        with copies_lock, torch.inference_mode(False), torch.no_grad():
+            self.forget()  # before that: an interrupt may leave it half written
+            if self._is_read_elsewhere():
+                self._renew()
+            self._remember(weight)
+            shared = None
+            if self.merged is not None and self.merged.shares_scale:
+                shared = self.merged.lay(self, float(scale_of(weight, self.format)))
+            if self.weight is None or self.weight_scale is None:
+                self.weight, self.weight_scale = self._taken_room(weight)
+                Generation.copies += 1
+            scale = self._write(self.weight, weight, shared, smoothing)
+            if shared is None:
+                self.weight_scale.copy_(scale)
+            self._stamp = stamp
+
+    def _remember(self, weight: torch.Tensor) -> None:
+        """Note which weight this is the copy of, and of which ones it was."""
+        if self.source is not weight:
+            known = [former for former in (*self._former, self._source) if former() is not None]
+            self._former = list({id(former()): former for former in known if former() is not weight}.values())
+            self._source = weakly(weight)
+
+    def _renew(self) -> None:
+        if self.merged is not None:
+            self.merged.renew()
+        else:
+            self.weight = self.weight_scale = None
+
+    def needs_room(self) -> bool:
+        """Whether there is neither a copy nor memory for one."""
+        return self.weight is None and self.room is None and not self.format.is_packed
+
+    def _taken_room(self, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        room, self.room = self.room, None
+        if room is None or room[0].shape != weight.shape or room[0].device != weight.device:
+            return self.new_tensor(weight), self.new_scale(weight)
+        return room
+
+    def new_scale(self, weight: torch.Tensor) -> torch.Tensor:
+        """Memory for the scales of a copy of ``weight``."""
+        return torch.empty(scales_in(weight.shape, self.format), dtype=torch.float32, device=weight.device)
+
+    def new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
+        """Memory for a copy of ``weight``."""
+        if self.format.is_packed:
+            return x86.new_handle(weight.shape)
+        memory_format = CHANNELS_LAST.get(weight.dim(), torch.contiguous_format)
+        return torch.empty(weight.shape, dtype=self.format.weight, device=weight.device, memory_format=memory_format)
+
+    def _write(
+        self, tensor: torch.Tensor, weight: torch.Tensor, scale: float | None, smoothing: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Quantize ``weight`` into ``tensor``; see ``quantize_weight``, whose scales this returns."""
+        if not self.format.is_packed:
+            return quantize_weight(weight, self.format, scale, smoothing, tensor)[1]
+        q, scales = quantize_weight(weight, self.format, scale, smoothing)
+        if self.geometry is None:
+            x86.pack(tensor, q)
+        else:
+            x86.pack(tensor, q, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        return scales
+
+    def forget(self) -> Stamp | None:
+        """Drop the claim to be up to date; returns what it was based on."""
+        with copies_lock:
+            stamp, self._stamp = self._stamp, None
+            Generation.number += 1
+            return stamp
+
+    def recall(self, stamp: Stamp | None) -> None:
+        """Take back what ``forget`` has returned: this still is what the weight, as it was then, gives."""
+        self._stamp = stamp
+
+    def restamp(self, weight: torch.Tensor) -> None:
+        """Take ``weight`` as it is now for what this was made of."""
+        self._source = weakly(weight)
+        self._stamp = Stamp.of(weight)
+
+    def check_not_freed(self) -> None:
+        """Raise FreedWeightsError if the float weight that this would be made of is gone."""
+        if self.freed:
+            raise FreedWeightsError(
+                "A weight was changed or asked for after its float values were given up (free_float_weights=True). "
+                "Load the model again; to change weights, as a LoRA does, compile with free_float_weights=False."
+            )
+
+    def drop(self) -> None:
+        """Free it, unless a graph runs on it."""
+        if not self.in_use:
+            self.weight = self.weight_scale = None
+            Generation.copies += 1
+
+    def release(self) -> int:
+        """Give it up although graphs run on it; returns its bytes. What shares its memory goes as well."""
+        sharing = self._sharing()
+        if any(copy.freed for copy in sharing):  # there is nothing that it could be made of again
+            return 0
+        freed = sum(copy.nbytes() for copy in sharing)
+        for copy in sharing:
+            copy.weight = copy.weight_scale = copy.merged = None
+            copy.forget()
+        Generation.copies += 1
+        return freed
+
+    def nbytes(self) -> int:
+        """The memory that it takes."""
+        return 0 if self.weight is None else self.weight.nbytes
+
+
+def make_room(copies: Sequence[Copy], weights: Sequence[torch.Tensor]) -> None:
+    """Allocate what ``requantize`` will need to make ``copies`` of ``weights``, as far as there are none yet.
+
+    With the room of all copies allocated first, what is allocated only to quantize them leaves no holes between them: a
+    GPU's memory is given back in large pieces, none of which may hold so much as a scale. Several linear layers' copies
+    will be one merged weight, most likely, so they lie one after the other, as ``MergedWeight`` wants them.
+    """
+    new = [(copy, weight) for copy, weight in zip(copies, weights, strict=True) if copy.needs_room()]
+    with torch.inference_mode(False):
+        if len(new) > 1 and len({copy for copy, _ in new}) == len(copies) and _can_be_one(weights):
+            rows = [len(weight) for weight in weights]
+            whole = torch.empty(sum(rows), weights[0].shape[1], dtype=copies[0].format.weight, device=weights[0].device)
+            for copy, part, weight in zip(copies, whole.split(rows), weights, strict=True):
+                copy.room = part, copy.new_scale(weight)
+            return
+        for copy, weight in new:
+            if copy.needs_room():
+                copy.room = copy.new_tensor(weight), copy.new_scale(weight)
+
+
+def _can_be_one(weights: Sequence[torch.Tensor]) -> bool:
+    # Each part may also be read alone, by kernels that want addresses which are multiples of 16.
+    alike = len({(weight.dim(), weight.shape[1:], weight.device) for weight in weights}) == 1
+    return alike and weights[0].dim() == 2 and all(weight.numel() % 16 == 0 for weight in weights)

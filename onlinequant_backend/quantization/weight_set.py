@@ -1,0 +1,368 @@
+"""8-bit copies of a model's weights, and whether the float weights have changed since.
+
+A ``Layer`` is the state of one place at which a weight is used in this process. Layers live in a registry keyed by the
+weight's identity and the number of the place, because one model reaches the backend as several graphs (another shape,
+``no_grad`` then ``inference_mode``), and all of them must share one calibration.
+
+A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
+changed is in ``changes``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..kernels import clip_counting
+from ..runtime import drift
+from ..tensors import getter
+from .freed_weights import hollow_out
+from .layer_registry import known_layers
+from .layer_state import Layer
+from .merged_weight import MergedWeight
+from .weight_changes import Snapshot
+from .weight_copy import Copy, Generation, copies_lock, make_room
+from .weight_identity import stand_in
+
+if TYPE_CHECKING:
+    from ..compilation.compiled_graph import Prepared
+
+
+def places(weights: Iterable[int]) -> list[int]:
+    """Of each layer, how many before it have the same weight; ``weights``: what identifies each layer's."""
+    seen: Counter[int] = Counter()
+    numbers = []
+    for weight in weights:
+        numbers.append(seen[weight])
+        seen[weight] += 1
+    return numbers
+
+
+class WeightSet:
+    """The weights that one call brings along, their layers, and a snapshot that tells cheaply whether any has changed.
+
+    ``together``: indices of layers whose copies most likely will be merged, for each merged one.
+
+    Attributes:
+        layers: one ``Layer`` for each candidate node, in the order of their indices.
+        schedule: which calls look whether activations still fit their ranges.
+        layout: stands for the strides and dtypes of all parameters.
+        kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
+        numbers: of a call's inputs, how far they have been from each other.
+        selection: indices of the layers that run in 8 bit; None until they do.
+        extras: of each compiled graph, how it is called with these weights, and its extra inputs.
+        generation: stands for the copies and ranges that this set has been brought up to date with last.
+        changed: the copies that ``follow`` has made again.
+        is_compared: whether a step in 8 bit was compared with float.
+        ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
+            references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        names: Sequence[str],
+        candidates: Sequence[int],
+        layers: Sequence[Layer],
+        layout: int,
+        drift_check_every: int = 0,
+        together: Sequence[Sequence[int]] = (),
+    ) -> None:
+        self.layers = tuple(layers)
+        self.schedule = drift.Schedule(drift_check_every)
+        self.layout = self.kind = layout
+        self.numbers = drift.Bounds()
+        self.selection: tuple[int, ...] | None = None
+        self.extras: dict[object, Prepared] = {}
+        self.generation = -1
+        self.changed: set[Copy] = set()
+        self.is_compared = False
+        self.ids = tuple(map(id, parameters))
+        self.alive = True
+        self._candidates = candidates
+        self._together = together
+        self._guards = {
+            name: weakref.ref(stand_in(parameter), self._expire)
+            for name, parameter in zip(names, parameters, strict=True)
+        }
+        self._left = len(self._guards)
+        self._snapshot: Snapshot | None = None
+        self._watched: Callable[[Sequence[torch.Tensor]], tuple[torch.Tensor, ...]] | None = None
+        self._places = places(self.ids[candidate] for candidate in candidates)
+        keys = zip((names[candidate] for candidate in candidates), places(candidates), strict=True)
+        self._index = {key: index for index, key in enumerate(keys)}
+
+    def _expire(self, _guard: object) -> None:
+        self.alive = False
+        self._left -= 1
+        if not self._left and self._snapshot is not None:
+            # Nobody can call it again, and whether the graph is called again, with another model, nobody knows. The
+            # snapshot has views of the weights' memory.
+            self.extras.clear()
+            self.layers, self._snapshot, self._watched = (), None, None
+
+    def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
+        """How many of these parameters, by qualified name, are in this set under the same name."""
+        return sum(
+            name in self._guards and self._guards[name]() is stand_in(weight) for name, weight in parameters.items()
+        )
+
+    def has_any_of(self, ids: Set[int]) -> bool:
+        """Whether any parameter with one of these identities is in this set."""
+        known = (guard() for guard in self._guards.values())
+        return any(id(parameter()) in ids for parameter in known if parameter is not None)
+
+    def layer(self, name: str, place: int = 0) -> Layer | None:
+        """The layer whose weight has this name, at so many places of this name after its first."""
+        index = self._index.get((name, place))
+        return None if index is None else self.layers[index]
+
+    def is_dead(self) -> bool:
+        """Whether no parameter is left."""
+        return all(guard() is None for guard in self._guards.values())
+
+    def rest(self, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Those of a call's parameters that are no layer's weight, as biases and norms, by name."""
+        weights = set(self._candidates)
+        named = zip(self._guards, parameters, strict=True)
+        return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
+
+    def start_over(self) -> None:
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
+        for layer in self.layers:
+            layer.start_over()
+        self.selection = None
+        self.is_compared = False
+
+    def is_calibrated(self) -> bool:
+        """Whether there is nothing left to observe."""
+        return all(layer.frozen for layer in self.layers)
+
+    def was_called_once(self) -> bool:
+        """Whether it was observed for one call, or none, and never in 8 bit."""
+        return self.selection is None and bool(self.layers) and all(layer.calls <= 1 for layer in self.layers)
+
+    def calls(self) -> int:
+        """How many calls every layer that is not calibrated yet has been observed for."""
+        return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
+
+    @contextlib.contextmanager
+    def observed_or_not(self) -> Iterator[None]:
+        """A call that fails within the block leaves nothing of what was observed of it."""
+        layers = [layer for layer in self.layers if not layer.frozen]
+        kept = {id(layer.observed): layer.observed.copied() for layer in layers}  # some layers share theirs
+        before = [(kept[id(layer.observed)], layer.smoothing) for layer in layers]
+        try:
+            yield
+        except BaseException:
+            for layer, (observed, smoothing) in zip(layers, before, strict=True):
+                layer.go_back(observed, smoothing)
+            raise
+
+    def count_call(self, fingerprint: str, operations: str = "") -> None:
+        """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
+        for layer in set(self.layers):
+            layer.count_call(fingerprint, operations)
+
+    def is_calibrated_for(self, fingerprint: str, operations: str) -> bool:
+        """Whether all that was observed was observed with such weights in such a graph."""
+        return all((layer.calibrated_for, layer.calibrated_in) == (fingerprint, operations) for layer in self.layers)
+
+    def freeze(self) -> None:
+        """Observing is over."""
+        for layer in self.layers:
+            layer.freeze()
+        for layer in self.layers:  # layers that read one tensor share its histograms
+            layer.observed.histograms.clear()
+
+    def smoothing(self) -> dict[int, bytes]:
+        """The factors of the layers whose input is smoothed, by index, so that equal ones are equal."""
+        vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
+        return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
+
+    def drifted(
+        self, seen: Mapping[int, clip_counting.Seen], is_after_change: bool = False
+    ) -> dict[int, clip_counting.Seen]:
+        """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
+        of ``qparams``, as ``drift.CountingCall`` has it; ``is_after_change`` as for ``drift.has_drifted``."""
+        found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
+        return {
+            index: each
+            for index, each in found.items()
+            if each is not None and self.layers[index].has_drifted(each, is_after_change)
+        }
+
+    def are_coarse(self, seen: Mapping[int, clip_counting.Seen]) -> bool:
+        """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
+        layers = (self.layers[index] for index in self.selection or ())
+        found = ((layer, seen.get(layer.qparams.data_ptr())) for layer in layers)
+        return any(each is not None and layer.is_coarse(each) for layer, each in found)
+
+    def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
+        """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
+        stale: set[Copy] = set()
+        with copies_lock, self.room(parameters, indices):
+            # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
+            for some in (indices, [index for index in indices if self.layers[index].copy.merged is not None]):
+                for index in some:
+                    weight = parameters[self._candidates[index]]
+                    self._claim(index, weight)
+                    layer = self.layers[index]
+                    if not layer.is_current(weight):
+                        self.changed.add(layer.copy)  # first: an interrupt may come meanwhile
+                        stale.add(layer.copy)
+                        layer.requantize(weight)
+        return len(stale)
+
+    @contextlib.contextmanager
+    def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
+        """Within the block, there is room for the copies that these layers do not have yet; see ``make_room``."""
+        for index in indices:
+            self.layers[index].make_room()
+        wanted = set(indices)
+        grouped = {index for group in self._together for index in group}
+        groups = [*self._together, *((index,) for index in indices if index not in grouped)]
+        copies = [self.layers[index].copy for index in indices]
+        try:
+            for group in groups:
+                members = [index for index in group if index in wanted]
+                weights = [parameters[self._candidates[index]] for index in members]
+                make_room([self.layers[index].copy for index in members], weights)
+            yield
+        finally:
+            for copy in copies:
+                copy.room = None
+
+    def _claim(self, index: int, weight: torch.Tensor) -> None:
+        """Have a layer's copy be one that ``weight`` may be quantized into."""
+        self.layers[index].choose_copy()
+        if self.layers[index].copy.source is weight:
+            return
+        layer = known_layers.known(self.layers[index], weight, self._places[index])
+        if layer.copy.is_claimed(weight):
+            layer = known_layers.part(layer, weight, self._places[index])
+        if layer is not self.layers[index]:
+            self._replace(index, layer)
+
+    def _replace(self, index: int, layer: Layer) -> None:
+        # As a whole: calls in other threads go on reading the layers that they began with.
+        self.layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
+
+    def merge(self, indices: Sequence[int]) -> MergedWeight | None:
+        """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
+        copies = [self.layers[index].copy for index in indices]
+        known = copies[0].merged
+        if known is not None and list(known.copies) == copies:
+            return known
+        if copies[0].format.is_packed:  # these are handles, of one byte
+            return None
+        if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
+            return None
+        merged = MergedWeight(copies)
+        with copies_lock:
+            Generation.number += 1  # compiled graphs were given the tensors that the merged one has replaced
+        return merged
+
+    def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
+        """An extra input of a compiled graph: what rewriting calls ``what``, of a layer or of a merged weight."""
+        for index in (of,) if isinstance(of, int) else of:
+            self.layers[index].restore_copy()  # may have been released since the call looked whether it is current
+        if isinstance(of, int):
+            found = getattr(self.layers[of], what)
+        else:
+            merged = self.merge(of) or self._merge_apart(of)
+            found = getattr(merged, what.removeprefix("merged_"))
+        assert isinstance(found, torch.Tensor)
+        return found
+
+    def _merge_apart(self, indices: Sequence[int]) -> MergedWeight:
+        """``merge`` of copies of their own: another model with some of these weights has merged those with others."""
+        for index in indices:
+            weight = self.layers[index].copy.source
+            assert weight is not None
+            self._replace(index, self.layers[index].parted())
+            self.layers[index].requantize(weight)
+            self.layers[index].copy.in_use = True
+        merged = self.merge(indices)
+        assert merged is not None
+        return merged
+
+    def select(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
+        """Run the layers at ``indices`` in 8 bit from now on; the others' 8-bit copies are freed."""
+        self._bring_up_to_date(parameters, indices)
+        for index in indices:
+            self.layers[index].copy.in_use = True
+        for layer in self.layers:
+            layer.copy.drop()
+        self.changed.clear()
+        self.selection = tuple(indices)  # last: from now on other threads may run
+        Generation.copies += 1
+
+    def free(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""
+        assert self.selection is not None
+        in_float = {candidate for i, candidate in enumerate(self._candidates) if i not in self.selection}
+        full = {
+            self.layers[i].copy: parameters[self._candidates[i]]
+            for i in self.selection
+            if not self.layers[i].copy.freed and self._candidates[i] not in in_float
+        }
+        freed = hollow_out(list({id(weight): weight for weight in full.values()}.values()))
+        for copy, weight in full.items():
+            copy.freed = True
+            copy.restamp(weight)
+        self._bring_up_to_date(parameters, self.selection)
+        return freed
+
+    def has_freed(self) -> bool:
+        """Whether any layer's float weight is gone."""
+        return any(layer.copy.freed for layer in self.layers)
+
+    def check_not_freed(self, parameters: Sequence[torch.Tensor]) -> None:
+        """Raise FreedWeightsError if one of ``parameters`` is, so that the float graph cannot run."""
+        ids = set(map(id, parameters))
+        for layer in self.layers:
+            if layer.copy.freed and id(layer.copy.source) in ids:
+                layer.copy.check_not_freed()
+
+    def follow(self, parameters: Sequence[torch.Tensor]) -> int:
+        """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,
+        which whoever has done all that is to be done about it clears. Activations may be others after any change, also
+        of a weight that another set with the same layer has quantized already."""
+        assert self.selection is not None and self._snapshot is not None and self._watched is not None
+        if not self._snapshot.is_current(self._watched(parameters)):
+            self.schedule.restart()
+        return self._bring_up_to_date(parameters, self.selection)
+
+    def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
+        watched = getter([self._candidates[index] for index in selection])
+        with copies_lock:
+            # Taken before quantizing, so that what another thread changes meanwhile is noticed at the next call.
+            snapshot = Snapshot(watched(parameters), [self.layers[index].copy.freed for index in selection])
+            changed = self.quantize(parameters, selection)
+            self._watched, self._snapshot, self.generation = watched, snapshot, Generation.number
+        return changed
+
+    def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether every 8-bit copy still is what these parameters, identical to the set's, would give.
+
+        Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
+        the generation tells.
+        """
+        if self.generation != Generation.number:
+            return False
+        assert self._snapshot is not None and self._watched is not None
+        return self._snapshot.is_current(self._watched(parameters))
+
+    def begin_check(self) -> bool:
+        """See ``Snapshot``: values on a GPU are looked at apart from ``is_current``."""
+        return self._snapshot is not None and self._snapshot.begin_check()
+
+    def end_check(self) -> bool:
+        """See ``Snapshot``."""
+        return self._snapshot is None or self._snapshot.end_check()

@@ -1,0 +1,1 @@
+"""What was decided for every layer and why: as data, as a table, as a picture."""

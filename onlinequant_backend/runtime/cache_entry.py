@@ -1,0 +1,136 @@
+"""One model's place in the cache: who may make its entry, what it is restored from and saved as."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+import logging
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ..analysis import graph_key
+from ..best_effort import going_on, warn_once
+from ..cache.cache_store import Cache
+from ..cache.calibration_file import Calibration
+from ..cache.locks import Lock
+from ..passes import LayerInfo
+from ..quantization.layer_state import Layer
+from ..report.report import Report
+
+_log = logging.getLogger("onlinequant")
+
+
+_entries: weakref.WeakSet[Entry] = weakref.WeakSet()
+_in_vain: set[tuple[Path | None, str]] = set()
+
+
+class Entry:
+    """The cache entry of one graph with one set of weights.
+
+    Whoever finds none makes it, and holds its lock from before the first observed call until after the compile: other
+    processes that want the same wait for it and then find everything done.
+    """
+
+    def __init__(
+        self, cache: Cache, key: str, infos: Sequence[LayerInfo], lock_timeout: float, operations: str = ""
+    ) -> None:
+        self.key = key
+        self._operations = operations
+        self._cache = cache
+        self._infos = infos
+        self._lock_timeout = lock_timeout
+        self._lock: Lock | None = None
+        self._waited = False
+        _entries.add(self)
+
+    def claim(self) -> None:
+        """Wait for the right to make this entry, unless it is there."""
+        if not self._waited and not self._cache.has(self.key):
+            self._waited = True
+            place = (self._cache.root, self.key[:48])
+            # Who waited in vain once does not wait again for the model's next size.
+            self._lock = self._cache.lock(self.key, 0 if place in _in_vain else self._lock_timeout)
+            if self._lock is None:
+                _in_vain.add(place)
+            if self._lock is not None and self._cache.has(self.key):
+                self.release()
+
+    def restore(self, layers: Sequence[Layer]) -> bool:
+        """Give ``layers`` what an earlier process observed; False, and the entry claimed, if there is nothing."""
+        saved = self._cache.load(self.key)
+        if saved is None or not self._cache.has(self.key):
+            self.claim()  # which may wait, until there is more to load
+            saved = self._cache.load(self.key) or saved
+        if saved is None or not self._matches(saved, layers):
+            return False
+        for layer, layer_saved in zip(layers, saved.layers, strict=True):
+            if not layer.frozen:
+                layer.restore(layer_saved, saved.calls, graph_key.weights_part(self.key), self._operations)
+        return True
+
+    def load_autotuning(self) -> str | None:
+        """What another process has measured of this model's layers; see ``Cache.load_autotuning``."""
+        return self._cache.load_autotuning(self.key)
+
+    def load_error(self) -> float | None:
+        """The error of a step that an earlier process has measured; None if it has not."""
+        return self._cache.load_error(self.key)
+
+    def save_error(self, report: Report, error: float) -> None:
+        """Have the saved statistics tell the error of a step."""
+        kept = dataclasses.replace(report, error=error, key=self.key)
+        with going_on("cannot save the statistics"):
+            self._cache.update_stats(self.key, _json(kept))
+
+    def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
+        """Save what was observed and measured, and the report beside it, and let others in.
+
+        ``fingerprint``: of the weights now.
+        """
+        weights = graph_key.weights_part(self.key)
+        # A LoRA may have come since, or another graph of the model have been observed: then these are not the ranges of
+        # what the key stands for.
+        state = weights, self._operations
+        known = all((layer.calibrated_for, layer.calibrated_in) == state for layer in layers)
+        report.stats_path = None
+        if known and fingerprint == weights:
+            report.key = self.key
+            with going_on("cannot save the calibration"):
+                path = self._cache.publish(self.key, self._calibration(layers, report), _json(report), autotuning)
+                report.stats_path = None if path is None else str(path)
+        # Also where calibrating was begun at another size, whose graph may never be called again.
+        for entry in list(_entries):
+            if entry._cache.root == self._cache.root and entry.key[:48] == self.key[:48]:
+                entry.release()
+
+    def release(self) -> None:
+        """Let others make the entry."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def _matches(self, saved: Calibration, layers: Sequence[Layer]) -> bool:
+        expected = [(info.name, info.kind, info.weight_shape) for info in self._infos]
+        if [(layer.name, layer.kind, layer.weight_shape) for layer in saved.layers] != expected:
+            return False
+        wrong = [of.name for layer, of in zip(layers, saved.layers, strict=True) if not layer.fits(of)]
+        if wrong:
+            message = "calibrating anew: the cache's calibration has scales that do not belong to its ranges, of %s"
+            warn_once("scales", message, ", ".join(wrong[:3]))
+        return not wrong
+
+    def _calibration(self, layers: Sequence[Layer], report: Report) -> Calibration:
+        saved = [
+            layer.save(info.name, info.kind, info.weight_shape) for info, layer in zip(self._infos, layers, strict=True)
+        ]
+        now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+        about = {"torch": torch.__version__, "precision": report.precision, "created": now}
+        return Calibration(report.model, max(layer.calls for layer in layers), tuple(saved), about)
+
+
+def _json(report: Report) -> str:
+    return json.dumps(report.to_dict(), indent=2, default=repr) + "\n"

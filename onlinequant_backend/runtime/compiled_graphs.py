@@ -1,0 +1,179 @@
+"""The compiled graphs of one Dynamo graph, and which of them a call needs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..analysis.traced_graph import TracedGraph
+from ..compilation import symbolic_inputs
+from ..compilation.compiled_graph import CompiledGraph
+from ..compilation.inductor_job import NotNowError
+from ..graph import dynamic_shapes, fx_utils, specialization
+from ..quantization.weight_set import WeightSet
+from ..tensors import relative_error
+
+_log = logging.getLogger("onlinequant")
+
+# Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
+_SAME_PICTURE = 0.3
+
+# Kinds of calls, such as values of a float, that a graph is compiled for; as many as Dynamo traces a frame for.
+_MOST_KINDS = 8
+
+Key = tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+@dataclass(frozen=True, eq=False)
+class InFloat:
+    """Stands for the compiled graph of calls that run in float; ``reason`` says why they do."""
+
+    reason: str
+
+
+NO_VALUES = InFloat("a tensor without values was passed: there is nothing to compute")
+_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
+
+
+class CompiledGraphs:
+    """Compiled as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
+
+    ``build(args, weights, symbolic)`` makes one; it returns ``InFloat`` for failures of which it has given account, and
+    raises if ``symbolic``, which is for all sizes, is what has failed.
+
+    Attributes:
+        known: those that there are, by ``key``.
+    """
+
+    def __init__(
+        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | InFloat]
+    ) -> None:
+        self._traced = traced
+        self._graph = traced.module
+        self._which_shapes = traced.config.shapes
+        self._build = build
+        inputs = fx_utils.placeholders(self._graph)
+        self._others = [i for i, node in enumerate(inputs) if not fx_utils.is_parameter(node)]
+        self._wrapped_floats = {i for i, node in enumerate(inputs) if specialization.is_wrapped_float(node)}
+        examples = {i: inputs[i].meta.get("example_value") for i in self._others}
+        self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
+        self._open_floats = {i for i in self._wrapped_floats if specialization.is_open_float(inputs[i])}
+        self._may_be_symbolic = self._which_shapes != "static" and dynamic_shapes.has_symbols(self._graph)
+        self.known: dict[Key, CompiledGraph | InFloat] = {}
+        # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
+        self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
+        self._too_many: InFloat | None = None
+
+    def numbers(self, args: Sequence[Any]) -> tuple[float, ...]:
+        """The numbers among a call's inputs, such as a LoRA's strength."""
+        return tuple([float(args[position]) for position in self._numbers])
+
+    def key(self, args: Sequence[Any], weights: WeightSet) -> Key:
+        """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
+        fixed: list[Any] = [weights.kind]
+        sizes: list[Any] = []
+        for position in self._others:
+            value = args[position]
+            if not isinstance(value, torch.Tensor):
+                (sizes if isinstance(value, int) else fixed).append(value)
+            elif position in self._wrapped_floats:
+                if position not in self._open_floats:
+                    fixed.append(float(value))
+            else:
+                fixed.append(value.dtype)
+                sizes.append((value.shape, value.stride()))
+        return tuple(fixed), tuple(sizes)
+
+    def needs_build(self, key: Key, args: Sequence[Any], weights: WeightSet) -> bool:
+        """Whether ``make`` would compile for a call whose key is not known yet."""
+        fixed, _ = key
+        if self.is_empty(args):
+            return False
+        return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
+
+    def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
+        """The graph for a call whose key is not known yet, from now on in ``known`` unless there are too many."""
+        fixed, _ = key
+        if self.is_empty(args):
+            self.known[key] = NO_VALUES
+            return NO_VALUES
+        if self._are_too_many(fixed):
+            self._too_many = self._too_many or self._say_too_many()
+            return self._too_many
+        symbolic = self._is_symbolic(weights)
+        general = self._general.setdefault(fixed, {}) if symbolic else {}
+        compiled: CompiledGraph | InFloat | None = self._find_general(fixed, args, weights)
+        if compiled is None:
+            expanded = dynamic_shapes.broadcast_sizes(self._graph, args) if symbolic else frozenset()
+            compiled = self._built(args, weights, symbolic and expanded not in general)
+            if isinstance(compiled, CompiledGraph) and compiled.is_symbolic:
+                general[expanded] = compiled
+                if not self._serves(compiled, args, weights):
+                    compiled = self._built(args, weights, symbolic=False)
+        self.known[key] = compiled
+        return compiled
+
+    def _say_too_many(self) -> InFloat:
+        """Say once that it is the float graph that runs, but for what is compiled already."""
+        inputs = fx_utils.placeholders(self._graph)
+        numbers = [inputs[i].name.strip("_").removeprefix("l_") for i in self._wrapped_floats - self._open_floats]
+        reason = f"it was compiled for {_MOST_KINDS} kinds of calls and runs in float for all others"
+        if numbers:
+            reason += f"; pass a tensor instead of a number that is never the same ({', '.join(sorted(numbers))})"
+        _log.warning("%s: %s", self._traced.report.model, reason)
+        return InFloat(reason)
+
+    def forget_failed(self) -> None:
+        """Build anew, when they are called, what could not be built."""
+        for key in [key for key, compiled in self.known.items() if isinstance(compiled, InFloat)]:
+            del self.known[key]
+
+    def is_empty(self, args: Sequence[Any]) -> bool:
+        """Whether a call brings a tensor without values: nothing can be observed, nor decided by its sizes."""
+        values = (args[position] for position in self._others)
+        return any(isinstance(value, torch.Tensor) and not value.numel() for value in values)
+
+    def _are_too_many(self, fixed: tuple[Any, ...]) -> bool:
+        kinds = {fixed for fixed, _ in self.known}
+        return fixed not in kinds and len(kinds) >= _MOST_KINDS
+
+    def _is_symbolic(self, weights: WeightSet) -> bool:
+        is_first = dynamic_shapes.is_first(weights.layers[0]) and self._which_shapes == "auto"
+        return self._may_be_symbolic and not is_first
+
+    def _find_general(self, fixed: tuple[Any, ...], args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
+        general = self._general.get(fixed, {}) if self._is_symbolic(weights) else {}
+        return next((known for known in general.values() if self._serves(known, args, weights)), None)
+
+    def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | InFloat:
+        if symbolic:
+            try:
+                return self._build(args, weights, True)
+            except NotNowError:
+                raise
+            except Exception as error:
+                _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
+                self._may_be_symbolic = False
+        return self._build(args, weights, False)
+
+    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> bool:
+        """Whether a compiled graph is right for these sizes.
+
+        One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and
+        writes, so one comparison with the float graph shows whether that assumption matters.
+        """
+        if compiled.fits(args):
+            return True
+        may_repeat = not weights.has_freed() and self._traced.may_repeat
+        if not may_repeat or not compiled.fits(args, at_least=symbolic_inputs.SMALLEST):
+            return False
+        try:
+            with torch.no_grad():
+                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+        except Exception as error:  # Inductor's own look at the sizes
+            _log.debug("a graph for all sizes is not for these: %s", error)
+            return False

@@ -1,0 +1,198 @@
+"""Runs 8-bit graphs and looks at what they do: ranges follow the activations, and nothing non-finite gets out."""
+
+from __future__ import annotations
+
+import logging
+import math
+import operator
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..graph import fx_utils
+from ..kernels import clip_counting
+from ..quantization.observation import Observation
+from ..tensors import relative_error
+from . import drift
+
+if TYPE_CHECKING:
+    from ..analysis.traced_graph import TracedGraph
+    from ..compilation.compiled_graph import CompiledGraph
+    from ..quantization.weight_set import WeightSet
+    from .sampling import SamplingRun
+
+_log = logging.getLogger("onlinequant")
+
+
+# Changes of a range until a call fits.
+_MOST_CHANGES = 32
+# A range so many times wider than before may be too coarse for most of what lies in it.
+_FAR = 2
+# The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float:
+# where only few values differ from each other, one of them is much.
+_ADDED = 0.01
+
+
+class Watch:
+    """Watches one graph.
+
+    ``keep_error`` is told what the error of a step is with which weights.
+    """
+
+    def __init__(
+        self, traced: TracedGraph, keep_error: Callable[[WeightSet, float], None] = lambda weights, error: None
+    ) -> None:
+        self._keep_error = keep_error
+        self._traced = traced
+        self._report = traced.report
+        self._errors: weakref.WeakKeyDictionary[WeightSet, float] = weakref.WeakKeyDictionary()
+        self._changed: weakref.WeakSet[WeightSet] = weakref.WeakSet()  # whose ranges have, since the error was measured
+        self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
+        self._said = False
+        inputs = fx_utils.placeholders(traced.module)
+        self._extents = drift.Extents([i for i, node in enumerate(inputs) if not fx_utils.is_parameter(node)])
+
+    def run(
+        self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
+    ) -> tuple[Any, bool]:
+        """The 8-bit result of a call and True, or the float one of a call that is outside of the observed ranges and
+        False.
+
+        ``run``: the sampling run that the call belongs to.
+        """
+        device = weights.layers[0].device
+        is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        have_changed = device.type == "cpu" and self._extents.have_changed(args)
+        due = weights.schedule.is_due(run, have_changed) and not is_capturing
+        if not due:
+            result = compiled(args, weights)
+            # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
+            drifted: Mapping[int, clip_counting.Seen] = {}
+            looks = device.type == "cpu"
+        else:
+            result, seen = compiled.count(args, weights)
+            drifted = weights.drifted(seen, weights.schedule.is_first and self._may_run_float(weights))
+            looks = True
+            if weights in self._changed and weights.are_coarse(seen):  # for a range that larger inputs have widened
+                self._changed.discard(weights)
+                weights.is_compared = False
+        is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
+        if drifted or is_lost:
+            return self._follow(compiled, args, weights, drifted, is_lost, result)
+        if not weights.is_compared and not is_capturing:
+            self._compare(args, weights, result)
+        return result, True
+
+    def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
+        """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
+        weights.is_compared = True
+        if not self._may_run_float(weights) or self._traced.is_random or not weights.selection:
+            return
+        try:
+            with torch.no_grad():
+                error = relative_error(result, self._traced.module(*args))
+        except Exception:  # out of memory, say
+            _log.info("the error of a step is not measured", exc_info=True)
+            return
+        if not math.isfinite(error):
+            return
+        self._errors[weights] = error
+        self._report.error = max(self._errors.values())  # several models may share a graph
+        self._keep_error(weights, error)
+        for warning in self._report.warnings():
+            _log.warning("%s: %s", self._report.model, warning)
+
+    def _follow(
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightSet,
+        drifted: Mapping[int, clip_counting.Seen],
+        is_lost: bool,
+        result: Any,
+    ) -> tuple[Any, bool]:
+        """Change ranges, in place, so that nothing is compiled again, and do the call anew. As for ``run``."""
+        if is_lost and not self._said:
+            self._said = True
+            _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
+        ways: list[tuple[Callable[[], Any], bool]] = [
+            (lambda: self._step(compiled, args, weights, drifted, result), True)
+        ]
+        if self._may_run_float(weights):
+            in_float = [lambda: self._observe(args, weights, drifted), lambda: self._run_float(args, weights)]
+            ways = [*((way, False) for way in in_float), *ways]
+        is_in_8_bit = True
+        with weights.layers[0].lock, torch.no_grad():
+            for way, is_8_bit in ways:
+                try:
+                    result, is_in_8_bit = way(), is_8_bit
+                    break
+                except Exception:  # out of memory, say
+                    _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
+        self._lost = [] if drift.is_finite(result) else drift.lost(result)
+        return result, is_in_8_bit
+
+    def _may_run_float(self, weights: WeightSet) -> bool:
+        """Whether a call can be done again, in float."""
+        return self._traced.may_repeat and not weights.has_freed()
+
+    def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, clip_counting.Seen]) -> Any:
+        """The float result; ranges become what this call needs."""
+        observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
+        before = _growth(weights)
+        result = self._traced.observed(*args, observation)
+        self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
+        if observation.lost:  # the next call may be no better
+            weights.schedule.restart(in_float=True)
+        return result
+
+    def _run_float(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        """The float result; ranges stay as they are, so that the next call is looked at as well."""
+        result = self._traced.module(*args)
+        weights.schedule.restart(in_float=True)
+        return result
+
+    def _step(
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightSet,
+        drifted: Mapping[int, clip_counting.Seen],
+        result: Any,
+    ) -> Any:
+        """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
+        for _ in range(_MOST_CHANGES):
+            before = _growth(weights)
+            drifted = {index: seen for index, seen in drifted.items() if weights.layers[index].is_finite(seen)}
+            for index, seen in drifted.items():
+                weights.layers[index].step(seen)
+            self._note(weights, drifted, before)
+            if not drifted or not self._traced.may_repeat:
+                break
+            result, all_seen = compiled.count(args, weights)
+            drifted = weights.drifted(all_seen)
+        return result
+
+    def _note(self, weights: WeightSet, drifted: Mapping[int, clip_counting.Seen], before: Sequence[float]) -> None:
+        """Say which ranges are others now than ``before``, and look again if any is."""
+        after = _growth(weights)
+        for index, seen in drifted.items():
+            is_right_in_float = after[index] == before[index] and seen.clipped < _ADDED
+            if after == before or is_right_in_float:  # looking again would only make the next call slow as well
+                weights.layers[index].accept(seen)
+        if after == before:
+            return
+        self._changed.add(weights)
+        if any(new > _FAR * old for new, old in zip(after, before, strict=True)):
+            weights.is_compared = False  # what the range is for now may leave little of it to all else
+        names = (info.name for info in self._traced.infos)
+        self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
+        _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
+        # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
+        weights.schedule.restart(checks_all=any(map(operator.lt, after, before)), in_float=True)
+
+
+def _growth(weights: WeightSet) -> list[float]:
+    return [layer.growth for layer in weights.layers]

@@ -1,0 +1,71 @@
+"""What a caller that knows its sampler can say: when a sampling run begins and ends, and which step it has come to."""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Hashable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..report.report import Report
+
+_current: contextvars.ContextVar[SamplingRun | None] = contextvars.ContextVar("onlinequant_run", default=None)
+
+
+class SamplingRun:
+    """One sampling run of a model, and of whatever else (a ControlNet) is called in it.
+
+    Attributes:
+        steps: how many there are.
+        step: the one it has come to, from 1; for whoever samples to count.
+        is_observed: observe all calls of this run and compile at its end, whatever ``calibration_steps`` says.
+        called: the report of each graph that was called, and its phase when the call began.
+    """
+
+    def __init__(self, steps: int, is_observed: bool = True) -> None:
+        self.steps = max(steps, 1)
+        self.step = 1
+        self.is_observed = is_observed
+        self.called: list[tuple[Report, str]] = []
+        self._at_end: dict[Hashable, Callable[[], None]] = {}
+
+    @contextlib.contextmanager
+    def current(self) -> Iterator[None]:
+        """Within the block, all calls in this thread belong to this run."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def at_end(self, key: Hashable, function: Callable[[], None]) -> None:
+        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``."""
+        self._at_end[key] = functools.partial(contextvars.copy_context().run, function)
+
+    def end(self) -> None:
+        """The run has come to its end: what it has observed is put to use. Not to be called for one that was broken
+        off, the next run observes again then."""
+        waiting, self._at_end = self._at_end, {}
+        for function in waiting.values():
+            function()
+
+
+@contextlib.contextmanager
+def sampling_run(steps: int) -> Iterator[SamplingRun]:
+    """Within the block, models that have not been observed yet are observed for all of its calls, and compiled at its
+    end, whatever ``calibration_steps`` says. An exception breaks the run off.
+
+    ``steps`` and ``SamplingRun.step`` serve to show progress, nothing else. Later runs tell the calls of one picture
+    from those of the next: see ``drift.Schedule``.
+    """
+    run = SamplingRun(steps)
+    with run.current():
+        yield run
+        run.end()
+
+
+def current_run() -> SamplingRun | None:
+    """The run that a call in this thread belongs to."""
+    return _current.get()

@@ -1,0 +1,41 @@
+"""Which vector instructions the C++ compiler knows: found out once for a cache, and not at each start.
+
+Inductor compiles a program for it and loads that in another process, which imports torch: three seconds a start. These
+are torch's internals: whatever is not as expected here is asked as torch does it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+from torch._inductor import cpu_vec_isa
+
+from ..best_effort import going_on
+
+
+def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
+    """Within the block, what the compiler knows is noted in ``folder``, for this compiler and version of torch.
+
+    Inductor asks for the instructions of this CPU alone. What does not work is asked again.
+    """
+    fingerprint = getattr(cpu_vec_isa, "_get_isa_dry_compile_fingerprint", None)
+    ask = getattr(cpu_vec_isa.VecISA, "check_build", None)
+    if fingerprint is None or ask is None:
+        return contextlib.nullcontext()
+
+    def ask_once(instructions: Any, code: str) -> bool:
+        asked = f"{fingerprint(instructions.build_arch_flags())}\0{code}"  # different programs for the same flags
+        note = folder / f"compiles-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
+        if note.exists():
+            return True
+        works = bool(ask(instructions, code))
+        if works:
+            with going_on("cannot write %s", note):
+                note.touch()
+        return works
+
+    return mock.patch.object(cpu_vec_isa.VecISA, "check_build", ask_once)

@@ -1,0 +1,197 @@
+"""What is used of Inductor beside its public functions."""
+
+from __future__ import annotations
+
+import contextlib
+import copyreg
+import functools
+import importlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast, get_origin
+
+import torch
+import torch._refs
+
+from .torch_settings import autocast_dtypes, settings
+
+
+class _Torch:
+    """Pickles as the package, which does not pickle."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return importlib.import_module, ("torch",)
+
+
+def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
+    return getattr, (_Torch(), str(memory_format).removeprefix("torch."))
+
+
+# Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
+# programs, and a graph that travels names a module of this program.
+copyreg.pickle(torch.memory_format, _named_in_torch)
+
+
+@contextlib.contextmanager
+def free_sizes(are_ones_free: bool = True) -> Iterator[None]:
+    """Symbolic sizes that happen to be equal, or 1 if ``are_ones_free``, are not taken to be so always."""
+    from torch.fx.experimental import _config
+
+    patch: Any = _config.patch  # type: ignore[attr-defined]
+    with patch(use_duck_shape=False, backed_size_oblivious=are_ones_free):
+        yield
+
+
+def inductor_mode_options(mode: str) -> dict[str, Any]:
+    """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
+    from torch._inductor import list_mode_options
+
+    return dict(list_mode_options(mode))
+
+
+def inductor_option_types() -> dict[str, type | None]:
+    """What each of Inductor's options must be, by its name with underscores; None where torch does not check it."""
+    from torch._inductor import config
+
+    types: dict[str, type | None] = {}
+    for name in config.get_config_copy():
+        kind: Any = config.get_type(name)  # type: ignore[attr-defined]
+        types[name.replace("-", "_")] = kind if isinstance(kind, type) and get_origin(kind) is None else None
+    return types
+
+
+def found_graphs() -> tuple[int, int]:
+    """How many graphs Inductor has found in its cache in this process, and how many it has not."""
+    counts = torch._dynamo.utils.counters["inductor"]
+    return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
+
+
+def forget_loaded_code() -> None:
+    """Have Inductor load what it has compiled from its caches on disk again. What runs already stays."""
+    from torch._inductor.utils import clear_caches
+
+    clear_caches()
+
+
+@contextlib.contextmanager
+def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
+    """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.
+
+    None, or a place of the user's own choice in the environment, leaves them where they are.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    from . import cached_isa_check
+
+    # Inductor writes the place that it has chosen into the environment too.
+    chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+    try:
+        is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
+    except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
+        is_users = True
+    _keep_kernel_cache()
+    with _tagged(tag), contextlib.ExitStack() as stack:
+        if directory is not None and not is_users:
+            stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
+            stack.enter_context(cached_isa_check.asked_once(directory))
+        yield
+
+
+def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
+    """What is compiled depends on ``tag``, and AOTAutograd's cache, which saves tracing a graph twice more, takes more
+    graphs than by default: also those with what is left of ``torch.nn.attention.sdpa_kernel``, which ComfyUI puts
+    around every attention on a GPU. What that does depends on its arguments and on ``_SWITCHES``, both in the key.
+
+    ``torch.compiler.config.cache_key_tag`` would not do: to Inductor's worker processes, which say where the fastest
+    configuration of a kernel is saved, it is not known, so that none was found and each process measured again.
+    """
+    import torch._inductor.config as inductor_config
+
+    names = ("_sdpa_kernel", "_sdpa_kernel_variadic", "_cur_sdpa_kernel_backends", "_backend_from_string")
+    digest = f"{tag} {settings()[1]} {autocast_dtypes()}"
+    known: dict[str, str] = inductor_config.unsafe_marked_cacheable_functions
+    safe = {**known, **{f"torch.nn.attention.{name}": digest for name in names}}
+    patched: Any = inductor_config.patch(unsafe_marked_cacheable_functions=safe)
+    return cast("contextlib.AbstractContextManager[None]", patched)
+
+
+def _keep_kernel_cache() -> None:
+    """Have Triton's cache stay where it is: with the first kernel of its own, Inductor would move it to another folder,
+    in which no other process, nor this one, finds the kernels of ours that are compiled already."""
+    try:
+        from triton import knobs
+    except ImportError:
+        return
+    os.environ.setdefault("TRITON_CACHE_DIR", str(knobs.cache.dir))
+
+
+@contextlib.contextmanager
+def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
+    """Within the block, Inductor measures in this thread which configuration of a kernel is the fastest within
+    ``turn()``, one kernel after the other."""
+    _have_tuning_take_turns()
+    _turns.turn = turn
+    try:
+        yield
+    finally:
+        _turns.turn = None
+
+
+_turns = threading.local()
+
+
+@functools.cache
+def _have_tuning_take_turns() -> None:
+    try:
+        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
+    except ImportError:
+        return
+    kind: Any = CachingAutotuner
+    measure = kind.benchmark_all_configs
+
+    @functools.wraps(measure)
+    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
+        turn = getattr(_turns, "turn", None)
+        with contextlib.nullcontext() if turn is None else turn():
+            return measure(tuner, *args, **kwargs)
+
+    kind.benchmark_all_configs = in_turn
+
+
+def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
+    try:
+        from .batched_cpp import in_batches
+    except ImportError:  # what it needs of torch has another name
+        return contextlib.nullcontext()
+    return in_batches()
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+def compile_fx(
+    graph_module: torch.fx.GraphModule,
+    inputs: list[Any],
+    options: dict[str, Any],
+    *,
+    outside_dynamo: bool,
+) -> Callable[..., Any]:
+    """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
+    from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
+
+    extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}
+    with _kernels_in_batches() if outside_dynamo else contextlib.nullcontext():
+        compiled: Any = inductor_compile_fx(graph_module, inputs, config_patches=dict(options) or None, **extra)
+    return compiled
