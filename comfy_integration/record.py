@@ -14,6 +14,7 @@ from collections.abc import Hashable, Iterator
 from torch import nn
 
 from onlinequant_backend import Report, SamplingRun
+from onlinequant_backend.report.phases import Phase
 
 # Enough steps for a median that a slow one does not move.
 _KEPT, _ENOUGH = 200, 4
@@ -112,7 +113,8 @@ class Record:
     def start_over(self) -> None:
         """What was compiled stays, and is not used until the model was observed again."""
         for report in self.reports:
-            report.phase, report.phase_reason, report.calls_observed = "calibrating", "asked to observe again", 0
+            report.enter(Phase.OBSERVING, "asked to observe again")
+            report.calls_observed = 0
 
     def snapshot(self) -> Snapshot:
         """What was seen until now."""

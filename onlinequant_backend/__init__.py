@@ -11,7 +11,7 @@ from .config import QuantConfig
 from .errors import OnlineQuantError
 from .progress import Update, told_to
 from .report.report import NodeDecision, Report, reports
-from .runtime.quantized_graph import copied_bytes, invalidate, release, reset
+from .runtime.control import copied_bytes, invalidate, release, reset
 from .runtime.sampling import SamplingRun, sampling_run
 
 __all__ = [

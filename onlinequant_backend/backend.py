@@ -23,6 +23,7 @@ from .graph import exclusion, fx_utils, operations, parameter_names
 from .kernels import precision
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .report import report
+from .report.phases import Phase
 from .report.report import NodeDecision
 from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .runtime.sampling import current_run
@@ -78,7 +79,7 @@ def onlinequant(
     )
     report.register(entry)
     if reason is not None:
-        entry.phase, entry.phase_reason = "float", reason
+        entry.enter(Phase.FLOAT, reason)
         _log.info("%s stays in float: %s", entry.model, reason)
         progress.tell(entry.summary())
         # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
@@ -92,7 +93,7 @@ def onlinequant(
     if not is_known_elsewhere:
         _log.info("%s: nothing is kept in the cache, since it calls functions that are in this process alone", model)
         store = cache_store.Cache(None, config.cache_size_limit)
-    entry.phase, entry.phase_reason = "calibrating", "observing in float"
+    entry.enter(Phase.OBSERVING, "observing in float")
     quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
     if identity is not None:
         graphs[model, identity] = quantized

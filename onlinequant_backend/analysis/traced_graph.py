@@ -10,6 +10,7 @@ import torch.fx as fx
 
 from ..config import QuantConfig
 from ..graph import fx_utils
+from ..graph.graph_inputs import GraphInputs
 from ..kernels.precision import Precision
 from ..passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
 from ..report.report import Report
@@ -38,13 +39,18 @@ class TracedGraph:
     state: torch_settings.GlobalState = field(default_factory=torch_settings.GlobalState.now)
 
     @functools.cached_property
+    def inputs(self) -> GraphInputs:
+        """Its inputs, classified."""
+        return GraphInputs.of(self.module)
+
+    @functools.cached_property
     def infos(self) -> list[LayerInfo]:
         """Its layers that may be in 8 bit, by their indices."""
         return [info for _, info in layer_nodes(self.module) if info.index is not None]
 
     @functools.cached_property
     def operations(self) -> str:
-        """Stands for what it computes; see ``keys.operations_digest``."""
+        """Stands for what it computes; see ``graph_key.operations_digest``."""
         return graph_key.operations_digest(self.module)
 
     @functools.cached_property

@@ -13,13 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ..analysis.traced_graph import TracedGraph
 from ..cache.cache_store import emptied
-from ..config import QuantConfig
 from ..graph import fx_utils, specialization
-from ..kernels.precision import Precision
 from ..passes import REWRITE, PassContext, run_passes
 from ..quantization.weight_set import WeightSet
 from . import graph_transport, region_check
@@ -39,16 +37,14 @@ class _JobError(Exception):
 
 
 def build(
-    graph_module: fx.GraphModule,
+    traced: TracedGraph,
     args: Sequence[Any],
     weights: WeightSet,
-    config: QuantConfig,
-    precision: Precision,
     symbolic: bool,
     directory: Path | None,
     beforehand: Callable[[Job], object] = lambda job: None,
 ) -> CompiledGraph:
-    """Rewrite the selected layers of a copy of ``graph_module`` and compile it.
+    """Rewrite the selected layers of a copy of the graph and compile it.
 
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
     caches; None leaves them where they are by default. What it holds may be damaged, so that what fails is tried once
@@ -58,7 +54,7 @@ def build(
     """
 
     def attempt(directory: Path | None) -> CompiledGraph:
-        return _build(graph_module, args, weights, config, precision, symbolic, directory, beforehand)
+        return _build(traced, args, weights, symbolic, directory, beforehand)
 
     try:
         return _build_anywhere(attempt, directory)
@@ -68,8 +64,9 @@ def build(
         raise error
     refuse(job)
     _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
-    whole = dataclasses.replace(config, regional_compilation=False)
-    return build(graph_module, args, weights, whole, precision, symbolic, directory, beforehand)
+    config = dataclasses.replace(traced.config, regional_compilation=False)
+    whole = dataclasses.replace(traced, config=config)
+    return build(whole, args, weights, symbolic, directory, beforehand)
 
 
 def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: Path | None) -> CompiledGraph:
@@ -98,30 +95,29 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
 
 
 def _build(
-    graph_module: fx.GraphModule,
+    traced: TracedGraph,
     args: Sequence[Any],
     weights: WeightSet,
-    config: QuantConfig,
-    precision: Precision,
     symbolic: bool,
     directory: Path | None,
     beforehand: Callable[[Job], object],
 ) -> CompiledGraph:
     start = time.perf_counter()
+    graph_module, config = traced.module, traced.config
     inputs = SymbolicInputs(graph_module, args) if symbolic else FixedInputs(args)
     rewritten = fx_utils.copy_graph(graph_module)
     specialization.specialize(rewritten, args, sizes=not symbolic)
     device = weights.layers[0].device
     context = PassContext(
         config,
-        precision,
+        traced.precision,
         selection=weights.selection,
         device=device,
         smoothing=weights.smoothing(),
         merge=lambda indices: weights.merge(indices) is not None,
     )
     has_regions = run_passes(rewritten, REWRITE, context)["outline_regions"] > 0
-    positions = {node.name: position for position, node in enumerate(fx_utils.placeholders(graph_module))}
+    positions = {name: position for position, name in enumerate(traced.inputs.names)}
     names = [node.name for node in fx_utils.placeholders(rewritten)]
     taken = [positions[name] for name in names if name in positions]
     extras = [weights.extra(what, of) for what, of in context.extra_inputs]
@@ -140,10 +136,7 @@ def _build(
         # A quantized tensor's own address says nothing of where its parts are.
         have_parts = any(map(is_traceable_wrapper_subclass, examples))
         if config.cuda_graphs and not have_parts and not any(map(fx_utils.writes_in_place, rewritten.graph.nodes)):
-            parameters = {
-                i for i, node in enumerate(fx_utils.placeholders(graph_module)) if fx_utils.is_parameter(node)
-            }
-            fixed = [*(i in parameters for i in taken), *(True for _ in extras)]
+            fixed = [*(i in traced.inputs.parameters for i in taken), *(True for _ in extras)]
             graphed = functools.partial(GraphedCall, device=device, fixed=fixed)
     standard = graph_transport.standard(rewritten)
     name = job_name(standard, examples, options)

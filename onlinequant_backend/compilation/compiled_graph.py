@@ -74,10 +74,10 @@ class CompiledGraph:
 
     def prepare(self, weights: WeightSet) -> Prepared:
         """How this is called with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
-        known: Prepared | None = weights.extras.get(self)
+        known: Any = weights.prepared.get(self)
         if known is None or known.generation != weights.generation:
             with copies_lock:  # else those that are released meanwhile would stay
-                known = weights.extras[self] = self._prepared(weights, known)
+                known = weights.prepared[self] = self._prepared(weights, known)
         return known
 
     def _prepared(self, weights: WeightSet, known: Prepared | None) -> Prepared:

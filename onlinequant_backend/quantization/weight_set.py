@@ -5,7 +5,7 @@ weight's identity and the number of the place, because one model reaches the bac
 ``no_grad`` then ``inference_mode``), and all of them must share one calibration.
 
 A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
-changed is in ``changes``.
+changed is in ``weight_changes``.
 """
 
 from __future__ import annotations
@@ -14,13 +14,12 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
-from ..kernels import clip_counting
-from ..runtime import drift
 from ..tensors import getter
+from .calibrated_layers import CalibratedLayers
 from .freed_weights import hollow_out
 from .layer_registry import known_layers
 from .layer_state import Layer
@@ -29,8 +28,12 @@ from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import stand_in
 
-if TYPE_CHECKING:
-    from ..compilation.compiled_graph import Prepared
+
+class Releasable(Protocol):
+    """What a compiled graph has prepared for a set of weights."""
+
+    def release(self) -> None:
+        """Give back the memory of CUDA graphs."""
 
 
 def places(weights: Iterable[int]) -> list[int]:
@@ -43,22 +46,18 @@ def places(weights: Iterable[int]) -> list[int]:
     return numbers
 
 
-class WeightSet:
+class WeightSet(CalibratedLayers):
     """The weights that one call brings along, their layers, and a snapshot that tells cheaply whether any has changed.
 
     ``together``: indices of layers whose copies most likely will be merged, for each merged one.
 
     Attributes:
-        layers: one ``Layer`` for each candidate node, in the order of their indices.
-        schedule: which calls look whether activations still fit their ranges.
         layout: stands for the strides and dtypes of all parameters.
         kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
-        numbers: of a call's inputs, how far they have been from each other.
         selection: indices of the layers that run in 8 bit; None until they do.
-        extras: of each compiled graph, how it is called with these weights, and its extra inputs.
+        prepared: of each compiled graph, how it is called with these weights.
         generation: stands for the copies and ranges that this set has been brought up to date with last.
         changed: the copies that ``follow`` has made again.
-        is_compared: whether a step in 8 bit was compared with float.
         ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
             references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
     """
@@ -69,19 +68,15 @@ class WeightSet:
         names: Sequence[str],
         candidates: Sequence[int],
         layers: Sequence[Layer],
-        layout: int,
-        drift_check_every: int = 0,
+        layout: int = 0,
         together: Sequence[Sequence[int]] = (),
     ) -> None:
         self.layers = tuple(layers)
-        self.schedule = drift.Schedule(drift_check_every)
         self.layout = self.kind = layout
-        self.numbers = drift.Bounds()
         self.selection: tuple[int, ...] | None = None
-        self.extras: dict[object, Prepared] = {}
+        self.prepared: dict[object, Releasable] = {}
         self.generation = -1
         self.changed: set[Copy] = set()
-        self.is_compared = False
         self.ids = tuple(map(id, parameters))
         self.alive = True
         self._candidates = candidates
@@ -103,7 +98,7 @@ class WeightSet:
         if not self._left and self._snapshot is not None:
             # Nobody can call it again, and whether the graph is called again, with another model, nobody knows. The
             # snapshot has views of the weights' memory.
-            self.extras.clear()
+            self.prepared.clear()
             self.layers, self._snapshot, self._watched = (), None, None
 
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
@@ -137,71 +132,10 @@ class WeightSet:
         for layer in self.layers:
             layer.start_over()
         self.selection = None
-        self.is_compared = False
-
-    def is_calibrated(self) -> bool:
-        """Whether there is nothing left to observe."""
-        return all(layer.frozen for layer in self.layers)
 
     def was_called_once(self) -> bool:
         """Whether it was observed for one call, or none, and never in 8 bit."""
         return self.selection is None and bool(self.layers) and all(layer.calls <= 1 for layer in self.layers)
-
-    def calls(self) -> int:
-        """How many calls every layer that is not calibrated yet has been observed for."""
-        return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
-
-    @contextlib.contextmanager
-    def observed_or_not(self) -> Iterator[None]:
-        """A call that fails within the block leaves nothing of what was observed of it."""
-        layers = [layer for layer in self.layers if not layer.frozen]
-        kept = {id(layer.observed): layer.observed.copied() for layer in layers}  # some layers share theirs
-        before = [(kept[id(layer.observed)], layer.smoothing) for layer in layers]
-        try:
-            yield
-        except BaseException:
-            for layer, (observed, smoothing) in zip(layers, before, strict=True):
-                layer.go_back(observed, smoothing)
-            raise
-
-    def count_call(self, fingerprint: str, operations: str = "") -> None:
-        """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
-        for layer in set(self.layers):
-            layer.count_call(fingerprint, operations)
-
-    def is_calibrated_for(self, fingerprint: str, operations: str) -> bool:
-        """Whether all that was observed was observed with such weights in such a graph."""
-        return all((layer.calibrated_for, layer.calibrated_in) == (fingerprint, operations) for layer in self.layers)
-
-    def freeze(self) -> None:
-        """Observing is over."""
-        for layer in self.layers:
-            layer.freeze()
-        for layer in self.layers:  # layers that read one tensor share its histograms
-            layer.observed.histograms.clear()
-
-    def smoothing(self) -> dict[int, bytes]:
-        """The factors of the layers whose input is smoothed, by index, so that equal ones are equal."""
-        vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
-        return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}
-
-    def drifted(
-        self, seen: Mapping[int, clip_counting.Seen], is_after_change: bool = False
-    ) -> dict[int, clip_counting.Seen]:
-        """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
-        of ``qparams``, as ``drift.CountingCall`` has it; ``is_after_change`` as for ``drift.has_drifted``."""
-        found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
-        return {
-            index: each
-            for index, each in found.items()
-            if each is not None and self.layers[index].has_drifted(each, is_after_change)
-        }
-
-    def are_coarse(self, seen: Mapping[int, clip_counting.Seen]) -> bool:
-        """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
-        layers = (self.layers[index] for index in self.selection or ())
-        found = ((layer, seen.get(layer.qparams.data_ptr())) for layer in layers)
-        return any(each is not None and layer.is_coarse(each) for layer, each in found)
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
         """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
@@ -332,11 +266,8 @@ class WeightSet:
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,
-        which whoever has done all that is to be done about it clears. Activations may be others after any change, also
-        of a weight that another set with the same layer has quantized already."""
-        assert self.selection is not None and self._snapshot is not None and self._watched is not None
-        if not self._snapshot.is_current(self._watched(parameters)):
-            self.schedule.restart()
+        which whoever has done all that is to be done about it clears."""
+        assert self.selection is not None
         return self._bring_up_to_date(parameters, self.selection)
 
     def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
@@ -356,6 +287,12 @@ class WeightSet:
         """
         if self.generation != Generation.number:
             return False
+        assert self._snapshot is not None and self._watched is not None
+        return self._snapshot.is_current(self._watched(parameters))
+
+    def has_same_values(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether the weights have the values that they had when this set was brought up to date, as far as addresses
+        and versions tell."""
         assert self._snapshot is not None and self._watched is not None
         return self._snapshot.is_current(self._watched(parameters))
 

@@ -18,6 +18,7 @@ from .. import errors, fork_locks
 from ..cache.calibration_file import MAX_BYTES
 from ..cache.files import read_where_told, write_where_told
 from ..graph import exclusion
+from .phases import SHOWN, TRANSITIONS, Phase
 from .table import render_table
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ class Report:
 
     Attributes:
         model: class name of the model that the graph was traced from.
-        phase: "calibrating", "compiling", "quantized" or "float".
-        phase_reason: why it is in that phase.
+        phase: "calibrating", "compiling", "quantized" or "float": what calls run now; ``enter`` changes it.
+        phase_reason: why.
         precision: "int8", "fp8" or "float".
         precision_reason: why that precision.
         calls_observed: calls observed so far.
@@ -157,6 +158,25 @@ class Report:
     config: dict[str, Any] = dataclasses.field(default_factory=dict)
     key: str = ""
     created: str = dataclasses.field(default_factory=lambda: _now())
+    _phase: Phase = dataclasses.field(default=Phase.OBSERVING, init=False, repr=False, compare=False)
+
+    def enter(self, phase: Phase, reason: str) -> bool:
+        """The only way to change the phase, always together with its reason. Returns False, and changes nothing, where
+        ``TRANSITIONS`` does not allow it."""
+        if reason is self.phase_reason and phase is self._phase:
+            return True
+        if phase not in TRANSITIONS[self._phase]:
+            return False
+        self._phase, self.phase, self.phase_reason = phase, SHOWN[phase], reason
+        return True
+
+    def enter_as(self, other: Report) -> bool:
+        """Be in the phase of an earlier copy again."""
+        return self.enter(other._phase, other.phase_reason)
+
+    def is_in(self, phase: Phase) -> bool:
+        """Whether this is the present phase."""
+        return self._phase is phase
 
     def counts(self) -> dict[str, int]:
         """Layers in 8 bit (``quantized_conv``) out of those there are (``candidates_conv``); the same for linear."""
@@ -202,7 +222,9 @@ class Report:
 
     def copy(self) -> Report:
         """The report as it is now, which stays so."""
-        return dataclasses.replace(self, decisions=list(self.decisions), widened=dict(self.widened))
+        copied = dataclasses.replace(self, decisions=list(self.decisions), widened=dict(self.widened))
+        copied._phase = self._phase
+        return copied
 
     def summary(self) -> str:
         """One line: how many layers run in 8 bit, or why none does."""

@@ -13,9 +13,9 @@ from ..analysis.traced_graph import TracedGraph
 from ..compilation import symbolic_inputs
 from ..compilation.compiled_graph import CompiledGraph
 from ..compilation.inductor_job import NotNowError
-from ..graph import dynamic_shapes, fx_utils, specialization
-from ..quantization.weight_set import WeightSet
+from ..graph import dynamic_shapes
 from ..tensors import relative_error
+from .weight_state import WeightState
 
 _log = logging.getLogger("onlinequant")
 
@@ -36,7 +36,6 @@ class InFloat:
 
 
 NO_VALUES = InFloat("a tensor without values was passed: there is nothing to compute")
-_NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 
 class CompiledGraphs:
@@ -50,18 +49,13 @@ class CompiledGraphs:
     """
 
     def __init__(
-        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightSet, bool], CompiledGraph | InFloat]
+        self, traced: TracedGraph, build: Callable[[Sequence[Any], WeightState, bool], CompiledGraph | InFloat]
     ) -> None:
         self._traced = traced
         self._graph = traced.module
         self._which_shapes = traced.config.shapes
         self._build = build
-        inputs = fx_utils.placeholders(self._graph)
-        self._others = [i for i, node in enumerate(inputs) if not fx_utils.is_parameter(node)]
-        self._wrapped_floats = {i for i, node in enumerate(inputs) if specialization.is_wrapped_float(node)}
-        examples = {i: inputs[i].meta.get("example_value") for i in self._others}
-        self._numbers = [i for i, value in examples.items() if i in self._wrapped_floats or isinstance(value, _NUMBERS)]
-        self._open_floats = {i for i in self._wrapped_floats if specialization.is_open_float(inputs[i])}
+        self._inputs = traced.inputs
         self._may_be_symbolic = self._which_shapes != "static" and dynamic_shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | InFloat] = {}
         # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
@@ -70,32 +64,32 @@ class CompiledGraphs:
 
     def numbers(self, args: Sequence[Any]) -> tuple[float, ...]:
         """The numbers among a call's inputs, such as a LoRA's strength."""
-        return tuple([float(args[position]) for position in self._numbers])
+        return tuple([float(args[position]) for position in self._inputs.numbers])
 
-    def key(self, args: Sequence[Any], weights: WeightSet) -> Key:
+    def key(self, args: Sequence[Any], weights: WeightState) -> Key:
         """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
         fixed: list[Any] = [weights.kind]
         sizes: list[Any] = []
-        for position in self._others:
+        for position in self._inputs.others:
             value = args[position]
             if not isinstance(value, torch.Tensor):
                 (sizes if isinstance(value, int) else fixed).append(value)
-            elif position in self._wrapped_floats:
-                if position not in self._open_floats:
+            elif position in self._inputs.wrapped_floats:
+                if position not in self._inputs.open_floats:
                     fixed.append(float(value))
             else:
                 fixed.append(value.dtype)
                 sizes.append((value.shape, value.stride()))
         return tuple(fixed), tuple(sizes)
 
-    def needs_build(self, key: Key, args: Sequence[Any], weights: WeightSet) -> bool:
+    def needs_build(self, key: Key, args: Sequence[Any], weights: WeightState) -> bool:
         """Whether ``make`` would compile for a call whose key is not known yet."""
         fixed, _ = key
         if self.is_empty(args):
             return False
         return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
 
-    def make(self, key: Key, args: Sequence[Any], weights: WeightSet) -> CompiledGraph | InFloat:
+    def make(self, key: Key, args: Sequence[Any], weights: WeightState) -> CompiledGraph | InFloat:
         """The graph for a call whose key is not known yet, from now on in ``known`` unless there are too many."""
         fixed, _ = key
         if self.is_empty(args):
@@ -119,8 +113,8 @@ class CompiledGraphs:
 
     def _say_too_many(self) -> InFloat:
         """Say once that it is the float graph that runs, but for what is compiled already."""
-        inputs = fx_utils.placeholders(self._graph)
-        numbers = [inputs[i].name.strip("_").removeprefix("l_") for i in self._wrapped_floats - self._open_floats]
+        fixed = self._inputs.wrapped_floats - self._inputs.open_floats
+        numbers = [self._inputs.names[i].strip("_").removeprefix("l_") for i in fixed]
         reason = f"it was compiled for {_MOST_KINDS} kinds of calls and runs in float for all others"
         if numbers:
             reason += f"; pass a tensor instead of a number that is never the same ({', '.join(sorted(numbers))})"
@@ -134,22 +128,22 @@ class CompiledGraphs:
 
     def is_empty(self, args: Sequence[Any]) -> bool:
         """Whether a call brings a tensor without values: nothing can be observed, nor decided by its sizes."""
-        values = (args[position] for position in self._others)
+        values = (args[position] for position in self._inputs.others)
         return any(isinstance(value, torch.Tensor) and not value.numel() for value in values)
 
     def _are_too_many(self, fixed: tuple[Any, ...]) -> bool:
         kinds = {fixed for fixed, _ in self.known}
         return fixed not in kinds and len(kinds) >= _MOST_KINDS
 
-    def _is_symbolic(self, weights: WeightSet) -> bool:
+    def _is_symbolic(self, weights: WeightState) -> bool:
         is_first = dynamic_shapes.is_first(weights.layers[0]) and self._which_shapes == "auto"
         return self._may_be_symbolic and not is_first
 
-    def _find_general(self, fixed: tuple[Any, ...], args: Sequence[Any], weights: WeightSet) -> CompiledGraph | None:
+    def _find_general(self, fixed: tuple[Any, ...], args: Sequence[Any], weights: WeightState) -> CompiledGraph | None:
         general = self._general.get(fixed, {}) if self._is_symbolic(weights) else {}
         return next((known for known in general.values() if self._serves(known, args, weights)), None)
 
-    def _built(self, args: Sequence[Any], weights: WeightSet, symbolic: bool) -> CompiledGraph | InFloat:
+    def _built(self, args: Sequence[Any], weights: WeightState, symbolic: bool) -> CompiledGraph | InFloat:
         if symbolic:
             try:
                 return self._build(args, weights, True)
@@ -160,7 +154,7 @@ class CompiledGraphs:
                 self._may_be_symbolic = False
         return self._build(args, weights, False)
 
-    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet) -> bool:
+    def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState) -> bool:
         """Whether a compiled graph is right for these sizes.
 
         One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..graph import fx_utils
 from ..kernels import clip_counting
 from ..quantization.observation import Observation
 from ..tensors import relative_error
@@ -20,8 +19,8 @@ from . import drift
 if TYPE_CHECKING:
     from ..analysis.traced_graph import TracedGraph
     from ..compilation.compiled_graph import CompiledGraph
-    from ..quantization.weight_set import WeightSet
     from .sampling import SamplingRun
+    from .weight_state import WeightState
 
 _log = logging.getLogger("onlinequant")
 
@@ -42,20 +41,21 @@ class Watch:
     """
 
     def __init__(
-        self, traced: TracedGraph, keep_error: Callable[[WeightSet, float], None] = lambda weights, error: None
+        self, traced: TracedGraph, keep_error: Callable[[WeightState, float], None] = lambda weights, error: None
     ) -> None:
         self._keep_error = keep_error
         self._traced = traced
         self._report = traced.report
-        self._errors: weakref.WeakKeyDictionary[WeightSet, float] = weakref.WeakKeyDictionary()
-        self._changed: weakref.WeakSet[WeightSet] = weakref.WeakSet()  # whose ranges have, since the error was measured
+        self._errors: weakref.WeakKeyDictionary[WeightState, float] = weakref.WeakKeyDictionary()
+        self._changed: weakref.WeakSet[WeightState] = (
+            weakref.WeakSet()
+        )  # whose ranges have, since the error was measured
         self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
-        inputs = fx_utils.placeholders(traced.module)
-        self._extents = drift.Extents([i for i, node in enumerate(inputs) if not fx_utils.is_parameter(node)])
+        self._extents = drift.Extents(traced.inputs.others)
 
     def run(
-        self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightSet, run: SamplingRun | None = None
+        self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState, run: SamplingRun | None = None
     ) -> tuple[Any, bool]:
         """The 8-bit result of a call and True, or the float one of a call that is outside of the observed ranges and
         False.
@@ -85,7 +85,7 @@ class Watch:
             self._compare(args, weights, result)
         return result, True
 
-    def _compare(self, args: Sequence[Any], weights: WeightSet, result: Any) -> None:
+    def _compare(self, args: Sequence[Any], weights: WeightState, result: Any) -> None:
         """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
         weights.is_compared = True
         if not self._may_run_float(weights) or self._traced.is_random or not weights.selection:
@@ -108,7 +108,7 @@ class Watch:
         self,
         compiled: CompiledGraph,
         args: Sequence[Any],
-        weights: WeightSet,
+        weights: WeightState,
         drifted: Mapping[int, clip_counting.Seen],
         is_lost: bool,
         result: Any,
@@ -134,11 +134,11 @@ class Watch:
         self._lost = [] if drift.is_finite(result) else drift.lost(result)
         return result, is_in_8_bit
 
-    def _may_run_float(self, weights: WeightSet) -> bool:
+    def _may_run_float(self, weights: WeightState) -> bool:
         """Whether a call can be done again, in float."""
         return self._traced.may_repeat and not weights.has_freed()
 
-    def _observe(self, args: Sequence[Any], weights: WeightSet, drifted: Mapping[int, clip_counting.Seen]) -> Any:
+    def _observe(self, args: Sequence[Any], weights: WeightState, drifted: Mapping[int, clip_counting.Seen]) -> Any:
         """The float result; ranges become what this call needs."""
         observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
         before = _growth(weights)
@@ -148,7 +148,7 @@ class Watch:
             weights.schedule.restart(in_float=True)
         return result
 
-    def _run_float(self, args: Sequence[Any], weights: WeightSet) -> Any:
+    def _run_float(self, args: Sequence[Any], weights: WeightState) -> Any:
         """The float result; ranges stay as they are, so that the next call is looked at as well."""
         result = self._traced.module(*args)
         weights.schedule.restart(in_float=True)
@@ -158,7 +158,7 @@ class Watch:
         self,
         compiled: CompiledGraph,
         args: Sequence[Any],
-        weights: WeightSet,
+        weights: WeightState,
         drifted: Mapping[int, clip_counting.Seen],
         result: Any,
     ) -> Any:
@@ -175,7 +175,7 @@ class Watch:
             drifted = weights.drifted(all_seen)
         return result
 
-    def _note(self, weights: WeightSet, drifted: Mapping[int, clip_counting.Seen], before: Sequence[float]) -> None:
+    def _note(self, weights: WeightState, drifted: Mapping[int, clip_counting.Seen], before: Sequence[float]) -> None:
         """Say which ranges are others now than ``before``, and look again if any is."""
         after = _growth(weights)
         for index, seen in drifted.items():
@@ -194,5 +194,5 @@ class Watch:
         weights.schedule.restart(checks_all=any(map(operator.lt, after, before)), in_float=True)
 
 
-def _growth(weights: WeightSet) -> list[float]:
+def _growth(weights: WeightState) -> list[float]:
     return [layer.growth for layer in weights.layers]

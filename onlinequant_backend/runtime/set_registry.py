@@ -59,9 +59,9 @@ class SetRegistry:
             with self._lock:
                 copies = self._copies_beside(weights)
                 sets = [known for known in self._sets if any(layer.copy in copies for layer in known.layers)]
-            prepared = [one for known in sets for one in known.extras.values()]
+            prepared = [one for known in sets for one in known.prepared.values()]
             for known in sets:
-                known.extras.clear()
+                known.prepared.clear()
             freed = sum(copy.release() for copy in copies)
         for one in prepared:
             one.release()

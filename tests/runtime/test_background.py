@@ -20,7 +20,7 @@ from onlinequant_backend.progress import told_to
 from onlinequant_backend.quantization import weight_copy
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_set import WeightSet
-from onlinequant_backend.runtime import quantized_graph
+from onlinequant_backend.runtime import graph_compiler
 from onlinequant_backend.runtime.background import Background
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.sampling import sampling_run
@@ -488,9 +488,7 @@ def test_a_compile_that_fails_is_told_and_float_goes_on(
 
 @torch.no_grad()
 @pytest.mark.parametrize("aside", [True, False])
-@pytest.mark.parametrize(
-    "place", [(WeightSet, "quantize"), (quantized_graph, "build")], ids=["quantizing", "compiling"]
-)
+@pytest.mark.parametrize("place", [(WeightSet, "quantize"), (graph_compiler, "build")], ids=["quantizing", "compiling"])
 def test_what_fails_is_tried_again_in_the_next_run(
     place: tuple[Any, str], aside: bool, inductor: SlowInductor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

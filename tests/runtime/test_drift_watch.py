@@ -14,12 +14,12 @@ import torch
 import onlinequant_backend as oq
 from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.quantization.layer_state import Layer
-from onlinequant_backend.quantization.weight_set import WeightSet
 from onlinequant_backend.report.report import VISIBLE
 from onlinequant_backend.runtime import drift
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import Watch
 from onlinequant_backend.runtime.sampling import sampling_run
+from onlinequant_backend.runtime.weight_state import WeightState
 from tests.helpers.small import WIDE, forget_everything, small
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
 from tests.runtime.test_quantized_graph import CLOSE, EagerInductor, compiled, inductor
@@ -531,10 +531,10 @@ def test_what_errors_of_other_layers_push_beyond_a_range_is_no_drift(
         step(x, y)
     pushed = clip_counting.Seen(0.002, 1, 254)  # of the first layer in 8 bit; in float its range is right
 
-    def drifted(weights: WeightSet, *_: object) -> dict[int, clip_counting.Seen]:
+    def drifted(weights: WeightState, *_: object) -> dict[int, clip_counting.Seen]:
         return {0: pushed} if weights.layers[0].clipped < pushed.clipped else {}
 
-    monkeypatch.setattr(WeightSet, "drifted", drifted)
+    monkeypatch.setattr(WeightState, "drifted", drifted)
     errors = [relative_error(step(x, y * 1.05**i), model(x, y * 1.05**i)) for i in range(1, 6)]
     assert errors[0] == 0  # the call that finds out
     assert all(0 < error < CLOSE for error in errors[1:])

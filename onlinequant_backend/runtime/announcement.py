@@ -1,0 +1,18 @@
+"""Telling people how calls run from now on."""
+
+from __future__ import annotations
+
+import logging
+
+from ..progress import tell
+from ..report.report import Report
+
+_log = logging.getLogger("onlinequant")
+
+
+def announce(report: Report, in_log: bool = True) -> None:
+    """Tell the listener, and the log, what the report sums up."""
+    summary = report.summary()
+    if in_log:
+        _log.info("%s", summary)
+    tell(summary)

@@ -1,0 +1,250 @@
+"""Compiling the 8-bit graph of a set of weights: whose turn it is, how long it takes, what is kept and said of it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from .. import fork_locks
+from ..analysis import graph_key
+from ..best_effort import going_on
+from ..compilation.build import build
+from ..compilation.compile_times import CompileTimes
+from ..compilation.compiled_graph import CompiledGraph
+from ..compilation.cuda_graphs import lane_of
+from ..compilation.graph_memory import allocates_in_graph
+from ..compilation.inductor_job import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
+from ..garbage_collection import uncollected
+from ..progress import Progress
+from ..report.phases import Phase
+from ..tensors import plain_tensors
+from ..torch_internals import dynamo_interface, inductor_interface, torch_settings
+from .announcement import announce
+from .compiled_graphs import CompiledGraphs, InFloat, Key
+from .failures import Failures
+from .weight_state import WeightState, WeightStates
+
+_log = logging.getLogger("onlinequant")
+
+Standing = tuple[Phase, str]
+_QUANTIZED: Standing = (Phase.QUANTIZED, "8-bit layers compiled by Inductor")
+_UNSELECTED: Standing = (Phase.FLOAT, "no layer was selected; the float graph was compiled by Inductor")
+_MOST_MOVES = 2
+_background_compiles = fork_locks.rlock()
+_Places = list[tuple[Any, ...]]
+
+
+def standing(state: WeightState) -> Standing:
+    """The phase, and why, of calls whose graph is compiled."""
+    return _QUANTIZED if state.selection else _UNSELECTED
+
+
+def turn(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """The GPU for this thread alone, while it times layers or needs memory that another step would need as well."""
+    return lane_of(device).turn() if device.type == "cuda" else contextlib.nullcontext()
+
+
+def places(parameters: Sequence[torch.Tensor]) -> _Places:
+    """Where and what they are: ComfyUI moves models away that are not being called, and back."""
+    plain = itertools.chain.from_iterable(map(plain_tensors, parameters))
+    # Nothing else gets the address of a storage that is known weakly.
+    return [(x.device, x.dtype, x.stride(), StorageWeakRef(x.untyped_storage())) for x in plain]
+
+
+@dataclasses.dataclass
+class BackgroundWork:
+    """Work in another thread, during which calls go on in float.
+
+    Attributes:
+        places: where the parameters were when it began.
+        result: how calls run from its end on, and whether the log has a line for it; None if nothing has changed.
+    """
+
+    places: _Places = dataclasses.field(default_factory=list)
+    result: tuple[Standing, bool] | None = None
+
+
+class GraphCompiler:
+    """Compiles one traced graph for the calls that need it.
+
+    Attributes:
+        graphs: what is compiled.
+        background: the work that is going on in another thread, or None.
+    """
+
+    def __init__(self, states: WeightStates, failures: Failures) -> None:
+        self._states = states
+        self._traced = states.traced
+        self._report = states.traced.report
+        self._failures = failures
+        self.graphs = CompiledGraphs(states.traced, self._build)
+        self.background: BackgroundWork | None = None
+        self._moves = 0  # of the model, that a compile has failed with
+        self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
+        self._is_compiled_elsewhere = False  # what was compiled last
+
+    def get(self, key: Key, args: Sequence[Any], state: WeightState) -> CompiledGraph | InFloat:
+        """The 8-bit graph for these sizes, or why it cannot be built."""
+        with self._states.lock:
+            known = self.graphs.known
+            if key in known:
+                return known[key]
+            if known:  # another size
+                state.schedule.restart()
+            return self.graphs.make(key, args, state)
+
+    def is_left(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
+        entry = self._states.entry(state, parameters)
+        is_timed = self._traced.device.type != "cuda" or self._traced.config.selection == "density"
+        return bool(is_timed or entry.load_autotuning()) and self._states.cache.has_compiled(entry.key)
+
+    def load(self, key: Key, args: Sequence[Any], state: WeightState) -> None:
+        """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
+        entry = self._states.entry(state, self._traced.inputs.take_parameters(args))
+        if not self._states.cache.has_compiled(entry.key):
+            return  # neither wait for whoever is about to make it
+        with self._states.lock, uncollected():
+            self._loads = True
+            try:
+                self.get(key, args, state)
+            except NotInCacheError:
+                pass
+            finally:
+                self._loads = False
+
+    def settle(
+        self, result: Standing, parameters: Sequence[torch.Tensor], state: WeightState, is_compiled: bool = True
+    ) -> None:
+        """Keep what was found out, and say how calls run from now on. ``is_compiled``: now, which the log mentions."""
+        report = self._report.copy()
+        report.enter(*result)
+        self._states.publish(state, parameters, report)
+        self._report.key, self._report.stats_path = report.key, report.stats_path
+        if self.background is None:
+            self._report.enter(*result)
+            announce(self._report, is_compiled)
+        else:
+            self.background.result = result, is_compiled
+
+    def was_moved(self, parameters: Sequence[torch.Tensor]) -> bool:
+        """Whether what has failed in the background may have failed because the model is not where it was."""
+        # Some models are moved in every run, and an error may have another cause all the same.
+        if self.background is None or self._moves >= _MOST_MOVES:
+            return False
+        return self.background.places != places(parameters)
+
+    def note_move(self) -> None:
+        """The model was moved while it was compiled."""
+        self._moves += 1
+
+    def _build(self, args: Sequence[Any], state: WeightState, symbolic: bool) -> CompiledGraph | InFloat:
+        parameters = self._traced.inputs.take_parameters(args)
+        if not state.selection and self._traced.config.compile_in_background:
+            unselected = InFloat(f"no layer was selected: {self._most_common_reason()}")
+            self.settle((Phase.FLOAT, unselected.reason), parameters, state)
+            return unselected
+        before = self._report.copy()
+        self._enter_compiling()
+        entry = self._states.entry(state, parameters)
+        entry.claim()
+        compiled: CompiledGraph | InFloat
+        try:
+            # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock
+            # to those who trace meanwhile.
+            with _background_compiles if self.background is not None else dynamo_interface.compile_lock():
+                compiled = self._build_timed(args, state, symbolic, entry.key)
+            if self.background is not None:
+                self._warm_up(compiled, args, state)
+            result = standing(state)
+        except NotInCacheError:
+            self._report.enter_as(before)
+            raise
+        except Exception as error:
+            if self.was_moved(parameters):
+                raise ModelMovedError(f"{type(error).__name__}: {error}") from error
+            if symbolic:
+                raise
+            compiled = InFloat(self._failures.record(error))
+            result = Phase.FLOAT, compiled.reason
+        self.settle(result, parameters, state)
+        if isinstance(compiled, CompiledGraph) and self._traced.config.free_float_weights:
+            freed = state.free(parameters)
+            _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
+        return compiled
+
+    def _enter_compiling(self) -> None:
+        if self._loads:
+            self._report.enter(Phase.LOADING, "loading from the cache")
+        else:
+            where = "by Inductor" if self.background is None else "in the background, float goes on"
+            self._report.enter(Phase.COMPILING, where)
+
+    def _most_common_reason(self) -> str:
+        reasons = Counter(decision.reason.partition(":")[0] for decision in self._report.decisions)
+        ((reason, count),) = reasons.most_common(1)
+        return f"{reason} ({count} of {len(self._report.decisions)} layers)"
+
+    def _build_timed(self, args: Sequence[Any], state: WeightState, symbolic: bool, key: str) -> CompiledGraph:
+        """``build``, with progress as far as earlier compiles tell how long it takes."""
+        config, cache = self._traced.config, self._states.cache
+        times, nodes = CompileTimes(cache.root), len(self._traced.module.graph.nodes)
+        how = f"{graph_key.machine_part(key)} {config.mode} {config.regional_compilation} {symbolic}"
+        source = "from the cache" if cache.has(key) else "anew"
+        start, (hits, misses) = time.perf_counter(), inductor_interface.found_graphs()
+        self._is_compiled_elsewhere = False
+        try:
+            doing = "loading from the cache" if self._loads else "compiling"
+            with contextlib.ExitStack() as stack:
+                with turn(self._traced.device):  # no step in float has changed them
+                    stack.enter_context(torch_settings.held_settings())
+                stack.enter_context(Progress(doing, expected=times.expected(f"{how} {source}", nodes)))
+                directory = cache.inductor_directory(key)
+                compiled = build(self._traced, args, state, symbolic, directory, beforehand=self._beforehand)
+        finally:
+            seconds = time.perf_counter() - start
+            self._report.compile_seconds += seconds
+        # Another checkpoint of this model may have left its code.
+        now_hits, now_misses = inductor_interface.found_graphs()
+        is_found = now_hits > hits and now_misses == misses and not self._is_compiled_elsewhere
+        source = "from the cache" if is_found else "anew"
+        times.add(f"{how} {source}", nodes, seconds)
+        return compiled
+
+    def _beforehand(self, job: Job) -> None:
+        if is_in_cache(job):
+            return
+        if self._loads:
+            raise NotInCacheError
+        self._is_compiled_elsewhere = compile_elsewhere(job)
+
+    def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], state: WeightState) -> None:
+        """Do now what the first calls do beside computing, while others go on in float.
+
+        Inductor measures which configuration of a kernel is the fastest, for which it must have the GPU for itself.
+        CUDA graphs are captured where others may use the allocator meanwhile.
+        """
+        device = self._traced.device
+        if device.type != "cuda":
+            return
+        start = time.perf_counter()
+        with (
+            going_on("the first calls in 8 bit are slow"),
+            torch.no_grad(),
+            inductor_interface.tuned_in_turns(lambda: turn(device)),
+        ):
+            for _ in range(1 if allocates_in_graph() else 2):
+                compiled(args, state)
+                compiled.count(args, state)
+            if state.begin_check():
+                state.end_check()  # what it finds is found again by the next call
+        _log.debug("warmed up in %.1f s", time.perf_counter() - start)

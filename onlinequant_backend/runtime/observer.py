@@ -1,0 +1,60 @@
+"""Observed calls: the float result, and what the layers see on the way."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..compilation.graph_memory import give_back_freed_memory
+from ..progress import Progress
+from ..quantization.observation import Observation
+from ..selection import layer_timing
+from ..selection.sensitivity import measure_end_to_end
+from .graph_compiler import GraphCompiler, turn
+from .weight_state import WeightState, WeightStates
+
+
+class Observer:
+    """Observes the calls of one graph."""
+
+    def __init__(self, states: WeightStates, compiler: GraphCompiler) -> None:
+        self._traced = states.traced
+        self._candidates = states.candidates
+        self._compiler = compiler
+        self._progress: Progress | None = None
+
+    def observe(self, args: Sequence[Any], state: WeightState, is_last: bool) -> Any:
+        """The float result of a call. ``is_last``: the errors of all layers are measured as well."""
+        traced = self._traced
+        parameters = traced.inputs.take_parameters(args)
+        candidates = [index for index, info in enumerate(traced.infos) if info.quantized]
+        state.check_not_freed(parameters)
+        if is_last and traced.device.type == "cuda":  # it calls the kernels of every layer
+            layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
+            give_back_freed_memory(traced.device)  # before the copies, which stay, come to lie in it
+        alone = turn(traced.device) if self._compiler.background is not None else contextlib.nullcontext()
+        floats = [parameters[position] for position in self._candidates]
+        room = state.room(parameters, candidates) if is_last else contextlib.nullcontext()  # their errors are measured
+        with alone, torch.no_grad(), room:
+            observation = Observation(state.layers, floats, is_last, kept=frozenset(candidates))
+            return traced.observed(*args, observation)
+
+    def end(self, args: Sequence[Any], state: WeightState, result: Any) -> None:
+        """Observing is over: ``args`` and ``result`` are those of the last observed call."""
+        traced = self._traced
+        if traced.config.sensitivity == "end_to_end":
+            measure_end_to_end(traced.observed, args, state.layers, traced.infos, result)
+        state.calibrated_rest = state.rest_fingerprint(traced.inputs.take_parameters(args))
+        state.freeze()
+
+    def show_progress(self, step: int, steps: int) -> None:
+        """Say that observing has come to this step, from 1."""
+        if self._progress is None or step == 1:  # a run may have been interrupted
+            self._progress = Progress("observing", steps)
+        self._progress.advance(to=step)
+        if step >= steps:
+            self._progress.close()
+            self._progress = None

@@ -1,0 +1,89 @@
+"""Putting the selected layers of a set of weights into 8 bit, and keeping them up to date."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..report.phases import Phase
+from ..selection.layer_choice import Choice
+from .graph_compiler import GraphCompiler, standing
+from .weight_state import WeightState, WeightStates
+
+_log = logging.getLogger("onlinequant")
+
+
+class Selector:
+    """The selected layers of one graph. The first set of weights to get here decides which these are."""
+
+    def __init__(self, states: WeightStates, compiler: GraphCompiler) -> None:
+        self._states = states
+        self._traced = states.traced
+        self._compiler = compiler
+        self._choice = Choice(states.traced)
+
+    def select(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> None:
+        """Quantize the selected layers' weights. If another checkpoint was loaded since the last observed call, none
+        are, and the set is observed anew."""
+        infos, traced = self._traced.infos, self._traced
+        rest = state.rest_fingerprint(parameters)
+        if state.calibrated_rest not in (None, rest):
+            self._start_over(state)
+            return
+        state.calibrated_rest = rest
+        state.quantize(parameters, [i for i, info in enumerate(infos) if info.quantized])
+        refusals = [layer.refusal() for layer in state.layers]
+        if not self._choice.is_made:
+            self._choice.make(args, state, refusals, self._states.entry(state, parameters).load_autotuning)
+            state.is_compared = state.is_compared or traced.config.max_error is not None  # for which it was measured
+        chosen = tuple(i for i, info in enumerate(infos) if info.quantized and not refusals[i])
+        state.kind = self._states.kind(state, chosen)
+        state.select(parameters, chosen)
+        # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
+        if not state.is_calibrated_for(state.fingerprint(parameters), traced.operations):
+            state.schedule.restart()
+        if self._compiler.graphs.known and state.entry is not None:  # no compile will follow, which would publish it
+            self._compiler.settle(standing(state), parameters, state, is_compiled=False)
+
+    def follow(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
+        """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""
+        with self._states.lock:
+            if state.selection is None:
+                return
+            start = time.perf_counter()
+            try:
+                state.follow(parameters)
+                self._check_change(parameters, state)
+            except BaseException:  # an interrupt, say: what is left to do is done at the next call
+                state.generation = -1
+                raise
+            seconds = time.perf_counter() - start
+            if state.changed:
+                _log.info("quantized %d changed weights again in %.2f s", len(state.changed), seconds)
+            state.changed.clear()
+
+    def _check_change(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
+        """Have the next calls check what changed weights do to the activations; observe another checkpoint's anew."""
+        if state.changed:
+            state.schedule.restart()
+        assert state.selection is not None
+        if not state.is_calibrated():  # another graph of this model has come to the conclusion below
+            state.selection = None
+            return
+        have_all_changed = state.changed >= {state.layers[index].copy for index in state.selection}
+        # A LoRA leaves biases and norms as they are; moving the model changes no value.
+        if state.selection and have_all_changed and state.rest_fingerprint(parameters) != state.calibrated_rest:
+            self._start_over(state)
+
+    def _start_over(self, state: WeightState) -> None:
+        """Observe a set anew, which now holds another checkpoint."""
+        _log.info("another checkpoint was loaded, so it is calibrated anew")
+        state.start_over()
+        state.calibrated_rest = None
+        state.release_entry()
+        self._choice.is_made = False
+        self._traced.report.enter(Phase.OBSERVING, "another checkpoint was loaded")

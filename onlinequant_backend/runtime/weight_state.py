@@ -1,0 +1,227 @@
+"""What belongs to one set of weights in one graph, and finding it for a call's parameters."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .. import fork_locks
+from ..analysis import graph_key
+from ..analysis.traced_graph import TracedGraph
+from ..cache.cache_store import Cache
+from ..kernels.clip_counting import Seen
+from ..quantization.layer_registry import known_layers
+from ..quantization.layer_state import Layer
+from ..quantization.weight_changes import addresses_and_versions
+from ..quantization.weight_identity import stand_in
+from ..quantization.weight_set import WeightSet, places
+from ..report.report import Report
+from ..selection import layer_timing
+from .cache_entry import Entry
+from .drift import Bounds, Schedule
+from .set_registry import known_sets
+
+
+class WeightState(WeightSet):
+    """One set of weights in one graph: its layers and their 8-bit copies, its cache entry and its drift checks.
+
+    Attributes:
+        schedule: which calls look whether activations still fit their ranges.
+        numbers: the bounds of the numbers among the inputs of calls.
+        is_compared: whether a step in 8 bit was compared with float.
+        entry: its place in the cache, from the first call that needs it.
+        calibrated_rest: fingerprint of biases and norms when the set was observed; None before.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[torch.Tensor],
+        names: Sequence[str],
+        candidates: Sequence[int],
+        layers: Sequence[Layer],
+        layout: int = 0,
+        together: Sequence[Sequence[int]] = (),
+        drift_check_every: int = 0,
+    ) -> None:
+        super().__init__(parameters, names, candidates, layers, layout, together)
+        self.schedule = Schedule(drift_check_every)
+        self.numbers = Bounds()
+        self.is_compared = False
+        self.entry: Entry | None = None
+        self.calibrated_rest: str | None = None
+        self._names = names
+        self._fingerprint: tuple[Any, str] | None = None
+
+    def fingerprint(self, parameters: Sequence[torch.Tensor], again: bool = True) -> str:
+        """Of all parameters. ``again=False``: the last one will do while no address and no version has changed, since
+        reading every weight takes a fifth of a small step."""
+        if self.has_freed():  # and so has not changed since it was calibrated
+            return self.layers[0].calibrated_for
+        state = addresses_and_versions(parameters)  # before that: another thread may change a weight meanwhile
+        if again or self._fingerprint is None or state != self._fingerprint[0]:
+            self._fingerprint = state, graph_key.fingerprint(dict(zip(self._names, parameters, strict=True)))
+        return self._fingerprint[1]
+
+    def rest_fingerprint(self, parameters: Sequence[torch.Tensor]) -> str:
+        """Of the parameters that are no layer's weight. A LoRA leaves them as they are; another checkpoint does not."""
+        return graph_key.fingerprint(self.rest(parameters))
+
+    def release_entry(self) -> None:
+        """Give up the place in the cache."""
+        entry, self.entry = self.entry, None
+        if entry is not None:
+            entry.release()
+
+    def start_over(self) -> None:
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
+        super().start_over()
+        self.is_compared = False
+
+    def follow(self, parameters: Sequence[torch.Tensor]) -> int:
+        """As for ``WeightSet``. After any change activations may be others, also where another set with the same layer
+        has quantized the weight already."""
+        if not self.has_same_values(parameters):
+            self.schedule.restart()
+        return super().follow(parameters)
+
+    def drifted(self, seen: Mapping[int, Seen], is_after_change: bool = False) -> dict[int, Seen]:
+        """The layers whose inputs do not fit their ranges any more, by index, and what was seen of these; ``seen`` by
+        the address of ``qparams`` (``CountingCall``); ``is_after_change`` as for ``clip_counting.has_drifted``."""
+        found = self._seen(seen)
+        return {index: each for index, each in found.items() if self.layers[index].has_drifted(each, is_after_change)}
+
+    def are_coarse(self, seen: Mapping[int, Seen]) -> bool:
+        """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
+        return any(self.layers[index].is_coarse(each) for index, each in self._seen(seen).items())
+
+    def _seen(self, seen: Mapping[int, Seen]) -> dict[int, Seen]:
+        found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
+        return {index: each for index, each in found.items() if each is not None}
+
+
+class WeightStates:
+    """The sets of weights that one graph was called with, and what they share.
+
+    Attributes:
+        traced: the graph.
+        cache: the directory in which what is found out about it is kept.
+        lock: held while the state of any of them changes, or a graph is compiled for it.
+        replaced: how many sets in a row were gone after one observed call.
+    """
+
+    def __init__(self, traced: TracedGraph, cache: Cache) -> None:
+        self.traced = traced
+        self.cache = cache
+        self.lock = fork_locks.rlock()
+        self.replaced = 0
+        inputs = traced.inputs
+        parameters = {inputs.names[at]: number for number, at in enumerate(inputs.parameters)}
+        self.candidates = [parameters[info.weight] for info in traced.infos]
+        self._together = layer_timing.together(traced.module)
+        self._by_ids: dict[tuple[int, ...], WeightState] = {}  # by the parameters' identities
+        self._all: weakref.WeakSet[WeightState] = weakref.WeakSet()  # also those that others have replaced
+        self._layouts: dict[tuple[Any, ...], int] = {}
+        self._kinds: dict[tuple[Any, ...], int] = {}
+
+    def __iter__(self) -> Iterator[WeightState]:
+        return iter(list(self._by_ids.values()))  # another thread may add one
+
+    def of(self, parameters: Sequence[torch.Tensor]) -> WeightState:
+        """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
+        state = self._by_ids.get(tuple(map(id, parameters)))
+        return state if state is not None and state.alive else self._find(parameters)
+
+    def _find(self, parameters: Sequence[torch.Tensor]) -> WeightState:
+        with self.lock:
+            named = self.traced.inputs.named_parameters(parameters)
+            known = known_sets.predecessor(named)
+            layers = self._layers(parameters, known)
+            layout = tuple((parameter.stride(), parameter.dtype) for parameter in parameters)
+            state = WeightState(
+                parameters,
+                self.traced.inputs.parameter_names,
+                self.candidates,
+                layers,
+                self._layouts.setdefault(layout, len(self._layouts)),
+                self._together,
+                self.traced.config.drift_check_every,
+            )
+            if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
+                state.schedule.restart()
+            # What was found out about the model holds with a LoRA, too.
+            state.is_compared = any(old is known and old.is_compared for old in self)
+            known_sets.add(state)
+            for old in self:
+                if old.is_dead() or known_sets.is_successor(named, old):
+                    self.replaced += old.is_dead() and old.was_called_once()
+                    self._retire(old)
+            self._by_ids[state.ids] = state
+            self._all.add(state)
+            return state
+
+    def _layers(self, parameters: Sequence[torch.Tensor], known: WeightSet | None) -> list[Layer]:
+        """The layer of each candidate; those of ``known``, a set of the same model, are taken over."""
+        traced, names = self.traced, self.traced.inputs.parameter_names
+        # A weight may have been given to a second layer since this graph was traced.
+        numbers = places(id(parameters[candidate]) for candidate in self.candidates)
+        numbers_of_names = places(self.candidates)
+        return [
+            known_layers.layer(
+                parameters[candidate],
+                info.geometry,
+                traced.precision.format,
+                traced.config.calibration_method,
+                old=known.layer(names[candidate], of_name) if known else None,
+                place=number,
+            )
+            for info, candidate, number, of_name in zip(
+                traced.infos, self.candidates, numbers, numbers_of_names, strict=True
+            )
+        ]
+
+    def _retire(self, old: WeightState) -> None:
+        """Give up what a set holds that another one now takes the place of. It stays known for as long as it can be
+        called: its weights may be put back, or another model may have them as well."""
+        if not old.alive:
+            del self._by_ids[old.ids]
+        old.prepared.clear()
+        old.release_entry()
+
+    def kind(self, state: WeightState, chosen: tuple[int, ...]) -> int:
+        """A number that is the same for sets that one compiled graph serves: of the same layout, with the same layers
+        ``chosen``, of which the same ones are smoothed alike."""
+        factors = state.smoothing()
+        alike = list(factors.values())
+        pattern = tuple((index, alike.index(each)) for index, each in factors.items())
+        return self._kinds.setdefault((state.layout, chosen, pattern), len(self._kinds))
+
+    def entry(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> Entry:
+        """The set's place in the cache."""
+        if state.entry is None:
+            traced = self.traced
+            how = traced.config, traced.precision, traced.device, traced.state, traced.operations
+            key = graph_key.entry_key(traced.module, traced.infos, state.fingerprint(parameters), *how)
+            traced.report.key = key
+            entry = state.entry = Entry(self.cache, key, traced.infos, traced.config.lock_timeout, traced.operations)
+            weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
+        return state.entry
+
+    def publish(self, state: WeightState, parameters: Sequence[torch.Tensor], report: Report) -> None:
+        """Save what was found out about a set, with ``report``."""
+        traced = self.traced
+        is_gpu = traced.device.type == "cuda"
+        autotuning = layer_timing.dump(traced.module, traced.precision.format) if is_gpu else None
+        self.entry(state, parameters).publish(state.layers, state.fingerprint(parameters), report, autotuning)
+        named = traced.inputs.named_parameters(parameters)
+        for other in list(self._all):  # of weights that were in the model while it was observed
+            if other is not state and other.entry is not None and known_sets.is_successor(named, other):
+                other.release_entry()
+
+    def unlock_entries(self) -> None:
+        """Let other processes make what this one has failed to make."""
+        for state in list(self._all):
+            if state.entry is not None:
+                state.entry.release()
