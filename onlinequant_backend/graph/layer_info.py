@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.fx as fx
 
-from onlinequant_backend.graph import fx_utils
+from . import fx_utils
 
 LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
 CONV_TARGETS = (

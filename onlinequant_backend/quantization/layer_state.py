@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from onlinequant_backend.graph.layer_info import Sensitivity
-
 from .. import fork_locks, ops
 from ..cache.calibration_file import LayerCalibration
-from ..kernels.clip_counting import FEW, FEWEST_STEPS, Seen, has_drifted
-from ..kernels.formats import NOT_FINITE, Format
-from .ranges import ActivationRange, clipped_share, covered, doubled, freeze, is_frozen_from, wanted, widened
+from ..graph.layer_info import Sensitivity
+from ..kernels.formats import Format
+from .input_range import InputRange
+from .ranges import ActivationRange, clipped_share, is_frozen_from
 from .smoothing import smoothing_factors
-from .weight_copy import Copy, Generation, copies_lock, read_elsewhere
+from .weight_copy import Copy
 
 if TYPE_CHECKING:
     from ..graph.layer_info import ConvGeometry
@@ -27,30 +26,21 @@ if TYPE_CHECKING:
 _MOST_COMPARED = 2**26
 # On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
 _GPU_HISTOGRAMS = 8
-# What a range that values have left is widened by beyond these: others, as those of the next seed or time step, will go
-# a little farther, and each time is a call in float. The largest of few values varies more.
-_SPARE, _SPARE_OF_FEW = 1.125, 1.25
 
 
-class Layer:
+class Layer(InputRange):
     """A conv or linear layer: one place at which a model uses a weight.
 
     ``first``: the layer of the same weight at its first place, whose copy may do for both.
 
     Attributes:
-        geometry, format, method, device: what its state depends on beside the weight.
+        geometry: with format, method and device what its state depends on beside the weight.
         calls: how many calls its input was observed for.
         frozen: whether observing is over and the input's quantization parameters are fixed for good.
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
         calibrated_in: stands for what the graph computes in which that was, see ``keys``; "" where it was in several.
         lock: of a model's first layer, held while any of its graphs is calibrated.
-        observed, sensitivity: what was seen.
-        smoothing: what the channels of its input are multiplied by before they are quantized, and those of its weight
-            divided by; None for nothing. See ``smoothing_factors``.
-        clipped: the largest share of an observed call's input that the frozen range clips.
-        lowest_peak: the least that the largest magnitude of an input has been, of observed calls and of those since
-            which have been found to be as large as they should; see ``ActivationRange.lowest_peak``.
-        growth: by how much the range was widened since it was frozen; 1 if it was not, less if it was narrowed.
+        sensitivity: the error that 8 bit costs, once measured.
         copy: the 8-bit copy of its weight.
     """
 
@@ -62,56 +52,15 @@ class Layer:
         device: torch.device | str = "cpu",
         first: Layer | None = None,
     ) -> None:
+        super().__init__(format, method, torch.device(device))
         self.geometry = geometry
-        self.format = format
-        self.method = method
-        self.device = torch.device(device)
         self.calls = 0
         self.frozen = False
         self.calibrated_for = self.calibrated_in = ""
         self.lock = fork_locks.rlock()
-        self.observed = ActivationRange()
         self.sensitivity: Sensitivity | None = None
-        self.smoothing: torch.Tensor | None = None
-        self.clipped = 0.0
-        self.lowest_peak = math.inf
-        self.growth = 1.0
         self.copy = Copy(geometry, format)
         self._first = first
-        self._qparams: torch.Tensor | None = None
-        self._values = (0.0, 0.0, 0.0)  # of _qparams
-        self._ranged = False  # whether _qparams are of what was observed
-
-    @property
-    def qparams(self) -> torch.Tensor:
-        """The input's quantization parameters (``ops.quantize``), fixed from what was observed at the first use."""
-        if self._qparams is None or not self._ranged:
-            with torch.inference_mode(False), torch.no_grad():
-                self._set_qparams(freeze(self.observed, self.format, self.method))
-        assert self._qparams is not None
-        return self._qparams
-
-    def _set_qparams(self, qparams: torch.Tensor) -> None:
-        # Into the same tensor as before, which compiled graphs were given, unless a call is reading it.
-        with copies_lock:
-            if any(self._values):  # else nobody has read them yet
-                Generation.number += 1
-            if self._qparams is None or any(layer is self for layer in read_elsewhere()):
-                self._qparams = self._new_qparams()
-            self._qparams.copy_(qparams)
-            inverse, zero_point, scale = qparams.tolist()
-            self._values = inverse, zero_point, scale
-            self._ranged = True
-
-    def _new_qparams(self) -> torch.Tensor:
-        # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
-        return torch.empty(5, dtype=torch.float32, device=self.device)[2:]
-
-    def make_room(self) -> None:
-        """Allocate what freezing will need."""
-        if self._qparams is None:
-            with torch.inference_mode(False):
-                self._qparams = self._new_qparams()
 
     def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
         """Take note of an input. The first one decides which channels are smoothed. ``turn``: tells layers apart whose
@@ -124,9 +73,6 @@ class Layer:
         every = 1 if self.device.type == "cpu" else _GPU_HISTOGRAMS
         is_due = is_first or (self.calls + turn) % every == 0
         self.observed.update(self._smoothed(x), with_histogram=is_due and not is_floating)
-
-    def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
-        return x if self.smoothing is None else x * self.smoothing
 
     def count_call(self, fingerprint: str, operations: str = "") -> None:
         """Count one observed call of a model whose weights have this fingerprint, in a graph of these operations."""
@@ -142,88 +88,6 @@ class Layer:
             self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
             self.lowest_peak = min(self.lowest_peak, self.observed.lowest_peak)
         self.frozen = True
-
-    def has_drifted(self, seen: Seen, is_after_change: bool = False) -> bool:
-        """Whether inputs have left the range, or use next to nothing of it; as for ``drift.has_drifted``."""
-        return has_drifted(seen.clipped, self.clipped, is_after_change) or self._is_lost(self._peak(seen))
-
-    def is_coarse(self, seen: Seen) -> bool:
-        """Whether rounding shows in inputs of which this was stored."""
-        return self._is_coarse_at(self._peak(seen))
-
-    def is_finite(self, seen: Seen) -> bool:
-        """Whether all values of which this was stored were numbers: else no range fits them."""
-        not_finite = NOT_FINITE[self.format.activation]
-        return not_finite not in (seen.lowest, seen.highest) and math.isfinite(seen.highest)
-
-    def accept(self, seen: Seen) -> None:
-        """Inputs of which this was seen in 8 bit are as they should: to do their call again would change no range."""
-        self.clipped = max(self.clipped, seen.clipped)
-        self.lowest_peak = min(self.lowest_peak, self._peak(seen))
-
-    def _peak(self, seen: Seen) -> float:
-        """The largest magnitude that the values may have had of which this was stored."""
-        _, zero_point, scale = self._values
-        return (max(seen.highest - zero_point, zero_point - seen.lowest) + self.format.step / 2) * scale
-
-    def _is_lost(self, peak: float) -> bool:
-        """Whether inputs of this largest magnitude are too coarse in this range, and less than half of all before."""
-        return self._is_coarse_at(peak) and peak < self.lowest_peak / 2
-
-    def _is_coarse_at(self, peak: float) -> bool:
-        return peak < FEWEST_STEPS * self.format.step * self._values[2]
-
-    def refit(self, x: torch.Tensor, has_drifted: bool = True) -> bool:
-        """Have the range be right for ``x``, the layer's input of a call: as wide as that and all before need, or, if
-        it would be lost in that, as wide as it needs alone. False if no range can. ``has_drifted``: whether it was not,
-        and so may be too narrow for the next input, too."""
-        with torch.inference_mode(False), torch.no_grad():
-            seen = ActivationRange()
-            seen.update(self._smoothed(x), with_histogram=not self.format.activation.is_floating_point)
-            if not seen.is_finite():
-                return False
-            if self._is_lost(seen.lowest_peak):
-                self._narrow(seen)
-            else:
-                self.lowest_peak = min(self.lowest_peak, seen.lowest_peak)
-                needs_more = has_drifted and self._widened(seen) is not self.qparams
-                needed = self._with_spare(seen, x.numel() < FEW) if needs_more else seen
-                self._move(self._widened(needed), self.observed.joined(needed))
-            # What is clipped on purpose is no drift the next time.
-            self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
-            seen.histograms.clear()
-        return True
-
-    def _with_spare(self, seen: ActivationRange, is_of_few: bool) -> ActivationRange:
-        low, high = wanted(seen, self.format, "minmax" if is_of_few else self.method)
-        spare = max(_SPARE_OF_FEW if is_of_few else _SPARE, self.format.headroom) / self.format.headroom**2
-        return ActivationRange(low * spare, high * spare)
-
-    def _widened(self, seen: ActivationRange) -> torch.Tensor:
-        return widened(self.qparams, *wanted(seen, self.format, self.method), self.format)
-
-    def step(self, seen: Seen) -> None:
-        """Have the range fit inputs better of which this was stored: twice as wide if some of it was clipped, else as
-        wide as it needs. What is all zeros changes nothing, for who knows of what."""
-        _, zero_point, scale = self._values
-        with torch.inference_mode(False), torch.no_grad():
-            if has_drifted(seen.clipped, self.clipped):
-                self._move(doubled(self.qparams, self.format), self.observed)
-            elif self._is_lost(self._peak(seen)) and (seen.lowest, seen.highest) != (zero_point, zero_point):
-                half = self.format.step / 2
-                low, high = seen.lowest - half - zero_point, seen.highest + half - zero_point
-                self._narrow(ActivationRange(min(low, 0) * scale, max(high, 0) * scale))
-
-    def _narrow(self, seen: ActivationRange) -> None:
-        self._move(freeze(seen, self.format, self.method), seen)
-        self.clipped, self.lowest_peak = 0.0, min(self.lowest_peak, seen.lowest_peak)
-
-    def _move(self, qparams: torch.Tensor, observed: ActivationRange) -> None:
-        before = self._values[2]
-        # Ranges that were widened are rounded each time.
-        self.observed = observed.joined(ActivationRange(*covered(qparams.tolist(), self.format)))
-        self._set_qparams(qparams)
-        self.growth *= self._values[2] / before
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str, calibrated_in: str = "") -> None:
         """Take over what another process observed."""

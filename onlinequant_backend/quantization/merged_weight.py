@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-if TYPE_CHECKING:
-    from .weight_copy import Copy
+from .weight_copy import Copy, Generation, copies_lock
 
 
 class MergedWeight:
@@ -97,3 +95,18 @@ def _rescale(copy: Copy, old: float, new: float) -> None:
     assert weight is not None
     if old != new and math.isfinite(old):
         weight.copy_((weight.float() * (old / new)).to(weight.dtype))
+
+
+def merged_weight(copies: Sequence[Copy]) -> MergedWeight | None:
+    """One weight of those of linear layers; None if one of them is part of another already."""
+    known = copies[0].merged
+    if known is not None and list(known.copies) == copies:
+        return known
+    if copies[0].format.is_packed:  # these are handles, of one byte
+        return None
+    if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
+        return None
+    merged = MergedWeight(copies)
+    with copies_lock:
+        Generation.number += 1  # compiled graphs were given the tensors that the merged one has replaced
+    return merged

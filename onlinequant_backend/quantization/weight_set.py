@@ -23,7 +23,7 @@ from .calibrated_layers import CalibratedLayers
 from .freed_weights import hollow_out
 from .layer_registry import known_layers
 from .layer_state import Layer
-from .merged_weight import MergedWeight
+from .merged_weight import MergedWeight, merged_weight
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import stand_in
@@ -189,18 +189,7 @@ class WeightSet(CalibratedLayers):
 
     def merge(self, indices: Sequence[int]) -> MergedWeight | None:
         """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
-        copies = [self.layers[index].copy for index in indices]
-        known = copies[0].merged
-        if known is not None and list(known.copies) == copies:
-            return known
-        if copies[0].format.is_packed:  # these are handles, of one byte
-            return None
-        if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
-            return None
-        merged = MergedWeight(copies)
-        with copies_lock:
-            Generation.number += 1  # compiled graphs were given the tensors that the merged one has replaced
-        return merged
+        return merged_weight([self.layers[index].copy for index in indices])
 
     def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
         """An extra input of a compiled graph: what rewriting calls ``what``, of a layer or of a merged weight."""
