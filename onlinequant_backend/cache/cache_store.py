@@ -31,17 +31,7 @@ import platformdirs
 
 from ..best_effort import going_on, warn_once
 from . import eviction, listing, locks
-from .calibration_file import (
-    AUTOTUNING_FILE,
-    CALIBRATION_FILE,
-    MAX_BYTES,
-    STATS_FILE,
-    Calibration,
-    InvalidEntryError,
-    parse_object,
-)
-from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
-from .files import (
+from .atomic_files import (
     TEMPORARY,
     TRASH,
     check_parent,
@@ -53,6 +43,16 @@ from .files import (
     replaced,
     write_atomically,
 )
+from .calibration_file import (
+    AUTOTUNING_FILE,
+    CALIBRATION_FILE,
+    MAX_BYTES,
+    STATS_FILE,
+    Calibration,
+    InvalidEntryError,
+    parse_object,
+)
+from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
 from .listing import EntryInfo
 from .locks import Lock
 
