@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.gpu_step import require_cuda
+from benchmarks.gpu_timing import require_cuda
 from benchmarks.models import relative_error
 from onlinequant_backend import ops
 from onlinequant_backend.kernels import formats
