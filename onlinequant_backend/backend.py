@@ -19,9 +19,9 @@ from .analysis.traced_graph import TracedGraph
 from .best_effort import warn_once
 from .cache import cache_store
 from .config import QuantConfig
-from .graph import exclusion, fx_utils, operations, parameter_names
+from .graph import LayerInfo, exclusion, fx_utils, layer_nodes, operations, parameter_names
 from .kernels import precision
-from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
+from .passes import ANALYZE, PassContext, run_passes
 from .report import report
 from .report.report import NodeDecision
 from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs

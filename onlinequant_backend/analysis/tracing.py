@@ -27,8 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..best_effort import warn_once
 from ..errors import OnlineQuantError
-from ..graph import dynamic_shapes, fx_utils
-from ..passes import LayerInfo
+from ..graph import LayerInfo, dynamic_shapes, fx_utils
 from ..torch_internals import dynamo_interface, inductor_interface
 
 _log = logging.getLogger("onlinequant")

@@ -17,9 +17,9 @@ import onlinequant_backend as oq
 from onlinequant_backend import ops
 from onlinequant_backend.compilation import build, compiled_graph
 from onlinequant_backend.compilation.compiled_graph import CompiledGraph
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.kernels import formats
 from onlinequant_backend.kernels.formats import FP8, INT8, Format
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.quantization.layer_registry import known_layers
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.merged_weight import MergedWeight

@@ -20,10 +20,9 @@ from onlinequant_backend.progress import told_to
 from onlinequant_backend.quantization import weight_copy
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_set import WeightSet
-from onlinequant_backend.runtime import quantized_graph
+from onlinequant_backend.runtime import quantized_graph, sampling_run
 from onlinequant_backend.runtime.background import Background
 from onlinequant_backend.runtime.cache_entry import Entry
-from onlinequant_backend.runtime.sampling import sampling_run
 from onlinequant_backend.runtime.set_registry import known_sets
 from onlinequant_backend.selection import layer_choice
 from onlinequant_backend.torch_internals import dynamo_interface, inductor_interface

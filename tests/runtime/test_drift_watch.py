@@ -16,10 +16,9 @@ from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_set import WeightSet
 from onlinequant_backend.report.report import VISIBLE
-from onlinequant_backend.runtime import drift
+from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import Watch
-from onlinequant_backend.runtime.sampling import sampling_run
 from tests.helpers.small import WIDE, forget_everything, small
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
 from tests.runtime.test_quantized_graph import CLOSE, EagerInductor, compiled, inductor
