@@ -106,7 +106,7 @@ class _Analysis(NamedTuple):
         module: a copy of the graph whose layers are known.
         infos: its layers.
         reason: why it stays in float; None if it does not.
-        identity: see ``keys.identity``.
+        identity: see ``graph_key.identity``.
         is_known_elsewhere: whether its operations are the same in another process.
     """
 

@@ -44,7 +44,7 @@ class TracedGraph:
 
     @functools.cached_property
     def operations(self) -> str:
-        """Stands for what it computes; see ``keys.operations_digest``."""
+        """Stands for what it computes; see ``graph_key.operations_digest``."""
         return graph_key.operations_digest(self.module)
 
     @functools.cached_property

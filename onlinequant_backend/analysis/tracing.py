@@ -54,7 +54,7 @@ class _Graph(NamedTuple):
         operations: how many it has up to the first break.
         has_unknown: whether it has numbers that are known only when it runs.
         sizes: of its inputs, by name.
-        values: what it is for alone beside these, such as flags, see ``compat.guarded_values``.
+        values: what it is for alone beside these, such as flags, see ``dynamo_interface.guarded_values``.
         is_fixed: whether it is for these sizes alone.
     """
 

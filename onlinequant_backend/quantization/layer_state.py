@@ -42,7 +42,7 @@ class Layer:
         calls: how many calls its input was observed for.
         frozen: whether observing is over and the input's quantization parameters are fixed for good.
         calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
-        calibrated_in: stands for what the graph computes in which that was, see ``keys``; "" where it was in several.
+        calibrated_in: stands for what the graph computes in which that was, see ``graph_key``; "" where in several.
         lock: of a model's first layer, held while any of its graphs is calibrated.
         observed, sensitivity: what was seen.
         smoothing: what the channels of its input are multiplied by before they are quantized, and those of its weight
@@ -144,7 +144,7 @@ class Layer:
         self.frozen = True
 
     def has_drifted(self, seen: Seen, is_after_change: bool = False) -> bool:
-        """Whether inputs have left the range, or use next to nothing of it; as for ``drift.has_drifted``."""
+        """Whether inputs have left the range, or use next to nothing of it; as for ``clip_counting.has_drifted``."""
         return has_drifted(seen.clipped, self.clipped, is_after_change) or self._is_lost(self._peak(seen))
 
     def is_coarse(self, seen: Seen) -> bool:
@@ -305,7 +305,7 @@ class Layer:
             self.copy = Copy(self.geometry, self.format)
 
     def parted(self, first: Layer | None = None) -> Layer:
-        """The same layer with a copy of its own, for another weight; see ``Registry.part``."""
+        """The same layer with a copy of its own, for another weight; see ``LayerRegistry.part``."""
         other = copy.copy(self)
         other.copy, other._first = Copy(self.geometry, self.format), first
         other.observed = self.observed.copied()

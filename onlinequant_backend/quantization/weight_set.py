@@ -5,7 +5,7 @@ weight's identity and the number of the place, because one model reaches the bac
 ``no_grad`` then ``inference_mode``), and all of them must share one calibration.
 
 A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
-changed is in ``changes``.
+changed is in ``weight_changes``.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class WeightSet:
         self, seen: Mapping[int, clip_counting.Seen], is_after_change: bool = False
     ) -> dict[int, clip_counting.Seen]:
         """The layers whose inputs do not fit their ranges any more, and what was seen of these; ``seen`` by the address
-        of ``qparams``, as ``drift.CountingCall`` has it; ``is_after_change`` as for ``drift.has_drifted``."""
+        of ``qparams``, as ``CountingCall`` has it; ``is_after_change`` as for ``clip_counting.has_drifted``."""
         found = {index: seen.get(self.layers[index].qparams.data_ptr()) for index in self.selection or ()}
         return {
             index: each

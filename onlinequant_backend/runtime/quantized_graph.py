@@ -124,7 +124,7 @@ class QuantizedGraph:
             parameters = self._parameters(args)
             weights = self._set(parameters)
             for _ in range(_MOST_TRIES):
-                call.layers = weights.layers  # before it is asked whether they are current, see ``copies``
+                call.layers = weights.layers  # before it is asked whether they are current, see ``weight_copy``
                 if weights.selection is None:
                     result = self._calibrate(args, parameters, weights)
                     if weights.selection is None:
@@ -743,7 +743,7 @@ def _places(parameters: Sequence[torch.Tensor]) -> _Places:
     return [(x.device, x.dtype, x.stride(), StorageWeakRef(x.untyped_storage())) for x in plain]
 
 
-# Those that Dynamo still has, by model and ``keys.identity``: what it traces a second time is not compiled again.
+# Those that Dynamo still has, by model and ``graph_key.identity``: what it traces a second time is not compiled again.
 graphs: weakref.WeakValueDictionary[tuple[str, str], QuantizedGraph] = weakref.WeakValueDictionary()
 
 
