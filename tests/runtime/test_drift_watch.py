@@ -19,11 +19,9 @@ from onlinequant_backend.report.report import VISIBLE
 from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import Watch
-from tests.helpers.small import WIDE, forget_everything, small
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import CLOSE, WIDE, compiled, forget_everything, small
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
-from tests.runtime.test_quantized_graph import CLOSE, EagerInductor, compiled, inductor
-
-__all__ = ["inductor"]
 
 X = noise(1, 4, 8, 8)
 

@@ -13,10 +13,10 @@ import torch
 import onlinequant_backend as oq
 from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import CLOSE, WIDE, X, cache_directory, compiled, forget_everything, small
 from tests.helpers.tiny import net, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 class Generating(EagerInductor):
