@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
-import re
+import shutil
 import signal
 import socket
-import statistics
 import subprocess
 import threading
 import time
@@ -20,9 +18,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.comfyui_events import DONE, measured, trouble
+
+ROOT = Path(__file__).parent.parent
 PROBE = "/onlinequant_benchmark"
 START_SECONDS = 120
-GOING_ON, DONE = ("compiling", "calibrating"), ("quantized", "float")  # the phases of a graph
 
 
 class Clock:
@@ -108,6 +108,20 @@ class Installation:
     launcher: Path | None
     flags: Sequence[str]
     logs: Path
+
+    def lay_out(self) -> None:
+        """Make the folders that ComfyUI has in its base directory, with this checkout and the probe as custom nodes."""
+        for folder in ("custom_nodes", "input", "output", "user", "models", "front"):
+            (self.base / folder).mkdir(parents=True, exist_ok=True)
+        (self.base / "front" / "index.html").write_text("no page here")
+        shutil.copy(self.comfyui / "input" / "example.png", self.base / "input")
+        for name, target in (("onlinequant", ROOT), ("onlinequant_probe", ROOT / "benchmarks" / "comfyui_probe")):
+            link = self.base / "custom_nodes" / name
+            if link.is_symlink():
+                link.unlink()
+            elif link.exists():
+                shutil.rmtree(link)
+            link.symlink_to(target)
 
 
 class Server:
@@ -300,67 +314,3 @@ def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[st
     counted = {name: after[name] - before[name] for name in ("traces", "compiles", "trace_seconds")}
     ours = [sum(graph["compile_seconds"] for graph in state["graphs"]) for state in (before, after)]
     return {**counted, "compile_seconds": max(ours[1] - ours[0], 0.0)}  # graphs may have gone
-
-
-def measured(
-    graph: Mapping[str, Any], events: Sequence[Mapping[str, Any]], status: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What ComfyUI's events say about a prompt.
-
-    "seconds" are ComfyUI's own, from the begin of its execution to its end; "nodes" those of each kind of node, of
-    which "sampler" is KSampler's; "step_ms" the milliseconds from each step's end to the next one's, with the phases
-    that graphs were in at both; "steps" how many there were, "steps_in_8_bit" in how many of them no graph was in float
-    that was still to be observed or compiled.
-    """
-    times = {kind: data["timestamp"] / 1000 for kind, data in status["messages"]}
-    end = max(times.values())
-    nodes: dict[str, float] = {}
-    running: tuple[str, float] | None = None
-    # ComfyUI tells of ten steps a second at most: when how many were done, and the phases of the graphs by then.
-    progress: list[tuple[float, int, list[str]]] = []
-    for event in events:
-        node = graph.get(str(event["node"]), {}).get("class_type", "")
-        if event["event"] == "progress" and node == "KSampler":
-            progress.append((event["time"], int(event["value"]), sorted(set(event["phases"]))))
-        if event["event"] != "progress" and running:
-            nodes[running[0]] = nodes.get(running[0], 0.0) + event["time"] - running[1]
-            running = None
-        if event["event"] == "executing" and node:
-            running = (node, event["time"])
-    steps, in_8_bit = [], 0
-    for (last, before, old), (now, after, new) in itertools.pairwise([(0.0, 0, []), *progress]):
-        in_8_bit += (after - before) * ("quantized" in new and set(new) <= set(DONE))
-        if before:  # when the first one began nobody says
-            steps += [(1000 * (now - last) / (after - before), sorted({*old} & {*new}))] * (after - before)
-    return {
-        "status": status["status_str"],
-        "seconds": end - times["execution_start"],
-        "sampler": nodes.get("KSampler"),
-        "nodes": nodes,
-        "step_ms": steps,
-        "steps": progress[-1][1] if progress else 0,
-        "steps_in_8_bit": in_8_bit,
-    }
-
-
-def step_ms(prompts: Sequence[Mapping[str, Any]], phase: str) -> float | None:
-    """The median of all steps of these prompts that were taken in this phase.
-
-    Graphs that are in 8 bit already say nothing of a step while another one is observed or compiled.
-    """
-    before = GOING_ON[: GOING_ON.index(phase)] if phase in GOING_ON else GOING_ON
-    all_steps = [step for prompt in prompts for step in prompt["step_ms"]]
-    steps = [step for step, phases in all_steps if phase in phases and not {*before} & {*phases}]
-    return statistics.median(steps) if steps else None
-
-
-def trouble(log: str) -> dict[str, Any]:
-    """Tracebacks in a server's log, by their last lines, and the warnings of this backend."""
-    lines = log.splitlines()
-    tracebacks = []
-    for start, line in enumerate(lines):
-        if "Traceback (most recent call last)" in line:
-            rest = (text for text in lines[start + 1 :] if text and not text.startswith(" "))
-            tracebacks.append(next(rest, line)[:300])
-    ours = r"\[onlinequant warning\]|(onlinequant_backend|comfy_integration|passes)/\S+\.py:\d+: \w*Warning"
-    return {"tracebacks": tracebacks, "warnings": [line[:300] for line in lines if re.search(ours, line)]}

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+from benchmarks.comfyui_events import step_ms
 from benchmarks.comfyui_graphs import VARIANTS, WORKFLOWS
-from benchmarks.comfyui_server import step_ms
 
 TITLES = {"baseline": "baseline", "compiled": "TorchCompileModel", "quantized": "OnlineQuant"}
 Record = Mapping[str, Any]
@@ -297,3 +297,39 @@ def _gigabytes(mebibytes: int | None) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "" if value is None else form.format(value)
+
+
+def in_short(result: dict[str, Any]) -> str:
+    """One line for whoever watches."""
+    parts = [f"{result['status']}, {seconds(result['seconds'])}, sampler {seconds(result['sampler'])}"]
+    parts += [f"{name} {result[name]}" for name in ("traces", "recompiles", "compiles") if result[name]]
+    parts += [f"trace {result['trace_seconds']:.1f} s"] if result["trace_seconds"] else []
+    for phase in ("calibrating", "compiling", "quantized"):
+        step = step_ms([result], phase)
+        parts += [f"{phase} step {step:.0f} ms"] if step else []
+    parts += [f"waited {result['waited']:.1f} s"] if result.get("waited") else []
+    parts += [f"{result['peak_mib']} MiB"] if result["peak_mib"] else []
+    parts += [f"error {result['error']:.4f}"] if "error" in result else []
+    parts += [f"{result['psnr']:.1f} dB"] if "psnr" in result else []
+    parts += [f"{graph['phase']} {graph['quantized']}/{graph['layers']}" for graph in result["graphs"]]
+    return ", ".join(parts)
+
+
+def show(records: list[dict[str, Any]]) -> None:
+    """All tables."""
+    names = dict.fromkeys(record["workflow"] for record in records if "workflow" in record)
+    is_tiny = any(record["tiny"] for record in records)
+    titles = {name: (WORKFLOWS[name].made_tiny() if is_tiny else WORKFLOWS[name]).title for name in names}
+    found = cells(records)
+    if found:
+        print("\n" + main_table(found, titles))
+        if cold := cold_table(found, titles):
+            print(f"\nA cold start of OnlineQuant:\n\n{cold}")
+    for name, title in titles.items():
+        if changes := changes_table(records, name):
+            print(f"\n{title}, changes:\n\n{changes}")
+    goals = targets(found, titles)
+    goals += [goal for name, title in titles.items() for goal in lora_targets(records, name, title)]
+    if goals:
+        print("\n" + targets_table(goals))
+    print("\n" + "\n".join(trouble_lines(records)), flush=True)

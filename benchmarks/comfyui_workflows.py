@@ -41,11 +41,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from benchmarks import comfyui_graphs as graphs  # noqa: E402
+from benchmarks import comfyui_pictures as pictures  # noqa: E402
 from benchmarks import comfyui_tables as tables  # noqa: E402
 from benchmarks.comfyui_graphs import CHANGES, VARIANTS, WORKFLOWS, Change  # noqa: E402
 from benchmarks.comfyui_server import (  # noqa: E402
@@ -55,7 +54,6 @@ from benchmarks.comfyui_server import (  # noqa: E402
     OutOfTimeError,
     Server,
     ServerError,
-    step_ms,
 )
 
 COLD_SECONDS = 420  # the most that is waited for the compile of a cold start
@@ -88,7 +86,7 @@ class Benchmark:
 
     def run(self) -> None:
         """All that was asked for; what fails or has no time left is recorded, and the rest goes on."""
-        self._lay_out()
+        self._installation.lay_out()
         if not self._tried("random models", self._write_models):
             return
         cold: list[str] = []
@@ -101,22 +99,6 @@ class Benchmark:
         for name in self._workflows if self._options.changes else ():
             for variant in self._options.variants or ("baseline", "quantized"):
                 self._tried(f"{name}, {variant}, changes", self._change, name, variant)
-
-    # --- The base directory ---
-
-    def _lay_out(self) -> None:
-        """The folders that ComfyUI has, with this checkout and the probe as its custom nodes."""
-        for folder in ("custom_nodes", "input", "output", "user", "models", "front"):
-            (self._base / folder).mkdir(parents=True, exist_ok=True)
-        (self._base / "front" / "index.html").write_text("no page here")
-        shutil.copy(self._installation.comfyui / "input" / "example.png", self._base / "input")
-        for name, target in (("onlinequant", ROOT), ("onlinequant_probe", ROOT / "benchmarks" / "comfyui_probe")):
-            link = self._base / "custom_nodes" / name
-            if link.is_symlink():
-                link.unlink()
-            elif link.exists():
-                shutil.rmtree(link)
-            link.symlink_to(target)
 
     def _write_models(self) -> None:
         wanted = self._options.changes or ()
@@ -253,11 +235,11 @@ class Benchmark:
             result["peak_mib"] = None
         reference = self._base / "references" / f"{name}-{workflow.prefix}" / (label.replace(":", "") or f"seed {seed}")
         if variant == "baseline":
-            keep(result["files"], reference)
+            pictures.keep(result["files"], reference)
         elif reference.exists():
-            result |= distances(result["files"], reference)
+            result |= pictures.distances(result["files"], reference)
         self._record(what="prompt", part=part, **place, seed=seed, label=label, alone=alone, **result)
-        self._say(f"{name}, {variant}, {label or f'{part} (seed {seed})'}: {_in_short(result)}")
+        self._say(f"{name}, {variant}, {label or f'{part} (seed {seed})'}: {tables.in_short(result)}")
         if result["status"] != "success":
             raise ServerError(result["messages"])
 
@@ -309,83 +291,6 @@ class Benchmark:
         return self._base / "caches" / f"{name}-{self._workflows[name].prefix}-{variant}"
 
 
-def keep(files: list[str], reference: Path) -> None:
-    """Keep a baseline's latent image and picture for later comparisons."""
-    shutil.rmtree(reference, ignore_errors=True)
-    reference.mkdir(parents=True)
-    for file in files:
-        shutil.copy(file, reference)
-
-
-def distances(files: list[str], reference: Path) -> dict[str, float]:
-    """The latent image's relative error and the PSNR of all pictures or frames in dB, as far as sizes are equal."""
-    kept = [str(file) for file in sorted(reference.iterdir())]
-    result: dict[str, float] = {}
-    ours, theirs = _latent(files), _latent(kept)
-    if ours is not None and theirs is not None and ours.shape == theirs.shape:
-        result["error"] = float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-    ours, theirs = _pictures(files), _pictures(kept)
-    if ours is not None and theirs is not None and ours.shape == theirs.shape:
-        mean_square = float(np.mean((ours - theirs) ** 2))
-        result["psnr"] = 10 * math.log10(255**2 / max(mean_square, 1e-5))  # 98 dB where they are equal
-    return result
-
-
-def _latent(files: list[str]) -> Any:
-    from safetensors.numpy import load_file
-
-    for file in files:
-        if file.endswith(".latent"):
-            return load_file(file)["latent_tensor"].astype(np.float64)
-    return None
-
-
-def _pictures(files: list[str]) -> Any:
-    from PIL import Image, ImageSequence
-
-    frames = []
-    for file in sorted(file for file in files if not file.endswith(".latent")):
-        with Image.open(file) as image:
-            frames += [np.asarray(frame.convert("RGB"), np.float32) for frame in ImageSequence.Iterator(image)]
-    return np.stack(frames) if frames else None
-
-
-def _in_short(result: dict[str, Any]) -> str:
-    """One line for whoever watches."""
-    parts = [f"{result['status']}, {tables.seconds(result['seconds'])}, sampler {tables.seconds(result['sampler'])}"]
-    parts += [f"{name} {result[name]}" for name in ("traces", "recompiles", "compiles") if result[name]]
-    parts += [f"trace {result['trace_seconds']:.1f} s"] if result["trace_seconds"] else []
-    for phase in ("calibrating", "compiling", "quantized"):
-        step = step_ms([result], phase)
-        parts += [f"{phase} step {step:.0f} ms"] if step else []
-    parts += [f"waited {result['waited']:.1f} s"] if result.get("waited") else []
-    parts += [f"{result['peak_mib']} MiB"] if result["peak_mib"] else []
-    parts += [f"error {result['error']:.4f}"] if "error" in result else []
-    parts += [f"{result['psnr']:.1f} dB"] if "psnr" in result else []
-    parts += [f"{graph['phase']} {graph['quantized']}/{graph['layers']}" for graph in result["graphs"]]
-    return ", ".join(parts)
-
-
-def show(records: list[dict[str, Any]]) -> None:
-    """All tables."""
-    names = dict.fromkeys(record["workflow"] for record in records if "workflow" in record)
-    is_tiny = any(record["tiny"] for record in records)
-    titles = {name: (WORKFLOWS[name].made_tiny() if is_tiny else WORKFLOWS[name]).title for name in names}
-    found = tables.cells(records)
-    if found:
-        print("\n" + tables.main_table(found, titles))
-        if cold := tables.cold_table(found, titles):
-            print(f"\nA cold start of OnlineQuant:\n\n{cold}")
-    for name, title in titles.items():
-        if changes := tables.changes_table(records, name):
-            print(f"\n{title}, changes:\n\n{changes}")
-    goals = tables.targets(found, titles)
-    goals += [goal for name, title in titles.items() for goal in tables.lora_targets(records, name, title)]
-    if goals:
-        print("\n" + tables.targets_table(goals))
-    print("\n" + "\n".join(tables.trouble_lines(records)), flush=True)
-
-
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -420,7 +325,7 @@ def main() -> None:
     if options.changes == []:
         options.changes = list(CHANGES)
     if options.show:
-        show([json.loads(line) for file in options.show for line in file.read_text().splitlines()])
+        tables.show([json.loads(line) for file in options.show for line in file.read_text().splitlines()])
         return
     if options.comfyui is None or options.base is None:
         arguments.error("--comfyui and --base are needed (or --show)")
@@ -431,7 +336,7 @@ def main() -> None:
     try:
         benchmark.run()
     finally:
-        show(benchmark.records)
+        tables.show(benchmark.records)
 
 
 if __name__ == "__main__":

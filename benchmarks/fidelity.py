@@ -51,7 +51,7 @@ from benchmarks.fidelity_study import Row, Study, file_name
 from benchmarks.fidelity_subjects import SAMPLERS, RandomWeights, Scenes, Subject
 from benchmarks.fidelity_variants import COMPILED, EAGER, Variant, variants, without_inductor
 from benchmarks.models import MODELS
-from onlinequant_backend.cache import files
+from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.config import CALIBRATION_METHODS, QuantConfig
 
 # Heading of each column, and how its figures are written.
@@ -133,7 +133,7 @@ def open_folder(options: argparse.Namespace) -> None:
     path = options.out / "settings.json"
     if path.exists() and json.loads(path.read_text()) != settings:
         raise SystemExit(f"{options.out} holds pictures drawn with other settings: give another --out, or delete it.")
-    files.write_atomically(path, json.dumps(settings) + "\n")  # rows in other processes may be reading it
+    atomic_files.write_atomically(path, json.dumps(settings) + "\n")  # rows in other processes may be reading it
 
 
 def draw_at_once(rows: list[str], jobs: int) -> None:

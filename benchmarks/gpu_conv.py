@@ -27,11 +27,11 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.gpu_step import require_cuda
+from benchmarks.gpu_timing import require_cuda
 from benchmarks.models import relative_error
 from onlinequant_backend import ops
+from onlinequant_backend.graph import ConvGeometry, LayerInfo
 from onlinequant_backend.kernels import formats
-from onlinequant_backend.passes import ConvGeometry, LayerInfo
 from onlinequant_backend.quantization.ranges import ActivationRange, freeze
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 from onlinequant_backend.selection import layer_timing

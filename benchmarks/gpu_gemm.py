@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.gpu_conv import FORMATS, Result, input_qparams, run
 from benchmarks.models import relative_error
 from onlinequant_backend import ops
-from onlinequant_backend.passes import LayerInfo
+from onlinequant_backend.graph import LayerInfo
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 from onlinequant_backend.selection import layer_timing
 

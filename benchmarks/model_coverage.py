@@ -22,9 +22,9 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.models import GPU_THRESHOLDS, MODELS, build
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import LayerInfo, fx_utils, layer_nodes
 from onlinequant_backend.kernels.precision import Precision
-from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, LayerInfo, PassContext, layer_nodes, run_passes
+from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, PassContext, run_passes
 
 
 def analyzed_layers(model: torch.nn.Module, inputs: dict[str, Any], config: QuantConfig) -> list[LayerInfo]:

@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks import peak_memory
 from benchmarks.models import build, model_parser
 from onlinequant_backend import errors
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.kernels import formats, precision
 from onlinequant_backend.kernels.formats import Format
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 

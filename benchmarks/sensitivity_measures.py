@@ -11,9 +11,9 @@ import torch.fx as fx
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import LayerInfo, fx_utils, layer_nodes
 from onlinequant_backend.kernels import formats, precision
-from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
+from onlinequant_backend.passes import ANALYZE, OBSERVE, PassContext, run_passes
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.observation import Observation
 from onlinequant_backend.selection.sensitivity import estimate_by_gradient, measure_end_to_end

@@ -16,7 +16,7 @@ from onlinequant_backend import OnlineQuantError, onlinequant
 from onlinequant_backend.backend import failures_raised
 from onlinequant_backend.garbage_collection import uncollected
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
-from onlinequant_backend.runtime.sampling import SamplingRun, current_run
+from onlinequant_backend.runtime import SamplingRun, current_run
 from onlinequant_backend.torch_internals import dynamo_interface
 
 _log = logging.getLogger("onlinequant")

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from onlinequant_backend.progress import Listener, Update, told_to
-from onlinequant_backend.runtime.sampling import SamplingRun, current_run
+from onlinequant_backend.runtime import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .residency import put_control_net_in_place

@@ -11,7 +11,7 @@ from typing import Any
 
 from onlinequant_backend.compilation.graph_memory import give_back_freed_memory, trim_graph_memory
 from onlinequant_backend.progress import Listener, Update, told_to
-from onlinequant_backend.runtime.sampling import SamplingRun, current_run
+from onlinequant_backend.runtime import SamplingRun, current_run
 
 from .compiled_method import CompiledMethod
 from .record import Record, record_of

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import re
 import threading
 from pathlib import Path
 from typing import Any
@@ -14,16 +12,15 @@ from aiohttp import web
 from comfy_api.latest import ComfyExtension, io, ui
 from server import PromptServer
 
-from onlinequant_backend.cache.cache_store import ENVIRONMENT_VARIABLES
 from onlinequant_backend.progress import Update
 from onlinequant_backend.runtime.set_registry import known_sets
 
 from .control_patch import quantize_control_net
 from .model_patch import quantize_model, record_of_model
 from .pictures import AMPLIFIED, compare
-from .presets import CUSTOM, PRESETS
 from .record import Record
 from .status import Statuses
+from .widgets import observe_again_input, quantization_inputs, understood
 
 CATEGORY = "model/patch"
 ALIASES = ["quantize", "int8", "fp8", "torch.compile", "speed"]
@@ -44,7 +41,7 @@ class OnlineQuantModel(io.ComfyNode):
                 "Of several nodes that compile one model, such as TorchCompileModel, the last one counts."
             ),
             search_aliases=ALIASES,
-            inputs=[io.Model.Input("model"), *_options(), _observe_again_input()],
+            inputs=[io.Model.Input("model"), *quantization_inputs(), observe_again_input()],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
@@ -52,7 +49,7 @@ class OnlineQuantModel(io.ComfyNode):
     @classmethod
     def execute(cls, model: Any, **settings: Any) -> io.NodeOutput:
         listener = _statuses.listener(cls.hidden.unique_id, OnlineQuantModel.__name__, settings, model.model)
-        options, whole_run, observe_again = _understood(**settings)
+        options, whole_run, observe_again = understood(**settings)
         quantized = quantize_model(model, options, whole_run, listener)
         record = record_of_model(quantized)
         if record is not None and record.is_to_observe_again(observe_again):
@@ -74,7 +71,7 @@ class OnlineQuantControlNet(io.ComfyNode):
                 "T2I adapters and control LoRAs go on in float."
             ),
             search_aliases=ALIASES,
-            inputs=[io.ControlNet.Input("control_net"), *_options()],
+            inputs=[io.ControlNet.Input("control_net"), *quantization_inputs()],
             outputs=[io.ControlNet.Output()],
             hidden=[io.Hidden.unique_id],
         )
@@ -83,7 +80,7 @@ class OnlineQuantControlNet(io.ComfyNode):
     def execute(cls, control_net: Any, **settings: Any) -> io.NodeOutput:
         network = getattr(control_net, "control_model", None)
         listener = _statuses.listener(cls.hidden.unique_id, OnlineQuantControlNet.__name__, settings, network)
-        options, whole_run, _ = _understood(**settings)
+        options, whole_run, _ = understood(**settings)
         return io.NodeOutput(quantize_control_net(control_net, options, whole_run, listener))
 
 
@@ -192,150 +189,6 @@ class OnlineQuantExtension(ComfyExtension):
         return [OnlineQuantModel, OnlineQuantControlNet, OnlineQuantReport, OnlineQuantCompare]
 
 
-def _options() -> list[io.Input]:
-    """The widgets of the two nodes that quantize. All may be missing in a workflow, as in those from before there
-    were presets: then a node goes by the values that it has."""
-    return [
-        io.Combo.Input(
-            "preset",
-            options=[*PRESETS, CUSTOM],
-            default=next(iter(PRESETS)),
-            optional=True,
-            extra_dict={"presets": PRESETS},
-            tooltip="fast: all layers that gain go into 8 bit. faithful: the most sensitive tenth stays in float, "
-            "which halves the error. custom: as the other widgets say, which the first two fill in.",
-        ),
-        _percentage("quantized_conv_percentage", "convolutions"),
-        _percentage("quantized_linear_percentage", "linear layers"),
-        _threshold("conv_compute_density_threshold", "A convolution"),
-        _threshold("linear_compute_density_threshold", "A linear layer"),
-        io.Combo.Input(
-            "precision",
-            options=["auto", "fp8", "int8", "float"],
-            default="auto",
-            optional=True,
-            tooltip="The 8-bit format; auto takes what the device is fast at, float where there is nothing.",
-        ),
-        io.Int.Input(
-            "calibration_steps",
-            default=0,
-            min=0,
-            max=1000,
-            optional=True,
-            advanced=True,
-            tooltip="How many calls of the model are observed in float before the change to 8 bit. "
-            "0: all steps of the first sampling run, however many.",
-        ),
-        io.Combo.Input(
-            "selection",
-            options=["auto", "density", "measured"],
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="What decides among the layers that the thresholds leave. measured: each is timed (CUDA only); "
-            "density: all go into 8 bit; auto: measured on CUDA.",
-        ),
-        io.String.Input(
-            "exclude",
-            default="",
-            placeholder="*.ff.net.2, *.proj_out",
-            optional=True,
-            advanced=True,
-            tooltip="Names of layers that stay in float, separated by commas; * stands for anything. "
-            "OnlineQuant Report has the names.",
-        ),
-        io.Combo.Input(
-            "cuda_graphs",
-            options=["auto", "off"],
-            default="auto",
-            optional=True,
-            advanced=True,
-            tooltip="Replay a whole step as one CUDA graph, where there is CUDA.",
-        ),
-        io.Boolean.Input(
-            "compile_in_background",
-            default=True,
-            optional=True,
-            advanced=True,
-            tooltip="Sampling goes on in float until the 8-bit model is compiled, and then changes over, in the middle "
-            "of a run if need be. Off: the first run waits for the compile at its end.",
-        ),
-    ]
-
-
-def _observe_again_input() -> io.Int.Input:
-    return io.Int.Input(
-        "observe_again",
-        default=0,
-        min=0,
-        max=1_000_000,
-        optional=True,
-        advanced=True,
-        tooltip="Count up to have the next run observed anew, for instance after prompts that are quite different.",
-    )
-
-
-def _percentage(name: str, layers: str) -> io.Int.Input:
-    return io.Int.Input(
-        name,
-        default=100,
-        min=0,
-        max=100,
-        step=1,
-        optional=True,
-        tooltip=f"Share of the {layers} that go into 8 bit, least sensitive first. 0 is none.",
-    )
-
-
-def _threshold(name: str, layer: str) -> io.Int.Input:
-    return io.Int.Input(
-        name,
-        default=0,
-        min=0,
-        max=10_000,
-        step=1,
-        optional=True,
-        advanced=True,
-        tooltip=f"{layer} with fewer FLOPs per byte than this stays in float. 0 is automatic: GPUs time each layer and "
-        "keep in float what gains too little; on CPUs it is 20.",
-    )
-
-
-def _understood(
-    preset: str = CUSTOM,
-    quantized_conv_percentage: int = 100,
-    quantized_linear_percentage: int = 100,
-    conv_compute_density_threshold: int = 0,
-    linear_compute_density_threshold: int = 0,
-    calibration_steps: int = 0,
-    exclude: str = "",
-    cuda_graphs: str = "auto",
-    compile_in_background: bool = True,
-    observe_again: int = 0,
-    **options: Any,
-) -> tuple[dict[str, Any], bool, int]:
-    """What the widgets hold: the backend's options, whether a whole run is observed, and ``observe_again``."""
-    values = {
-        "quantized_conv_percentage": quantized_conv_percentage,
-        "quantized_linear_percentage": quantized_linear_percentage,
-        "conv_compute_density_threshold": conv_compute_density_threshold,
-        "linear_compute_density_threshold": linear_compute_density_threshold,
-        "exclude": exclude,
-        "cuda_graphs": cuda_graphs,
-        **options,
-        **PRESETS.get(preset, {}),
-    }
-    for kind in ("conv", "linear"):
-        values[f"{kind}_compute_density_threshold"] = values[f"{kind}_compute_density_threshold"] or None
-    values["exclude"] = tuple(re.findall(r"[^\s,]+", values["exclude"]))
-    values["cuda_graphs"] = "auto" if values["cuda_graphs"] == "auto" else False
-    values["compile_in_background"] = compile_in_background
-    values["cache_dir"] = _cache_directory()
-    if calibration_steps:
-        values["calibration_steps"] = calibration_steps
-    return values, calibration_steps == 0, observe_again
-
-
 def _observe_again(denoiser: Any, record: Record) -> None:
     """Forget what was observed of a model; it is compiled already, and stays so."""
     if known_sets.observe_again(list(denoiser.parameters())):
@@ -361,14 +214,6 @@ def _difference(picture: Any, reference: Any) -> str:
         return str(compare(picture, reference))
     except ValueError as error:
         return str(error)
-
-
-def _cache_directory() -> str | None:
-    """A folder of ComfyUI's that is not reachable over HTTP; None where the environment names another one."""
-    if any(map(os.environ.get, ENVIRONMENT_VARIABLES)) or not hasattr(folder_paths, "get_system_user_directory"):
-        return None
-    directory: str = folder_paths.get_system_user_directory("onlinequant")
-    return directory
 
 
 _statuses = Statuses(lambda text, node: PromptServer.instance.send_progress_text(text, node))

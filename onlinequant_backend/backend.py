@@ -19,9 +19,9 @@ from .analysis.traced_graph import TracedGraph
 from .best_effort import warn_once
 from .cache import cache_store
 from .config import QuantConfig
-from .graph import exclusion, fx_utils, operations, parameter_names
+from .graph import LayerInfo, exclusion, fx_utils, layer_nodes, operations, parameter_names
 from .kernels import precision
-from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
+from .passes import ANALYZE, PassContext, run_passes
 from .report import report
 from .report.phases import Phase
 from .report.report import NodeDecision
@@ -107,7 +107,7 @@ class _Analysis(NamedTuple):
         module: a copy of the graph whose layers are known.
         infos: its layers.
         reason: why it stays in float; None if it does not.
-        identity: see ``keys.identity``.
+        identity: see ``graph_key.identity``.
         is_known_elsewhere: whether its operations are the same in another process.
     """
 

@@ -1,4 +1,8 @@
-"""FX passes, one a file. Each is ``(graph_module, context) -> int``, the number of nodes it changed."""
+"""FX passes, one a file. Each is ``(graph_module, context) -> int``, the number of nodes it changed.
+
+The tuples below say which passes run when, and in which order: ``ANALYZE`` on a graph as it was traced, ``OBSERVE`` on
+the copy that is observed, ``SELECT`` when observing is over, and ``REWRITE`` on the copy that is compiled in 8 bit.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,6 @@ import time
 from collections.abc import Callable, Sequence
 
 import torch.fx as fx
-
-from onlinequant_backend.graph.layer_info import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
 
 from .annotate_density import annotate_density
 from .context import PassContext
@@ -31,19 +33,7 @@ from .rewrite_linear import rewrite_linear
 from .select_nodes import select_nodes
 from .share_activations import share_activations
 
-__all__ = [
-    "ANALYZE",
-    "OBSERVE",
-    "REWRITE",
-    "SELECT",
-    "ConvGeometry",
-    "LayerInfo",
-    "PassContext",
-    "info_of",
-    "layer_nodes",
-    "layer_reads",
-    "run_passes",
-]
+__all__ = ["ANALYZE", "OBSERVE", "REWRITE", "SELECT", "PassContext", "run_passes"]
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph.layer_info import LayerInfo
+from onlinequant_backend.graph import LayerInfo
 from onlinequant_backend.kernels.precision import Precision
 
 

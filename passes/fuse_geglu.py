@@ -7,9 +7,8 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import fx_utils, info_of
 from onlinequant_backend.graph.aliasing import Memory
-from onlinequant_backend.graph.layer_info import info_of
 from onlinequant_backend.kernels.nvidia import tuning
 
 from .context import PassContext

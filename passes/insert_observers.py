@@ -4,8 +4,7 @@ from typing import Any
 
 import torch.fx as fx
 
-from onlinequant_backend.graph import fx_utils
-from onlinequant_backend.graph.layer_info import layer_reads
+from onlinequant_backend.graph import fx_utils, layer_reads
 from onlinequant_backend.quantization.observation import observe
 
 from .context import PassContext

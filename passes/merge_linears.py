@@ -7,9 +7,8 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import LayerInfo, fx_utils, layer_nodes
 from onlinequant_backend.graph.aliasing import Memory
-from onlinequant_backend.graph.layer_info import LayerInfo, layer_nodes
 
 from .context import PassContext
 

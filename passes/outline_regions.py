@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import fx_utils, info_of
 from onlinequant_backend.graph.aliasing import Memory
-from onlinequant_backend.graph.layer_info import info_of
 from onlinequant_backend.graph.repeated_runs import repeated_runs
 from onlinequant_backend.torch_internals import dynamo_interface
 

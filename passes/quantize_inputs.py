@@ -5,8 +5,7 @@ import operator
 import torch.fx as fx
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph import fx_utils
-from onlinequant_backend.graph.layer_info import layer_reads
+from onlinequant_backend.graph import fx_utils, layer_reads
 
 from .context import PassContext, is_selected
 

@@ -5,8 +5,7 @@ from typing import Any
 import torch.fx as fx
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph import fx_utils
-from onlinequant_backend.graph.layer_info import LayerInfo
+from onlinequant_backend.graph import LayerInfo, fx_utils
 
 from .context import PassContext
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import torch.fx as fx
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph import fx_utils
-from onlinequant_backend.graph.layer_info import layer_nodes
+from onlinequant_backend.graph import fx_utils, layer_nodes
 
 from .context import PassContext
 from .quantized_operands import quantized_operands

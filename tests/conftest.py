@@ -8,8 +8,12 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.helpers.eager_inductor import EagerInductor
 
 _own_cache = pytest.StashKey[str]()
 
@@ -68,3 +72,14 @@ def device(request: pytest.FixtureRequest) -> str:
     if not pytest.importorskip("torch").cuda.is_available():
         pytest.skip("torch sees no GPU")
     return "cuda"
+
+
+@pytest.fixture
+def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
+    """Stands in for Inductor in one test."""
+    from onlinequant_backend.torch_internals import inductor_interface
+    from tests.helpers.eager_inductor import EagerInductor
+
+    stand_in = EagerInductor()
+    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
+    return stand_in

@@ -12,10 +12,10 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend import backend
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.graph_probe import EIGHT_BITS, GraphProbe
 from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 X = noise(8, 16)
 

@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import comfyui_graphs as graphs
 from benchmarks import comfyui_tables as tables
+from benchmarks.comfyui_events import measured, step_ms, trouble
 from benchmarks.comfyui_graphs import VARIANTS, WORKFLOWS, Change
-from benchmarks.comfyui_server import measured, step_ms, trouble
 
 SDXL, SD15, SVD = WORKFLOWS["sdxl-1024"], WORKFLOWS["sd15-512-b4"], WORKFLOWS["svd"]
 

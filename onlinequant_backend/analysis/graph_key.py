@@ -26,9 +26,8 @@ import torch.fx as fx
 
 from ..cache.source_digest import source_digest
 from ..config import QuantConfig
-from ..graph import fx_utils, operations, specialization
+from ..graph import LayerInfo, fx_utils, operations, specialization
 from ..kernels.precision import Precision
-from ..passes import LayerInfo
 from ..tensors import plain_tensors, sample
 from ..torch_internals import dynamo_interface, hardware, torch_settings
 

@@ -9,10 +9,10 @@ import torch
 import torch.fx as fx
 
 from ..config import QuantConfig
-from ..graph import fx_utils
+from ..graph import LayerInfo, fx_utils, layer_nodes
 from ..graph.graph_inputs import GraphInputs
 from ..kernels.precision import Precision
-from ..passes import OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
+from ..passes import OBSERVE, PassContext, run_passes
 from ..report.report import Report
 from ..torch_internals import torch_settings
 from . import graph_key

@@ -27,8 +27,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..best_effort import warn_once
 from ..errors import OnlineQuantError
-from ..graph import dynamic_shapes, fx_utils
-from ..passes import LayerInfo
+from ..graph import LayerInfo, dynamic_shapes, fx_utils
 from ..torch_internals import dynamo_interface, inductor_interface
 
 _log = logging.getLogger("onlinequant")
@@ -55,7 +54,7 @@ class _Graph(NamedTuple):
         operations: how many it has up to the first break.
         has_unknown: whether it has numbers that are known only when it runs.
         sizes: of its inputs, by name.
-        values: what it is for alone beside these, such as flags, see ``compat.guarded_values``.
+        values: what it is for alone beside these, such as flags, see ``dynamo_interface.guarded_values``.
         is_fixed: whether it is for these sizes alone.
     """
 

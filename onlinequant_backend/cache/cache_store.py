@@ -10,7 +10,8 @@
     temporary/, trash/                  what is being written and deleted
     compile_times.json                  how long compiling took here
 
-A key is 64 hex digits, four parts of 16: what holds on every machine, the weights, the machine, the graph; ``keys.py``.
+A key is 64 hex digits, four parts of 16: what holds on every machine, the weights, the machine, the graph; see
+``graph_key``.
 Entries whose keys differ in the last part only are of one model, at other shapes or with other options, and share a
 calibration.
 """
@@ -31,17 +32,7 @@ import platformdirs
 
 from ..best_effort import going_on, warn_once
 from . import eviction, listing, locks
-from .calibration_file import (
-    AUTOTUNING_FILE,
-    CALIBRATION_FILE,
-    MAX_BYTES,
-    STATS_FILE,
-    Calibration,
-    InvalidEntryError,
-    parse_object,
-)
-from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
-from .files import (
+from .atomic_files import (
     TEMPORARY,
     TRASH,
     check_parent,
@@ -53,6 +44,16 @@ from .files import (
     replaced,
     write_atomically,
 )
+from .calibration_file import (
+    AUTOTUNING_FILE,
+    CALIBRATION_FILE,
+    MAX_BYTES,
+    STATS_FILE,
+    Calibration,
+    InvalidEntryError,
+    parse_object,
+)
+from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
 from .listing import EntryInfo
 from .locks import Lock
 
@@ -230,7 +231,7 @@ class Cache:
         return None
 
     def has_compiled(self, key: str) -> bool:
-        """Whether there is any compiled graph for such a key; see ``compiler.is_in_cache``."""
+        """Whether there is any compiled graph for such a key; see ``inductor_job.is_in_cache``."""
         directory = self.inductor_directory(key) if self.has(key) else None
         return directory is not None and any(directory.glob("compiled-*"))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..best_effort import going_on
 from . import locks
-from .files import TEMPORARY, TRASH, delete, directory_size, discard, make_private
+from .atomic_files import TEMPORARY, TRASH, delete, directory_size, discard, make_private
 
 ASIDE, ENTRIES, IMPORTED, INDUCTOR, LOCKS = "aside", "entries", "imported", "inductor", "locks"
 # What may be removed, and how its name looks. Whatever has another name is not ours to remove.

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import eviction
+from .atomic_files import read_file
 from .calibration_file import CALIBRATION_FILE, MAX_BYTES, MAX_LAYERS, STATS_FILE, decode, parse_object
 from .eviction import ENTRIES, IMPORTED, Item
-from .files import read_file
 
 _WIDTH = 120
 _PART = 16

@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from ..cache import cache_store, files, listing
+from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
 from ..kernels import precision
 from ..kernels.formats import Format
@@ -209,4 +209,4 @@ def _describe_cache(cache_dir: str | None) -> str:
             pass
     except OSError as error:
         state = f"cannot be written ({error.strerror}): {remedy}"
-    return f"{directory}, {listing.human_size(files.directory_size(directory))}, {state}"
+    return f"{directory}, {listing.human_size(atomic_files.directory_size(directory))}, {state}"

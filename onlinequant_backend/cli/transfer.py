@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..cache import listing
+from ..cache.atomic_files import publish_folder, read_file, read_where_told, write_where_told
 from ..cache.cache_store import Cache
 from ..cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, Calibration, InvalidEntryError, decode
 from ..cache.eviction import IMPORTED
-from ..cache.files import publish_folder, read_file, read_where_told, write_where_told
 from ..cache.listing import EntryInfo
 from ..errors import CalibrationFileError
 

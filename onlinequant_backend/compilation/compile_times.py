@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..best_effort import going_on
-from ..cache.files import make_private, read_file, write_atomically
+from ..cache.atomic_files import make_private, read_file, write_atomically
 
 FILE = "compile_times.json"
 _KEPT = 8  # of each kind; what the machine did long ago says little

@@ -61,7 +61,7 @@ class CompiledGraph:
         return prepared.function(*self._taken(args, weights), *prepared.extras)
 
     def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, Seen]]:
-        """A call that also says what its layers read, see ``drift.CountingCall``."""
+        """A call that also says what its layers read, see ``CountingCall``."""
         prepared = self.prepare(weights)
         return prepared.counting(*self._taken(args, weights), *prepared.extras)
 

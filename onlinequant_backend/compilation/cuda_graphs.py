@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+from torch.utils._pytree import tree_leaves
 
 from ..tensors import getter
+from .graph_buffers import copied, copy_storages, storage_address, without_repetitions
 from .graph_memory import (
     Waits,
     addresses_not_asked_about,
@@ -144,8 +145,8 @@ class GraphedCall:
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
         if any(tensor.device != self._lane.device for tensor in (*results, *self._fixed(args))):
             return f"not all of its weights and outputs are on {self._lane.device}"
-        storages = {_storage(arg) for arg in args if isinstance(arg, torch.Tensor)} - {0}  # 0: empty
-        if any(_storage(tensor) in storages for tensor in results):
+        storages = {storage_address(arg) for arg in args if isinstance(arg, torch.Tensor)} - {0}  # 0: empty
+        if any(storage_address(tensor) in storages for tensor in results):
             return "an output is a view of an argument"  # and has to stay one, should the caller write into it
         return None
 
@@ -173,14 +174,14 @@ class _Capture:
                 arguments[position] = torch.empty_strided(
                     tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device
                 )
-        self._buffers = [_without_repetitions(arguments[position]) for position in self._positions]
+        self._buffers = [without_repetitions(arguments[position]) for position in self._positions]
         self._replay, self._outputs = lane.record(lambda: function(*arguments))
 
     def replay(self, args: Sequence[Any]) -> Any:
         for buffer, position in zip(self._buffers, self._positions, strict=True):
-            buffer.copy_(_without_repetitions(args[position]))
+            buffer.copy_(without_repetitions(args[position]))
         self._replay()
-        return _copied(self._outputs)
+        return copied(self._outputs)
 
 
 class _Lane:
@@ -278,12 +279,12 @@ class _Lane:
                 outputs = run()
             if waits.reason is not None:
                 raise RuntimeError(waits.reason)
-            kept = _copied(outputs)
+            kept = copied(outputs)
             del outputs
             self._stream.synchronize()
 
         def run_into_kept() -> Any:
-            _copy_storages(run(), kept)
+            copy_storages(run(), kept)
             return kept
 
         return run_into_kept
@@ -334,42 +335,3 @@ def _version(tensor: torch.Tensor) -> int:
 
 def _differs(tensor: torch.Tensor, before: torch.Tensor) -> bool:
     return not bool(((tensor == before) | (before != before)).all())  # a NaN is not equal to itself
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
-def _copied(outputs: Any) -> Any:
-    """The same in memory of their own: outputs keep their strides and what they share with each other."""
-    leaves, structure = tree_flatten(outputs)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-    copies = {_storage(tensor): _bytes(tensor).clone().untyped_storage() for tensor in tensors}
-    for i, leaf in enumerate(leaves):
-        if isinstance(leaf, torch.Tensor):
-            leaves[i] = torch.empty(0, dtype=leaf.dtype, device=leaf.device).set_(
-                copies[_storage(leaf)], leaf.storage_offset(), leaf.size(), leaf.stride()
-            )
-    return tree_unflatten(leaves, structure)
-
-
-def _copy_storages(outputs: Any, kept: Any) -> None:
-    """Write what ``outputs`` lie in into what ``kept``, copies of outputs of the same function, lie in."""
-    done = set[int]()
-    for source, target in zip(tree_leaves(outputs), tree_leaves(kept), strict=True):
-        if isinstance(source, torch.Tensor) and _storage(target) not in done:
-            done.add(_storage(target))
-            _bytes(target).copy_(_bytes(source))
-
-
-def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a tensor's storage."""
-    return torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
-
-
-def _without_repetitions(tensor: torch.Tensor) -> torch.Tensor:
-    """An expanded tensor as it was before: nothing can be copied into one that shows a value twice."""
-    for dim, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
-        if stride == 0 and size > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor

@@ -42,7 +42,7 @@ class Job(NamedTuple):
     """What Inductor is given.
 
     Attributes:
-        graph: a rewritten graph, as ``wire.standard`` makes it.
+        graph: a rewritten graph, as ``graph_transport.standard`` makes it.
         inputs: a fake tensor, a symbolic size or a number for each of its inputs.
         symbols: the symbolic sizes among them.
         options: of Inductor.

@@ -1,5 +1,10 @@
-"""Helpers for FX graphs, and what is known of a layer: data and pure functions.
+"""FX graphs, and what is known of the layers in them: data and pure functions, which run nothing.
 
-``fx_utils`` handles nodes and copies of graphs, ``layer_info`` is what passes attach to a conv or linear node, and each
-of the others answers one question about a graph.
+``layer_info`` is what the passes note about a convolution or a linear layer. ``fx_utils`` copies graphs and handles
+their nodes and inputs. Each of the other modules answers one question about a graph: which values share memory, which
+layers an option excludes, which parts repeat, which sizes vary.
 """
+
+from .layer_info import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
+
+__all__ = ["ConvGeometry", "LayerInfo", "info_of", "layer_nodes", "layer_reads"]

@@ -125,7 +125,7 @@ def layer_norm(
     qparams: torch.Tensor,
     dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``cuda.layer_norm``."""
+    """See ``nvidia.operators.layer_norm``."""
     total = x if residual is None else x + residual
     y = torch.nn.functional.layer_norm(total.float(), x.shape[-1:], _float(weight), _float(bias), eps)
     xq = torch.ops.onlinequant.quantize(y, qparams, dtype, False)
@@ -142,7 +142,7 @@ def group_norm(
     qparams: torch.Tensor,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """See ``cuda.group_norm``."""
+    """See ``nvidia.operators.group_norm``."""
     y = torch.nn.functional.group_norm(x.float(), groups, _float(weight), _float(bias), eps)
     if silu:
         y = torch.nn.functional.silu(y)

@@ -230,7 +230,7 @@ def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
 
 
 def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
-    """The largest share of values that any observed call has beyond the range; see ``drift.clipped``.
+    """The largest share of values that any observed call has beyond the range; see ``clip_counting.clipped``.
 
     Of as many values again, one is expected at each end beyond all that were observed.
     """

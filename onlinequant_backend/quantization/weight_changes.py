@@ -102,7 +102,7 @@ class Stamp:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Stamp:
         version = None if weight.is_inference() else weight._version
-        # Bits, for NaN is not equal to NaN. Not left on a GPU, see ``copies.make_room``.
+        # Bits, for NaN is not equal to NaN. Not left on a GPU, see ``weight_copy.make_room``.
         values = sample(weight, 4096).to("cpu", copy=True).view(torch.uint8)
         return cls(weight.data_ptr(), version, values)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .. import errors, fork_locks
+from ..cache.atomic_files import read_where_told, write_where_told
 from ..cache.calibration_file import MAX_BYTES
-from ..cache.files import read_where_told, write_where_told
 from ..graph import exclusion
 from .phases import SHOWN, TRANSITIONS, Phase
 from .table import render_table

@@ -17,7 +17,7 @@ from ..best_effort import going_on, warn_once
 from ..cache.cache_store import Cache
 from ..cache.calibration_file import Calibration
 from ..cache.locks import Lock
-from ..passes import LayerInfo
+from ..graph import LayerInfo
 from ..quantization.layer_state import Layer
 from ..report.report import Report
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..runtime.sampling import sampling_run
+from ..runtime import sampling_run
 from .model import LATENT_CHANNELS, LATENT_SIZE, ScenesModel
 
 Denoiser = Callable[..., Any]

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..analysis.traced_graph import TracedGraph
-from ..passes import SELECT, PassContext, layer_nodes, run_passes
+from ..graph import layer_nodes
+from ..passes import SELECT, PassContext, run_passes
 from ..quantization.weight_set import WeightSet
 from ..report.report import NodeDecision
 from . import layer_timing

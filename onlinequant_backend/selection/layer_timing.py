@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from ..best_effort import going_on
 from ..compilation import cuda_graphs
 from ..compilation.compile_process import IDLE, done_elsewhere
-from ..graph import fx_utils
+from ..graph import LayerInfo, fx_utils, layer_reads
 from ..kernels.formats import Format
 from ..kernels.nvidia import operators, precompile, tuning
 from ..kernels.nvidia.tuning import Tile
-from ..passes import LayerInfo, layer_reads
 from ..progress import Progress
 from ..quantization.weight_quantization import quantize_weight, scales_in
 from ..tensors import CHANNELS_LAST

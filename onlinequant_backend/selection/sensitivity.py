@@ -17,9 +17,8 @@ import psutil
 import torch
 import torch.fx as fx
 
-from ..graph import fx_utils
+from ..graph import LayerInfo, fx_utils
 from ..graph.layer_info import Sensitivity
-from ..passes import LayerInfo
 from ..progress import Progress
 from ..quantization.layer_state import Layer
 from ..quantization.observation import Observation

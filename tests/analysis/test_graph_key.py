@@ -18,10 +18,10 @@ from onlinequant_backend.cache import source_digest
 from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import CLOSE, WIDE, X, compiled, entries, forget_everything, small
 from tests.helpers.tiny import noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 PARTS = ("portable", "weights", "machine", "graph")
 

@@ -14,9 +14,9 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.graph import dynamic_shapes
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 Call = tuple[Any, ...]
 

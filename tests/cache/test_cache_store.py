@@ -10,7 +10,7 @@ import platformdirs
 import pytest
 
 from onlinequant_backend import best_effort
-from onlinequant_backend.cache import cache_store, files
+from onlinequant_backend.cache import atomic_files, cache_store
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration
 from onlinequant_backend.cache.eviction import ENTRIES
@@ -36,7 +36,7 @@ def store(root: Path) -> Cache:
 
 
 def import_into(root: Path, made: Calibration, of: str = KEY) -> Path:
-    return files.publish_folder(root, "imported", of[:32], {CALIBRATION_FILE: made.to_bytes(of)})
+    return atomic_files.publish_folder(root, "imported", of[:32], {CALIBRATION_FILE: made.to_bytes(of)})
 
 
 def age(path: Path, days: float) -> None:
@@ -149,7 +149,7 @@ def test_publishing_evicts_the_oldest_but_not_what_is_in_use(root: Path) -> None
     small = Cache.open(str(root), size_limit=0)
     old = small.publish(key(weights="0"), CALIBRATION, STATS)
     used = small.inductor_directory(key(weights="0", machine="0"))
-    unused = files.make_private(root, "inductor", "0" * 32)
+    unused = atomic_files.make_private(root, "inductor", "0" * 32)
     (unused / "code").write_text("code")
     new = small.publish(KEY, CALIBRATION, STATS)
     assert old is not None and used is not None and new is not None
@@ -182,7 +182,7 @@ def test_a_directory_that_others_can_write_to_is_refused(root: Path) -> None:
 
 def test_a_directory_of_somebody_else_is_refused(root: Path, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     store.publish(KEY, CALIBRATION, STATS)
-    monkeypatch.setattr(files.os, "geteuid", lambda: root.stat().st_uid + 1)
+    monkeypatch.setattr(atomic_files.os, "geteuid", lambda: root.stat().st_uid + 1)
     with pytest.raises(InsecureCacheDirectoryError, match="belongs to the user"):
         Cache.open(str(root))
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onlinequant_backend import best_effort
-from onlinequant_backend.cache import eviction, files, locks
+from onlinequant_backend.cache import atomic_files, eviction, locks
 from onlinequant_backend.cache.eviction import ASIDE, DAY, ENTRIES, IMPORTED, INDUCTOR, TEMPORARY, TRASH
 from tests.helpers import cache_process
 from tests.helpers.calibrations import KEY, OTHER_MACHINE, SIBLING, key
@@ -22,7 +22,7 @@ def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def add(root: Path, kind: str, name: str | None = None, *, size: int = 100, days: float = 0) -> Path:
     """An item of ``size`` bytes that was last used so many days ago."""
-    path = files.publish_folder(root, kind, name or NAMES[kind], {"file": bytes(size)})
+    path = atomic_files.publish_folder(root, kind, name or NAMES[kind], {"file": bytes(size)})
     moment = time.time() - days * DAY
     os.utime(path, (moment, moment))
     return path
@@ -78,7 +78,7 @@ def test_what_another_process_has_locked_stays(tmp_path: Path, kind: str) -> Non
 
 def test_what_this_process_has_locked_stays(tmp_path: Path) -> None:
     add(tmp_path, ENTRIES, SIBLING)
-    with locks.acquire(files.make_private(tmp_path, "locks") / f"{KEY[:48]}.lock", 0) or pytest.fail("locked"):
+    with locks.acquire(atomic_files.make_private(tmp_path, "locks") / f"{KEY[:48]}.lock", 0) or pytest.fail("locked"):
         assert eviction.evict(tmp_path, 0) == []
     assert len(eviction.evict(tmp_path, 0)) == 1
 
@@ -96,7 +96,7 @@ def test_what_is_removed_meanwhile_is_no_trouble(
 ) -> None:
     path = add(tmp_path, ENTRIES, days=3)
     listed = eviction.items(tmp_path)
-    files.delete(path)
+    atomic_files.delete(path)
     monkeypatch.setattr(eviction, "items", lambda root: listed)
     assert eviction.evict(tmp_path, 0) == [] and caplog.records == []
 
@@ -141,8 +141,8 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "file").write_bytes(bytes(100_000))
-    root = files.make_private(tmp_path, "root")
-    (files.make_private(root, ENTRIES) / KEY).symlink_to(outside)
+    root = atomic_files.make_private(tmp_path, "root")
+    (atomic_files.make_private(root, ENTRIES) / KEY).symlink_to(outside)
     (root / INDUCTOR).symlink_to(outside)
     (outside / NAMES[INDUCTOR]).mkdir()
     (item,) = eviction.items(root)
@@ -152,8 +152,8 @@ def test_links_are_removed_and_not_followed(tmp_path: Path) -> None:
 
 
 def test_left_overs_are_swept_and_work_in_progress_is_not(tmp_path: Path) -> None:
-    dead, alive = (files.make_private(tmp_path, TEMPORARY, name) for name in ("dead", "alive"))
-    trash = files.make_private(tmp_path, TRASH, "trash")
+    dead, alive = (atomic_files.make_private(tmp_path, TEMPORARY, name) for name in ("dead", "alive"))
+    trash = atomic_files.make_private(tmp_path, TRASH, "trash")
     (dead / "file").write_text("half")
     for path, age in ((dead, 3700), (alive, 3500), (trash, -1000)):
         os.utime(path, (time.time() - age, time.time() - age))

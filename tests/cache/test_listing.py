@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from onlinequant_backend.cache import files, listing
+from onlinequant_backend.cache import atomic_files, listing
 from onlinequant_backend.cache.listing import EntryInfo
 from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, key
 
 
 def add(root: Path, of: str, stats: str = STATS) -> Path:
     contents = {"calibration.safetensors": CALIBRATION.to_bytes(of), "quantization_stats.json": stats.encode()}
-    return files.publish_folder(root, "entries", of, contents)
+    return atomic_files.publish_folder(root, "entries", of, contents)
 
 
 def info(**changes: object) -> EntryInfo:
@@ -25,11 +25,11 @@ def info(**changes: object) -> EntryInfo:
 
 def test_entries_and_imported_calibrations_are_listed_last_used_first(tmp_path: Path) -> None:
     entry = add(tmp_path, KEY)
-    imported = files.publish_folder(
+    imported = atomic_files.publish_folder(
         tmp_path, "imported", KEY[:32], {"calibration.safetensors": CALIBRATION.to_bytes(KEY)}
     )
-    files.publish_folder(tmp_path, "inductor", "0" * 32, {})
-    files.publish_folder(tmp_path, "aside", "corrupt", {})
+    atomic_files.publish_folder(tmp_path, "inductor", "0" * 32, {})
+    atomic_files.publish_folder(tmp_path, "aside", "corrupt", {})
     os.utime(entry, (10, 10))
     os.utime(imported, (20, 20))
     size = len(CALIBRATION.to_bytes(KEY))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onlinequant_backend import best_effort
-from onlinequant_backend.cache import files
+from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cli import commands
 from onlinequant_backend.report.report import Report
@@ -117,7 +117,7 @@ def test_no_command_touches_a_cache_that_is_not_safe(
     assert commands.main([*arguments, "--cache-dir", str(root)]) == 2
     assert f"chmod 700 {root}" in capsys.readouterr().err
     root.chmod(0o700)
-    assert files.directory_size(root) > 10**6
+    assert atomic_files.directory_size(root) > 10**6
 
 
 @pytest.mark.parametrize("arguments", COMMANDS)

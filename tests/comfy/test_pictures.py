@@ -17,8 +17,8 @@ from onlinequant_backend import Report
 from onlinequant_backend.comfy_integration import record, summary
 from onlinequant_backend.comfy_integration.pictures import AMPLIFIED, compare
 from onlinequant_backend.comfy_integration.record import Pace, Record
-from onlinequant_backend.runtime.sampling import SamplingRun
-from tests.report.test_report import made
+from onlinequant_backend.runtime import SamplingRun
+from tests.helpers.reports import made
 
 
 def image(*size: int) -> torch.Tensor:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from PIL import Image
 
-from example_workflows import make
+from example_workflows.formats import api_format, ui_format
+from example_workflows.thumbnail import THUMBNAIL
+from example_workflows.workflows import workflows
 
 if TYPE_CHECKING:
     from tests.comfy.conftest import Server
@@ -35,7 +37,7 @@ NODES = re.findall(r'node_id="(\w+)"', (ROOT / "comfy_integration" / "nodes.py")
 
 NAMES = [f"{model}_{kind}" for model in ("sdxl", "sd15", "svd") for kind in ("baseline", "compiled", "quantized")]
 NAMES += ["sdxl_report", "sdxl_compare", "sdxl_lora_controlnet"]
-TITLES = {name: workflow.title for name, workflow in make.workflows().items()}
+TITLES = {name: workflow.title for name, workflow in workflows().items()}
 CHECKPOINTS = {
     "sdxl": "sd_xl_base_1.0.safetensors",
     "sd15": "v1-5-pruned-emaonly.safetensors",
@@ -84,13 +86,13 @@ def converted(ui: dict[str, Any]) -> dict[str, Any]:
 def test_every_workflow_is_there_in_both_formats() -> None:
     assert sorted(file.stem for file in FOLDER.glob("*.json")) == sorted(TITLES.values())
     assert sorted(file.stem for file in FOLDER.glob("api/*.json")) == sorted(NAMES)
-    assert sorted(make.workflows()) == sorted(NAMES)
+    assert sorted(workflows()) == sorted(NAMES)
 
 
 @each_workflow
 def test_the_files_are_what_the_script_makes(name: str) -> None:
-    workflow = make.workflows()[name]
-    assert read_api(name) == make.api_format(workflow)
+    workflow = workflows()[name]
+    assert read_api(name) == api_format(workflow)
     (note,) = (node for node in read_ui(name)["nodes"] if node["type"] == "MarkdownNote")
     assert note["widgets_values"] == [workflow.note]
 
@@ -190,7 +192,7 @@ def test_each_has_a_small_picture_of_its_own(name: str) -> None:
     others = {(FOLDER / f"{title}.jpg").read_bytes() for key, title in TITLES.items() if key != name}
     file = FOLDER / f"{TITLES[name]}.jpg"
     assert file.read_bytes() not in others and file.stat().st_size < 40_000
-    assert Image.open(file).size == make.THUMBNAIL
+    assert Image.open(file).size == THUMBNAIL
 
 
 @each_workflow
@@ -277,7 +279,7 @@ def check_value(kind: Any, options: dict[str, Any], value: Any, where: tuple[str
 @pytest.mark.comfy
 @each_workflow
 def test_the_ui_file_fits_this_comfyui(schemas: dict[str, Any], name: str) -> None:
-    assert read_ui(name) == make.ui_format(make.workflows()[name], schemas)
+    assert read_ui(name) == ui_format(workflows()[name], schemas)
 
 
 @pytest.mark.comfy

@@ -30,11 +30,11 @@ from onlinequant_backend.compilation.compile_process import (
     is_possible,
 )
 from onlinequant_backend.torch_internals import inductor_interface, torch_settings
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import CLOSE, WIDE, X, compiled, small
+from tests.helpers.threads import join_background
 from tests.helpers.tiny import relative_error
-from tests.runtime.test_background import join
-from tests.runtime.test_quantized_graph import EagerInductor
 
 ASIDE = {"compile_in_background": True}
 Modes = Callable[[], contextlib.AbstractContextManager[Any]]
@@ -48,7 +48,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileProcess]:
     own = CompileProcess()
     monkeypatch.setattr(compile_process, "_process", own)
     yield own
-    join()
+    join_background()
     own.stop()
 
 
@@ -91,7 +91,7 @@ def until_it_is_compiled(model: nn.Module, step: Callable[..., torch.Tensor], x:
         finally:
             is_over.set()
         other.result(60)
-    join()
+    join_background()
     step(x)  # the first of a size looks for drift, and may be in float
     assert 0 < relative_error(step(x), expected) < CLOSE
     return sum(in_float)
@@ -207,7 +207,7 @@ def test_one_that_is_killed_in_the_middle(
     with monkeypatch.context() as patch:
         patch.setattr(compile_process, "send", send_and_kill)
         quantize()
-        join()
+        join_background()
     assert len(inductor.graphs) == 1 and "without an answer" in caplog.text
     assert len(set(killed)) == 2  # the second one, since the first may have ended with nothing to do
     assert pid(process) not in killed
@@ -219,7 +219,7 @@ def quantize() -> None:
     step = compiled(model, ASIDE)
     for _ in range(3):
         assert torch.equal(step(X), model(X))
-    join()
+    join_background()
     assert 0 < relative_error(step(X), model(X)) < CLOSE
 
 

@@ -11,11 +11,11 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.graph import exclusion
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, Net, net, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 X = noise(1, 4, 8, 8)
-CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
 OF_AN_ADAPTER = [
     "mid.to_q.base_layer",
     "mid.to_q.base_layer.base_layer",

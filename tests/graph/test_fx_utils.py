@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph import fx_utils, parameter_names, specialization
-from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, PassContext, layer_nodes, run_passes
+from onlinequant_backend.graph import fx_utils, layer_nodes, parameter_names, specialization
+from onlinequant_backend.passes import ANALYZE, OBSERVE, REWRITE, PassContext, run_passes
 from tests.helpers.graph_probe import EIGHT_BITS, EVERY_LAYER, GraphProbe, Snapshot, WithWeight, capture
 from tests.helpers.tiny import net, noise
 

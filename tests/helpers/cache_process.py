@@ -39,17 +39,17 @@ def _without_torch() -> None:
 
 def _publish_with_steps(root: Path, at_step: Callable[[str], None]) -> None:
     """Publish another calibration under the lock, and import it, with ``at_step`` at each point of these."""
-    from onlinequant_backend.cache import files
+    from onlinequant_backend.cache import atomic_files
     from onlinequant_backend.cache.cache_store import Cache
     from onlinequant_backend.cache.eviction import IMPORTED
     from tests.helpers.calibrations import KEY, STATS, calibration
 
-    files._step = at_step
+    atomic_files._step = at_step
     cache = Cache.open(str(root))
     with cache.lock(KEY, 0):
         cache.publish(KEY, calibration(calls=21), STATS)
     imported = {"calibration.safetensors": calibration(calls=22).to_bytes(KEY)}
-    files.publish_folder(root, IMPORTED, KEY[:32], imported)
+    atomic_files.publish_folder(root, IMPORTED, KEY[:32], imported)
 
 
 def _say(line: str) -> None:

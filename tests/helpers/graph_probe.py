@@ -12,11 +12,11 @@ import torch.fx as fx
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph import fx_utils
+from onlinequant_backend.graph import LayerInfo, fx_utils, layer_nodes
 from onlinequant_backend.graph.layer_info import Sensitivity
 from onlinequant_backend.kernels import formats, precision
 from onlinequant_backend.kernels.precision import Precision
-from onlinequant_backend.passes import ANALYZE, OBSERVE, LayerInfo, PassContext, layer_nodes, run_passes
+from onlinequant_backend.passes import ANALYZE, OBSERVE, PassContext, run_passes
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.observation import Observation
 from onlinequant_backend.quantization.weight_set import WeightSet

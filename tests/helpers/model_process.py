@@ -103,9 +103,9 @@ class Session:
 
         import onlinequant_backend as oq
         from onlinequant_backend.torch_internals import inductor_interface
+        from tests.helpers.eager_inductor import EagerInductor
         from tests.helpers.small import small
         from tests.helpers.tiny import OPTIONS, net
-        from tests.runtime.test_quantized_graph import EagerInductor
 
         torch.set_grad_enabled(False)
         torch._inductor.config.compile_threads = 1  # one kernel is compiled sooner than processes for more have begun
@@ -129,7 +129,7 @@ class Session:
 
     def fuse(self) -> None:
         """Change some weights in place, as fusing a LoRA does."""
-        from tests.runtime.test_quantized_graph import deltas
+        from tests.helpers.tiny import deltas
 
         for layer, delta in deltas(self._model):
             layer.weight.add_(delta)

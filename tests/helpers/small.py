@@ -52,8 +52,8 @@ def fused(model: Small) -> dict[str, torch.Tensor]:
     return {"linear.weight": -model.linear.weight, "conv_out.weight": model.conv_out.weight.flip(0)}
 
 
-def compiled(model: nn.Module, options: Mapping[str, Any] | None = None) -> Callable[..., torch.Tensor]:
-    return torch.compile(model, backend=oq.onlinequant, options={**OPTIONS, **(options or {})})
+def compiled(model: nn.Module, options: Mapping[str, Any] | None = None, **more: Any) -> Callable[..., torch.Tensor]:
+    return torch.compile(model, backend=oq.onlinequant, options={**OPTIONS, **(options or {}), **more})
 
 
 @torch.no_grad()

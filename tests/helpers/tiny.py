@@ -64,3 +64,9 @@ def noise(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float32) -> tor
 def relative_error(result: torch.Tensor, expected: torch.Tensor) -> float:
     """``||result - expected|| / ||expected||``."""
     return float((result.double() - expected.double()).norm() / expected.double().norm())
+
+
+def deltas(model: Net) -> list[tuple[nn.Module, torch.Tensor]]:
+    """Changes of some weights that turn the picture into another one, of the same range: channels in other order."""
+    block = model.blocks[0]
+    return [(layer, layer.weight.flip(0) - layer.weight) for layer in (block.conv, block.to_v, model.conv_in)]

@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend.config import QuantConfig
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.graph.layer_info import Sensitivity
 from onlinequant_backend.kernels.precision import Precision
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.report.report import CANDIDATE
 from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe, WithWeight

@@ -11,15 +11,9 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.errors import FreedWeightsError
 from onlinequant_backend.quantization.freed_weights import CANARIES, hollow_out
+from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
+from tests.helpers.small import CLOSE, X, compiled
 from tests.helpers.tiny import Net, net, noise, relative_error
-from tests.runtime.test_quantized_graph import (
-    CLOSE,
-    EagerInductor,
-    X,
-    compiled,
-    dynamo_graphs,
-    inductor,  # noqa: F401
-)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +50,7 @@ def test_a_hollow_weight_keeps_all_but_its_memory(layout: str) -> None:
 
 
 @torch.no_grad()
-def test_pictures_stay_and_memory_goes(inductor: EagerInductor) -> None:  # noqa: F811
+def test_pictures_stay_and_memory_goes(inductor: EagerInductor) -> None:
     model, step, expected = freed_net()
     weights = [p for p in model.parameters() if p.dim() > 1]
     assert all(weight.isnan().any() for weight in weights)
@@ -67,7 +61,7 @@ def test_pictures_stay_and_memory_goes(inductor: EagerInductor) -> None:  # noqa
 
 
 @torch.no_grad()
-def test_layers_that_stay_in_float_keep_their_weights(inductor: EagerInductor) -> None:  # noqa: F811
+def test_layers_that_stay_in_float_keep_their_weights(inductor: EagerInductor) -> None:
     model, step, expected = freed_net(exclude=("conv_in", "*.to_v"))
     assert not model.conv_in.weight.isnan().any() and not model.blocks[0].to_v.weight.isnan().any()
     assert model.conv_out.weight.isnan().any()
@@ -75,7 +69,7 @@ def test_layers_that_stay_in_float_keep_their_weights(inductor: EagerInductor) -
 
 
 @torch.no_grad()
-def test_other_sizes_and_modes_need_no_float_weights(inductor: EagerInductor) -> None:  # noqa: F811
+def test_other_sizes_and_modes_need_no_float_weights(inductor: EagerInductor) -> None:
     reference = net()
     model, step, _ = freed_net()
     for shape in ((2, 4, 8, 8), (1, 4, 12, 8), (1, 4, 8, 8)):
@@ -88,7 +82,7 @@ def test_other_sizes_and_modes_need_no_float_weights(inductor: EagerInductor) ->
 
 
 @torch.no_grad()
-def test_a_layer_too_thin_at_another_size_goes_on_in_8_bit(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_layer_too_thin_at_another_size_goes_on_in_8_bit(inductor: EagerInductor) -> None:
     """Fewer rows make a linear less dense than the threshold, but its float weight is gone."""
     reference = net()
     threshold = 3.0
@@ -122,7 +116,7 @@ def new_data(weight: nn.Parameter) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("change", [add, add_to_data, add_almost_nothing, copy_into_data, new_data])
-def test_a_changed_weight_raises(change: object, inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_changed_weight_raises(change: object, inductor: EagerInductor) -> None:
     model, step, _ = freed_net()
     change(model.blocks[0].conv.weight)  # type: ignore[operator]
     for _ in range(2):
@@ -131,7 +125,7 @@ def test_a_changed_weight_raises(change: object, inductor: EagerInductor) -> Non
 
 
 @torch.no_grad()
-def test_a_replaced_weight_raises(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_replaced_weight_raises(inductor: EagerInductor) -> None:
     """A ComfyUI LoRA: a new Parameter, made from what the model had."""
     model, step, _ = freed_net()
     model.blocks[0].conv.weight = nn.Parameter(model.blocks[0].conv.weight + 1, requires_grad=False)
@@ -141,7 +135,7 @@ def test_a_replaced_weight_raises(inductor: EagerInductor) -> None:  # noqa: F81
 
 
 @torch.no_grad()
-def test_a_whole_new_checkpoint_is_another_model(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_whole_new_checkpoint_is_another_model(inductor: EagerInductor) -> None:
     model, step, _ = freed_net()
     other = net(seed=5)
     expected = other(X)
@@ -153,7 +147,7 @@ def test_a_whole_new_checkpoint_is_another_model(inductor: EagerInductor) -> Non
 
 
 @torch.no_grad()
-def test_a_failing_compile_gives_nothing_up(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_failing_compile_gives_nothing_up(inductor: EagerInductor) -> None:
     inductor.error = RuntimeError("no compiler")
     model = net()
     expected = model(X)
@@ -164,7 +158,7 @@ def test_a_failing_compile_gives_nothing_up(inductor: EagerInductor) -> None:  #
 
 
 @torch.no_grad()
-def test_a_compile_that_fails_later_raises(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_compile_that_fails_later_raises(inductor: EagerInductor) -> None:
     """The float graph would draw NaN."""
     _, step, _ = freed_net()
     inductor.error = RuntimeError("no compiler")

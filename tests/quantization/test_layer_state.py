@@ -5,8 +5,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 from tests.helpers.graph_probe import host_precision

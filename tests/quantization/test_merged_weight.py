@@ -17,9 +17,9 @@ import onlinequant_backend as oq
 from onlinequant_backend import ops
 from onlinequant_backend.compilation import build, compiled_graph
 from onlinequant_backend.compilation.compiled_graph import CompiledGraph
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.kernels import formats
 from onlinequant_backend.kernels.formats import FP8, INT8, Format
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.quantization.layer_registry import known_layers
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.merged_weight import MergedWeight
@@ -27,14 +27,10 @@ from onlinequant_backend.quantization.weight_copy import Call, Copy, make_room
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 from onlinequant_backend.quantization.weight_set import WeightSet
 from onlinequant_backend.runtime.set_registry import known_sets
+from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.graph_probe import host_precision
+from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import OPTIONS, noise, relative_error
-from tests.runtime.test_quantized_graph import (
-    EagerInductor,
-    compiled,
-    dynamo_graphs,
-    inductor,  # noqa: F401
-)
 
 SYMMETRIC = [pytest.param(format, id=format.name) for format in (INT8, FP8)]
 ROWS = (24, 24, 8)
@@ -361,7 +357,6 @@ class Transformer(nn.Module):
 
 
 INPUTS = (noise(2, 16, 6, 6), noise(2, 16, seed=2), noise(2, 5, 24, seed=3))
-CLOSE = 0.08
 QKV = ("to_q", "to_k", "to_v")
 FP8_OPTIONS = {**OPTIONS, "precision": "fp8", "calibration_method": "mse"}
 
@@ -387,7 +382,7 @@ def changes(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
 
 @torch.no_grad()
 def test_model_in_fp8_follows_a_change_of_one_merged_weight(
-    inductor: EagerInductor,  # noqa: F811
+    inductor: EagerInductor,
     changes: list[dict[str, int]],
 ) -> None:
     model = transformer()
@@ -414,7 +409,7 @@ def test_model_in_fp8_follows_a_change_of_one_merged_weight(
 
 
 @torch.no_grad()
-def test_lora_on_one_of_the_merged_layers_is_followed(inductor: EagerInductor) -> None:  # noqa: F811
+def test_lora_on_one_of_the_merged_layers_is_followed(inductor: EagerInductor) -> None:
     model = transformer()
     step = compiled(model, precision="fp8")
     for _ in range(3):
@@ -430,7 +425,7 @@ def test_lora_on_one_of_the_merged_layers_is_followed(inductor: EagerInductor) -
 
 @torch.no_grad()
 def test_blocks_of_one_graph_have_merged_weights_of_their_own(
-    inductor: EagerInductor,  # noqa: F811
+    inductor: EagerInductor,
     changes: list[dict[str, int]],
 ) -> None:
     """Regional compilation: one graph, and every block brings weights of its own."""

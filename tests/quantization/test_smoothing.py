@@ -14,10 +14,9 @@ from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.smoothing import smoothing_factors
 from onlinequant_backend.runtime.set_registry import known_sets
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import Net, net, noise, relative_error
-from tests.runtime.test_quantized_graph import CLOSE, EagerInductor, compiled, inductor
-
-__all__ = ["inductor"]
 
 X = noise(1, 4, 8, 8)
 

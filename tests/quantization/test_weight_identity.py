@@ -12,9 +12,9 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.quantization.weight_identity import stand_in
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, X, compiled, small
 from tests.helpers.tiny import noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 @contextlib.contextmanager

@@ -12,8 +12,8 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.compilation import compiled_graph
 from onlinequant_backend.errors import FreedWeightsError
+from onlinequant_backend.graph import ConvGeometry
 from onlinequant_backend.kernels.formats import FP8
-from onlinequant_backend.passes import ConvGeometry
 from onlinequant_backend.quantization import weight_copy, weight_quantization
 from onlinequant_backend.quantization.layer_registry import known_layers
 from onlinequant_backend.quantization.layer_state import Layer

@@ -20,13 +20,13 @@ from onlinequant_backend.progress import told_to
 from onlinequant_backend.quantization import weight_copy
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.weight_set import WeightSet
-from onlinequant_backend.runtime import graph_compiler
+from onlinequant_backend.runtime import graph_compiler, sampling_run
 from onlinequant_backend.runtime.background import Background
 from onlinequant_backend.runtime.cache_entry import Entry
-from onlinequant_backend.runtime.sampling import sampling_run
 from onlinequant_backend.runtime.set_registry import known_sets
 from onlinequant_backend.selection import layer_choice
 from onlinequant_backend.torch_internals import dynamo_interface, inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import (
     CLOSE,
     WIDE,
@@ -40,8 +40,8 @@ from tests.helpers.small import (
     small,
     texts_into,
 )
+from tests.helpers.threads import join_background
 from tests.helpers.tiny import noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 ASIDE = {"compile_in_background": True}
 _compile_fx = inductor_interface.compile_fx
@@ -74,15 +74,7 @@ class SlowInductor(EagerInductor):
         """Let it compile, and wait until all that follows is done, too."""
         assert self.begun.wait(60)
         self.may_end.set()
-        join()
-
-
-def join() -> None:
-    """Wait until nothing is done in the background."""
-    for thread in threading.enumerate():
-        if thread.name == "onlinequant-background":
-            thread.join(120)
-            assert not thread.is_alive()
+        join_background()
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +197,7 @@ def test_it_says_8_bit_only_when_calls_are(
         assert (report().phase, report().phase_reason) == ("compiling", "in the background, float goes on")
         assert not any("quantized" in text for text in told)
         may_save.set()
-        join()
+        join_background()
     assert (report().phase, told[-1]) == ("quantized", report().summary())
     assert caplog.messages.count(report().summary()) == 1
     assert oq.Report.load(report().stats_path or "").phase == "quantized"
@@ -308,7 +300,7 @@ def test_the_caller_may_write_into_what_it_has_passed(inductor: SlowInductor, mo
         step(x)
     x.zero_()
     written.set()
-    join()
+    join_background()
     assert torch.equal(seen[0], X)
 
 
@@ -351,7 +343,7 @@ def test_no_size_waits_for_what_is_done_for_another(
     for x in (WIDE, X):
         for _ in range(3):
             step(x)
-            join()
+            join_background()
         assert 0 < relative_error(step(x), model(x)) < CLOSE
 
 
@@ -413,7 +405,7 @@ def test_a_size_that_a_graph_serves_already_needs_no_other_thread(
     step = compiled(model, ASIDE)
     for x in (X, X, X, X, WIDE, WIDE, WIDE):
         step(x)
-        join()
+        join_background()
     built = len(inductor.graphs)
     monkeypatch.setattr(Background, "start", lambda *_: pytest.fail("another thread was asked for"))
     third = noise(3, 4, 8, 12)
@@ -511,8 +503,8 @@ def test_what_fails_is_tried_again_in_the_next_run(
         with sampling_run(4):
             for _ in range(4):
                 in_float.append(torch.equal(step(X), model(X)))
-                join()
-        join()
+                join_background()
+        join_background()
         return in_float
 
     fails = 2
@@ -532,14 +524,14 @@ def test_what_fails_in_three_runs_is_given_up(inductor: SlowInductor) -> None:
         with sampling_run(2):
             for _ in range(2):
                 step(X)
-                join()
-        join()
+                join_background()
+        join_background()
     assert len(inductor.phases) == 3
     inductor.error = None
     with sampling_run(2):
         for _ in range(2):
             assert torch.equal(step(X), model(X))
-    join()
+    join_background()
     assert (len(inductor.phases), report().phase) == (3, "float")
 
 
@@ -585,7 +577,7 @@ def left_by_another_process(inductor: SlowInductor, x: torch.Tensor) -> None:
     step = compiled(small(), ASIDE)
     for _ in range(3):
         step(x)
-        join()
+        join_background()
     assert report().phase == "quantized"
     forget_everything()
     inductor.phases.clear()
@@ -707,7 +699,7 @@ def test_with_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     x = noise(1, 4, 8, 8, seed=5)
     step = compiled(model, ASIDE)
     pictures = [step(x) for _ in range(3)]
-    join()
+    join_background()
     assert all(torch.equal(picture, model(x)) for picture in pictures)
     assert 0 < relative_error(step(x), model(x)) < CLOSE
     assert report().phase == "quantized"

@@ -24,6 +24,7 @@ from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_F
 from onlinequant_backend.errors import InsecureCacheDirectoryError
 from onlinequant_backend.runtime.drift_watch import Watch
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import (
     CLOSE,
     FOUND,
@@ -41,7 +42,6 @@ from tests.helpers.small import (
     small,
 )
 from tests.helpers.tiny import OPTIONS, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 @pytest.fixture(autouse=True)

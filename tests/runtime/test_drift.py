@@ -16,8 +16,7 @@ from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, Format
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.quantization.ranges import ActivationRange, clipped_share, freeze, wanted, widened
-from onlinequant_backend.runtime import drift
-from onlinequant_backend.runtime.sampling import SamplingRun
+from onlinequant_backend.runtime import SamplingRun, drift
 from tests.helpers.tiny import noise
 
 FORMATS = pytest.mark.parametrize("format", [ONEDNN, INT8, FP8], ids=["uint8", "int8", "fp8"])

@@ -15,16 +15,13 @@ import onlinequant_backend as oq
 from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.report.report import VISIBLE
-from onlinequant_backend.runtime import drift
+from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import Watch
-from onlinequant_backend.runtime.sampling import sampling_run
 from onlinequant_backend.runtime.weight_state import WeightState
-from tests.helpers.small import WIDE, forget_everything, small
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import CLOSE, WIDE, compiled, forget_everything, small
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
-from tests.runtime.test_quantized_graph import CLOSE, EagerInductor, compiled, inductor
-
-__all__ = ["inductor"]
 
 X = noise(1, 4, 8, 8)
 

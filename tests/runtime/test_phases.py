@@ -10,9 +10,9 @@ import torch
 import onlinequant_backend as oq
 from onlinequant_backend.compilation.compiled_graph import CompiledGraph
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, X, compiled, small
 from tests.helpers.tiny import noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 Step = Callable[..., torch.Tensor]
 

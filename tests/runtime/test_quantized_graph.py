@@ -7,7 +7,7 @@ import gc
 import math
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,53 +16,13 @@ from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 import onlinequant_backend as oq
-from onlinequant_backend import ops
 from onlinequant_backend.kernels import x86 as kernels_cpu
 from onlinequant_backend.quantization import merged_weight, weight_copy
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.runtime.set_registry import known_sets
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.tiny import OPTIONS, Net, net, noise, relative_error
-
-X = noise(1, 4, 8, 8)
-CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
-
-
-class EagerInductor:
-    """Stands in for Inductor: keeps the graphs that it is given and runs them eagerly."""
-
-    def __init__(self) -> None:
-        self.graphs: list[torch.fx.GraphModule] = []
-        self.inputs: list[Sequence[Any]] = []
-        self.error: Exception | None = None
-
-    def __call__(
-        self, graph_module: torch.fx.GraphModule, inputs: Sequence[Any], options: Any, *, outside_dynamo: bool
-    ) -> Callable[..., Any]:
-        if self.error is not None:
-            raise self.error
-        self.graphs.append(graph_module)
-        self.inputs.append(inputs)
-        return graph_module
-
-    def quantized_ops(self) -> int:
-        targets = [node.target for node in self.graphs[-1].graph.nodes]
-        return sum(target in (ops.linear, ops.conv) for target in targets)
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
-    return stand_in
-
-
-def compiled(model: nn.Module, **options: Any) -> Callable[..., torch.Tensor]:
-    return torch.compile(model, backend=oq.onlinequant, options={**OPTIONS, **options})
-
-
-def dynamo_graphs() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
+from tests.helpers.small import CLOSE, X, compiled
+from tests.helpers.tiny import OPTIONS, Net, deltas, net, noise, relative_error
 
 
 @pytest.fixture(autouse=True)
@@ -337,12 +297,6 @@ def copy_into_data(weight: nn.Parameter, delta: torch.Tensor) -> None:
 
 
 CHANGES = (add_in_place, copy_in_place, new_data, add_to_data, copy_into_data)
-
-
-def deltas(model: Net) -> list[tuple[nn.Module, torch.Tensor]]:
-    """Changes of some weights that turn the picture into another one, of the same range: channels in other order."""
-    block = model.blocks[0]
-    return [(layer, layer.weight.flip(0) - layer.weight) for layer in (block.conv, block.to_v, model.conv_in)]
 
 
 @pytest.mark.parametrize("change", CHANGES)

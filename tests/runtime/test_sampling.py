@@ -10,7 +10,7 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend.progress import told_to
-from onlinequant_backend.runtime.sampling import SamplingRun, current_run, sampling_run
+from onlinequant_backend.runtime import SamplingRun, current_run, sampling_run
 from onlinequant_backend.torch_internals import inductor_interface
 from tests.helpers.small import X, compiled, small, texts_into
 from tests.helpers.tiny import OPTIONS

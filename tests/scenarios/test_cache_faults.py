@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from onlinequant_backend import best_effort
-from onlinequant_backend.cache import cache_store, files
+from onlinequant_backend.cache import atomic_files, cache_store
 from onlinequant_backend.cache.cache_store import Cache
 from tests.helpers.calibrations import CALIBRATION, KEY, SIBLING, STATS, calibration, content, key
 
@@ -126,7 +126,7 @@ def test_a_full_disk_keeps_the_older_entry(
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", full)
+    monkeypatch.setattr(atomic_files.os, "fsync", full)
     for _ in range(2):
         assert store.publish(KEY, calibration(calls=1), STATS) is None
     assert content(store.load(KEY)) == content(CALIBRATION)

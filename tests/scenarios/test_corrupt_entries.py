@@ -11,7 +11,7 @@ import hypothesis.strategies as st
 import pytest
 
 from onlinequant_backend import best_effort
-from onlinequant_backend.cache import files, locks
+from onlinequant_backend.cache import atomic_files, locks
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE
 from tests.helpers import cache_process
@@ -113,7 +113,7 @@ def test_anything_but_a_private_folder_is_corrupt(
 
 def test_a_corrupt_entry_does_not_hide_the_others(root: Path, store: Cache) -> None:
     store.publish(key(graph="0"), CALIBRATION, STATS)
-    files.publish_folder(root, "imported", KEY[:32], {CALIBRATION_FILE: CALIBRATION.to_bytes(KEY)})
+    atomic_files.publish_folder(root, "imported", KEY[:32], {CALIBRATION_FILE: CALIBRATION.to_bytes(KEY)})
     for damaged in (SIBLING, KEY):
         stats = store.publish(damaged, CALIBRATION, STATS)
         assert stats is not None
@@ -192,7 +192,7 @@ def test_however_an_entry_is_damaged_loading_gives_what_was_published_or_nothing
     with tempfile.TemporaryDirectory() as folder:
         store = Cache.open(folder)
         assert store.root is not None
-        place = files.make_private(store.root, "entries", KEY)
+        place = atomic_files.make_private(store.root, "entries", KEY)
         (place / CALIBRATION_FILE).write_bytes(calibration_data)
         (place / STATS_FILE).write_bytes(stats_data)
         found = store.entries()

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
-from onlinequant_backend.cache import files
+from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import CLOSE, WIDE, X, cache_directory, compiled, forget_everything, small
 from tests.helpers.tiny import net, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 class Generating(EagerInductor):
@@ -113,7 +113,7 @@ def test_a_directory_that_cannot_be_emptied_leaves_the_error_as_it_was(
     def refuse(path: Path, trash: Path) -> Path:
         raise PermissionError(f"{path} stays")
 
-    monkeypatch.setattr(files, "_move_away", refuse)
+    monkeypatch.setattr(atomic_files, "_move_away", refuse)
     phase, reason = in_new_process(model)
     assert phase == "float" and "file too short" in reason
 
@@ -123,12 +123,12 @@ def test_an_error_brings_back_what_was_replaced(tmp_path: Path) -> None:
     for made in (folder, aside):
         made.mkdir()
     (folder / "file").write_text("old")
-    with contextlib.suppress(KeyboardInterrupt), files.replaced(folder, aside):
+    with contextlib.suppress(KeyboardInterrupt), atomic_files.replaced(folder, aside):
         assert [*folder.iterdir()] == []
         (folder / "new").write_text("new")
         raise KeyboardInterrupt
     assert [path.name for path in folder.iterdir()] == ["file"]
-    with files.replaced(folder, aside):
+    with atomic_files.replaced(folder, aside):
         (folder / "new").write_text("new")
     assert [path.name for path in folder.iterdir()] == ["new"]
     assert [*aside.iterdir()] == []

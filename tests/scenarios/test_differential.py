@@ -24,9 +24,9 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.quantization import weight_quantization
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import compiled, forget_everything
 from tests.helpers.tiny import Block, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 _EXAMPLES = int(os.environ.get("ONLINEQUANT_DIFFERENTIAL_EXAMPLES", "0"))
 _STEPS = 25

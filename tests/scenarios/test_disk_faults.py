@@ -17,6 +17,7 @@ from onlinequant_backend.cache import cache_store
 from onlinequant_backend.compilation import build
 from onlinequant_backend.quantization import layer_state
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import (
     CLOSE,
@@ -34,7 +35,6 @@ from tests.helpers.small import (
     small,
 )
 from tests.helpers.tiny import relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 @pytest.fixture(autouse=True)

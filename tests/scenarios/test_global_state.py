@@ -16,11 +16,9 @@ from torch._dynamo.backends.debugging import aot_eager
 
 import onlinequant_backend as oq
 from onlinequant_backend.torch_internals import inductor_interface, torch_settings
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, X, compiled, forget_everything, small
 from tests.helpers.tiny import relative_error
-from tests.runtime.test_quantized_graph import EagerInductor, inductor
-
-__all__ = ["inductor"]
 
 ROOT = Path(oq.__file__).parent.parent
 # Functions that take the default dtype or device where none is given.

@@ -16,9 +16,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import onlinequant_backend as oq
 from onlinequant_backend.torch_internals import inductor_interface, torch_settings
+from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
-
-CLOSE = 0.08
 
 
 def phases() -> list[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from onlinequant_backend.cache import files
+from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.cache.cache_store import Cache
 from tests.helpers import cache_process
 from tests.helpers.calibrations import CALIBRATION, KEY, STATS, calibration, content
@@ -28,7 +28,7 @@ def test_a_process_killed_at_any_step_leaves_a_whole_entry_or_none_and_no_lock(t
         if before == "an older entry":
             published(root)
             imported = {"calibration.safetensors": CALIBRATION.to_bytes(KEY)}
-            files.publish_folder(root, "imported", KEY[:32], imported)
+            atomic_files.publish_folder(root, "imported", KEY[:32], imported)
         return root
 
     steps = cache_process.output("name_steps", prepared("named"))

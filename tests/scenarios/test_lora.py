@@ -16,11 +16,10 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
+from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor, dynamo_graphs
 
-CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
 INPUTS = (noise(1, 4, 16, 16), torch.tensor(500.0), noise(1, 7, 32))
 THRESHOLD = 6  # between the densities of the tiny UNet's self-attention and of a LoRA's branches of rank 8
 ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0", ".conv1")
@@ -114,13 +113,6 @@ def _no_gradients() -> Iterator[None]:
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         yield
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
-    return stand_in
 
 
 # --- branches beside the layers ---

@@ -11,8 +11,8 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import X, compiled, small
-from tests.runtime.test_quantized_graph import EagerInductor
 
 
 class Hook:

@@ -16,10 +16,9 @@ import torch
 from torch import nn
 
 from tests.helpers.model_process import ModelProcess
-from tests.helpers.small import small
+from tests.helpers.small import CLOSE, small
 from tests.helpers.tiny import net, noise, relative_error
 
-CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
 SMALL, WIDE = (1, 4, 8, 8), (2, 4, 12, 8)
 WAITING = "waiting for another process that is calibrating this model"
 

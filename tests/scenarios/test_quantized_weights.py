@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_map
 import onlinequant_backend as oq
 from onlinequant_backend.analysis import graph_key
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, Small, X, compiled, small
 from tests.helpers.tiny import relative_error
-from tests.runtime.test_quantized_graph import EagerInductor
 
 # What a linear layer does with its weight. Whoever asks for values gets none.
 KNOWN = ("addmm", "bmm", "expand", "linear", "mm", "t", "transpose", "unsqueeze", "view", "_unsafe_view")

@@ -18,15 +18,10 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.quantization import weight_copy
 from onlinequant_backend.runtime.set_registry import known_sets
-from tests.helpers.small import forget_everything
-from tests.helpers.tiny import Net, net, noise, relative_error
-from tests.runtime.test_quantized_graph import (
-    EagerInductor,
-    compiled,
-    deltas,
-    inductor,  # noqa: F401
-)
-from tests.scenarios.test_threads import CLOSE, X, at_once
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import CLOSE, X, compiled, forget_everything
+from tests.helpers.threads import at_once
+from tests.helpers.tiny import Net, deltas, net, noise, relative_error
 
 CALLS = 100
 
@@ -64,7 +59,7 @@ def differing(call: Callable[[], torch.Tensor], expected: torch.Tensor, count: i
     return torch.tensor(sum(not torch.equal(call(), expected) for _ in range(count)))
 
 
-def test_in_turns_nothing_is_quantized_again(inductor: EagerInductor) -> None:  # noqa: F811
+def test_in_turns_nothing_is_quantized_again(inductor: EagerInductor) -> None:
     model = net()
     calls = in_8_bit(model, variant(model), variant(model, 2.0))
     pictures = [call() for call in calls]
@@ -75,7 +70,7 @@ def test_in_turns_nothing_is_quantized_again(inductor: EagerInductor) -> None:  
     assert len(inductor.graphs) == 1
 
 
-def test_at_once_each_draws_its_own_picture(inductor: EagerInductor) -> None:  # noqa: F811
+def test_at_once_each_draws_its_own_picture(inductor: EagerInductor) -> None:
     model = net()
     calls = in_8_bit(model, variant(model), variant(model, 2.0))
     pictures = [call() for call in calls]
@@ -84,7 +79,7 @@ def test_at_once_each_draws_its_own_picture(inductor: EagerInductor) -> None:  #
     assert [int(number) for number in wrong] == [0, 0, 0]
 
 
-def test_a_second_model_that_comes_while_the_first_is_running(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_second_model_that_comes_while_the_first_is_running(inductor: EagerInductor) -> None:
     """Its first calls are observed, and quantize what it does not share while the other runs. They may widen ranges, so
     pictures are near what they were."""
     model = net()
@@ -99,7 +94,7 @@ def test_a_second_model_that_comes_while_the_first_is_running(inductor: EagerInd
     assert [int(number) for number in at_once(*(functools.partial(far, number) for number in range(3)))] == [0, 0, 0]
 
 
-def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> None:  # noqa: F811
+def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> None:
     """Each model keeps up with its own weights, whatever the other has done."""
     models = [net()]
     models.append(variant(models[0]))
@@ -116,7 +111,7 @@ def test_in_turns_with_replaced_and_changed_weights(inductor: EagerInductor) -> 
     assert len(inductor.graphs) == 1
 
 
-def test_originals_that_are_put_aside_need_no_copies_of_their_own(inductor: EagerInductor) -> None:  # noqa: F811
+def test_originals_that_are_put_aside_need_no_copies_of_their_own(inductor: EagerInductor) -> None:
     """As ComfyUI does for a sampling run with a LoRA. Nor is anything observed again."""
     model = net()
     (call,) = in_8_bit(model)
@@ -140,7 +135,7 @@ def all_copies() -> set[weight_copy.Copy]:
 
 
 @pytest.mark.parametrize("change", ["replaced", "in place"])
-def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, change: str) -> None:  # noqa: F811
+def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, change: str) -> None:
     """The thread of each model goes to and fro between two LoRAs of its own, as ComfyUI and as diffusers do."""
     models = [net()]
     models.append(variant(models[0]))
@@ -190,7 +185,7 @@ def test_at_once_with_weights_that_their_owner_changes(inductor: EagerInductor, 
     assert [int(number) for number in at_once(functools.partial(work, 0), functools.partial(work, 1))] == [0, 0]
 
 
-def test_one_model_that_changes_while_another_thread_calls_it(inductor: EagerInductor) -> None:  # noqa: F811
+def test_one_model_that_changes_while_another_thread_calls_it(inductor: EagerInductor) -> None:
     """A call that is running goes on with the copies that it began with: it is of the weights before or after."""
     model = net()
     (call,) = in_8_bit(model)
@@ -246,7 +241,7 @@ def outlying(x: torch.Tensor) -> torch.Tensor:
 def test_a_weight_that_is_used_twice_has_two_ranges(
     change: Callable[[torch.Tensor], torch.Tensor],
     number: int,
-    inductor: EagerInductor,  # noqa: F811
+    inductor: EagerInductor,
 ) -> None:
     """And one copy, unless one of the inputs is smoothed in another way."""
     torch.manual_seed(0)
@@ -278,7 +273,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize("calls", [1, 3])
-def test_layers_that_get_one_weight_later_keep_their_ranges(calls: int, inductor: EagerInductor) -> None:  # noqa: F811
+def test_layers_that_get_one_weight_later_keep_their_ranges(calls: int, inductor: EagerInductor) -> None:
     torch.manual_seed(0)
     model = Pair().requires_grad_(False)
     x, y = noise(128, 64), noise(128, 64, seed=2) * 100
@@ -295,7 +290,7 @@ def test_layers_that_get_one_weight_later_keep_their_ranges(calls: int, inductor
 
 
 @torch.no_grad()
-def test_a_shared_weight_that_another_model_has_followed_first(inductor: EagerInductor) -> None:  # noqa: F811
+def test_a_shared_weight_that_another_model_has_followed_first(inductor: EagerInductor) -> None:
     """Its copy is up to date then, and yet the activations are others."""
     first, second = net(seed=1), net(seed=2)
     second.conv_in = first.conv_in

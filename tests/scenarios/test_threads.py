@@ -9,7 +9,6 @@ import contextlib
 import functools
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -20,22 +19,14 @@ from onlinequant_backend.compilation.compiled_graph import CompiledGraph
 from onlinequant_backend.quantization import weight_set
 from onlinequant_backend.quantization.weight_set import WeightSet
 from onlinequant_backend.runtime.drift_watch import Watch
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.tiny import Net, net, noise, relative_error
-from tests.runtime.test_quantized_graph import EagerInductor, compiled, deltas
+from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
+from tests.helpers.small import CLOSE, X, compiled
+from tests.helpers.threads import at_once
+from tests.helpers.tiny import Net, deltas, net, noise, relative_error
 
-CLOSE = 0.08  # relative error that 8 bits of weights and 7 of activations explain
 THREADS = 4
 STEPS = 6
-X = noise(1, 4, 8, 8)
 SIZES = ((1, 8, 8), (2, 12, 8), (1, 8, 16), (3, 4, 4))
-
-
-@pytest.fixture
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
-    return stand_in
 
 
 @pytest.fixture(autouse=True)
@@ -45,19 +36,6 @@ def _count_from_zero() -> Iterator[None]:
     torch.set_num_threads(1)  # else each Python thread starts threads of its own
     yield
     torch.set_num_threads(threads)
-
-
-def at_once(*functions: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
-    """What the functions return when each runs in a thread of its own, all of them beginning together."""
-    barrier = threading.Barrier(len(functions))
-
-    def run(function: Callable[[], torch.Tensor]) -> torch.Tensor:
-        barrier.wait(60)
-        with torch.no_grad():  # each thread has a mode of its own
-            return function()
-
-    with ThreadPoolExecutor(len(functions)) as pool:
-        return list(pool.map(run, functions))
 
 
 class Caller:
@@ -88,10 +66,6 @@ def rounds(callers: Sequence[Caller], count: int) -> int:
 
 def calls_observed() -> int:
     return max(report.calls_observed for report in oq.reports())
-
-
-def dynamo_graphs() -> int:
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
 def test_one_model_from_its_first_call_on(inductor: EagerInductor) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from benchmarks.train_scenes import SCHEDULER, save
-from onlinequant_backend.runtime.sampling import current_run
+from onlinequant_backend.runtime import current_run
 from onlinequant_backend.scenes import judge
 from onlinequant_backend.scenes.drawing import DISTANCES, coverage
 from onlinequant_backend.scenes.features import features, frechet_distance

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from onlinequant_backend.graph import LayerInfo
 from onlinequant_backend.kernels.formats import FP8, Format
 from onlinequant_backend.kernels.nvidia import tuning
 from onlinequant_backend.kernels.nvidia.tuning import CUBLAS, TMA, Tile
-from onlinequant_backend.passes import LayerInfo
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.report.report import NodeDecision
 from onlinequant_backend.selection import layer_timing

@@ -12,8 +12,8 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.torch_internals import inductor_interface
+from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.tiny import OPTIONS, Net, net, noise
-from tests.runtime.test_quantized_graph import EagerInductor
 
 X = noise(2, 4, 16, 16)
 

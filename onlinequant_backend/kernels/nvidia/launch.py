@@ -1,4 +1,4 @@
-"""How Triton's kernels are called: launched, or only compiled within ``ahead.on``."""
+"""How Triton's kernels are called: launched, or only compiled within ``precompile.on``."""
 
 from __future__ import annotations
 

@@ -24,10 +24,10 @@ from triton.backends.compiler import GPUTarget
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 from onlinequant_backend import ops
+from onlinequant_backend.graph import ConvGeometry, LayerInfo
 from onlinequant_backend.kernels import formats
 from onlinequant_backend.kernels.nvidia import gluon_conv, group_norm, operators, precompile, tuning
 from onlinequant_backend.kernels.nvidia.tuning import GATHER, GLUON, TMA, Tile
-from onlinequant_backend.passes import ConvGeometry, LayerInfo
 from onlinequant_backend.selection import layer_timing
 
 FP8 = torch.float8_e4m3fn
