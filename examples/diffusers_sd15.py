@@ -3,8 +3,8 @@
     python examples/diffusers_sd15.py --prompt "a lighthouse at dusk"
 
 The first picture is drawn in float while the model is observed, and the second with 8-bit layers. If an earlier run has
-left an entry in the cache, both are drawn with 8-bit layers. Needs diffusers, transformers and the model's weights, which
-diffusers downloads.
+left an entry in the cache, both are drawn with 8-bit layers. Needs diffusers, transformers and the model's weights,
+which diffusers downloads.
 """
 
 from __future__ import annotations

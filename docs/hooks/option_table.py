@@ -31,6 +31,7 @@ def option_table() -> str:
     rows = ["| option | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, option in options.items():
         default = _DEFAULTS.get(str(option.value), str(option.value))
-        cells = (f"`{name}`", f"`{option.annotation}`", f"`{default}`", described[name].replace("``", "`"))
-        rows.append(" | ".join(("", *(" ".join(cell.split()).replace("|", "\\|") for cell in cells), "")).strip())
+        kind = str(option.annotation).replace(" | ", " or ")
+        meaning = " ".join(described[name].replace("``", "`").split())
+        rows.append(f"| `{name}` | `{kind}` | `{default}` | {meaning} |")
     return "\n".join(rows)
