@@ -3,6 +3,7 @@
 #   bash run.sh demo [ARGUMENTS]   runs `onlinequant demo`
 #   bash run.sh test [ARGUMENTS]   checks style and types, then runs pytest
 #   bash run.sh lint               checks style and types only
+#   bash run.sh docs [ARGUMENTS]   builds the documentation into build/site
 #   bash run.sh setup              does nothing more
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -30,6 +31,13 @@ lint() {
     .venv/bin/python -m mypy
 }
 
+# The site's tools are not among those that `setup` installs: only this needs them.
+set_up_docs() {
+    if ! .venv/bin/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null; then
+        .venv/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[docs]'
+    fi
+}
+
 # One command a line: `set_up && lint` would switch off `set -e` inside the functions.
 command=${1:-}
 shift || true
@@ -51,11 +59,16 @@ lint)
     set_up
     lint
     ;;
+docs)
+    set_up
+    set_up_docs
+    NO_MKDOCS_2_WARNING=1 .venv/bin/python -m mkdocs build --strict "$@"
+    ;;
 setup)
     set_up
     ;;
 *)
-    sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac
