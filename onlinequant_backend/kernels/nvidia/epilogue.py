@@ -108,3 +108,27 @@ def gelu(x, EXACT: tl.constexpr):
         is_pure=True,
         pack=1,
     )
+
+
+@triton.jit
+def silu(y):
+    """Y * sigmoid(y), in ``PTX`` for a GPU: without what keeps subnormal numbers exact, half as many instructions."""
+    if not PTX:
+        return y / (1.0 + tl.exp(-y))
+    return tl.inline_asm_elementwise(
+        """
+        {
+            .reg .f32 t;
+            mul.ftz.f32 t, $1, 0fBFB8AA3B;  // -log2(e)
+            ex2.approx.ftz.f32 t, t;
+            add.ftz.f32 t, t, 0f3F800000;  // 1
+            rcp.approx.ftz.f32 t, t;
+            mul.ftz.f32 $0, $1, t;
+        }
+        """,
+        "=f,f",
+        [y],
+        dtype=tl.float32,
+        is_pure=True,
+        pack=1,
+    )

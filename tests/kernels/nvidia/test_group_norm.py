@@ -32,7 +32,8 @@ def clipping(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def run(programs, *args):
     """The one kernel, or with ``programs`` the three, whichever ``group_norm`` would choose."""
-    from onlinequant_backend.kernels.nvidia.group_norm import one_kernel, three_kernels
+    from onlinequant_backend.kernels.nvidia.group_norm import three_kernels
+    from onlinequant_backend.kernels.nvidia.group_norm_in_registers import one_kernel
 
     if programs is None:
         one_kernel(*args)
@@ -124,7 +125,7 @@ def test_equal_values_become_the_bias(programs, device):
 )
 def test_fits_one_kernel(shape, groups, fits):
     pytest.importorskip("triton")
-    from onlinequant_backend.kernels.nvidia.group_norm import fits_one_kernel
+    from onlinequant_backend.kernels.nvidia.group_norm_in_registers import fits_one_kernel
 
     assert fits_one_kernel(shape, groups, H200) is fits
 
@@ -144,7 +145,7 @@ def test_takes_what_fits(pixels, taken, monkeypatch):
 
 
 def test_sizes_of_a_gpu(device):
-    from onlinequant_backend.kernels.nvidia.group_norm import fits_one_kernel
+    from onlinequant_backend.kernels.nvidia.group_norm_in_registers import fits_one_kernel
 
     if device != "cuda":
         pytest.skip("takes the interpreter too long")
