@@ -23,7 +23,7 @@ from .graph import exclusion, fx_utils, operations, parameter_names
 from .kernels import precision
 from .passes import ANALYZE, LayerInfo, PassContext, layer_nodes, run_passes
 from .report import report
-from .report.report import NodeDecision
+from .report import NodeDecision
 from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .runtime.sampling import current_run
 from .torch_internals import dynamo_interface, inductor_interface

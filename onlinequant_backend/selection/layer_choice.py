@@ -9,7 +9,7 @@ from typing import Any
 from ..analysis.traced_graph import TracedGraph
 from ..passes import SELECT, PassContext, layer_nodes, run_passes
 from ..quantization.weight_set import WeightSet
-from ..report.report import NodeDecision
+from ..report import NodeDecision
 from . import layer_timing
 from .sensitivity import estimate_by_gradient, over_budget
 
