@@ -1,7 +1,7 @@
 """The JSON of saved reports: which type each value has, checked when a file is read.
 
-Own code: pydantic needs no tables of types, but is a compiled dependency, takes 0.08 s of each start, reads numbers that
-are too large as infinite, and gives messages of several lines that would have to be rewritten.
+Own code: pydantic needs no tables of types, but is a compiled dependency, takes 0.08 s of each start, reads numbers
+that are too large as infinite, and gives messages of several lines that would have to be rewritten.
 """
 
 from __future__ import annotations
