@@ -7,6 +7,7 @@ package an entry is.
 """
 
 from .cache_store import ENVIRONMENT_VARIABLES, Cache
-from .calibration_file import STATS_FILE, Calibration, InvalidEntryError, LayerCalibration
+from .calibration_checks import InvalidEntryError
+from .calibration_file import STATS_FILE, Calibration, LayerCalibration
 
 __all__ = ["ENVIRONMENT_VARIABLES", "STATS_FILE", "Cache", "Calibration", "InvalidEntryError", "LayerCalibration"]

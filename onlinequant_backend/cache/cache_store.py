@@ -31,13 +31,13 @@ import platformdirs
 
 from ..best_effort import going_on, warn_once
 from . import eviction, listing, locks
+from .calibration_checks import InvalidEntryError
 from .calibration_file import (
     AUTOTUNING_FILE,
     CALIBRATION_FILE,
     MAX_BYTES,
     STATS_FILE,
     Calibration,
-    InvalidEntryError,
     parse_object,
 )
 from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import InsecureCacheDirectoryError
-from .calibration_file import InvalidEntryError
+from .calibration_checks import InvalidEntryError
 
 # Folders of a cache for what is not yet and what is no longer of use.
 TEMPORARY, TRASH = "temporary", "trash"

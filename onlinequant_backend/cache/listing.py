@@ -15,7 +15,8 @@ from rich.console import Console
 from rich.table import Table
 
 from . import eviction
-from .calibration_file import CALIBRATION_FILE, MAX_BYTES, MAX_LAYERS, STATS_FILE, decode, parse_object
+from .calibration_checks import MAX_LAYERS
+from .calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE, decode, parse_object
 from .eviction import ENTRIES, IMPORTED, Item
 from .files import read_file
 

@@ -13,6 +13,7 @@ from pathlib import Path
 COUNTED = (
     "analysis",
     "backend",
+    "cache.calibration_checks",
     "cache.calibration_file",
     "compilation",
     "config",

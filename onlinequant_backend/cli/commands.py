@@ -16,7 +16,8 @@ from pathlib import Path
 from .. import __version__
 from ..cache import eviction, listing
 from ..cache.cache_store import ENVIRONMENT_VARIABLES, Cache
-from ..cache.calibration_file import MAX_BYTES, STATS_FILE, Calibration, InvalidEntryError, decode
+from ..cache.calibration_checks import InvalidEntryError
+from ..cache.calibration_file import MAX_BYTES, STATS_FILE, Calibration, decode
 from ..cache.files import read_where_told
 from ..errors import OnlineQuantError, StatsFileError
 from ..report.report import Report
