@@ -25,7 +25,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from onlinequant_backend import Report
 from onlinequant_backend.comfy_integration.record import FLOAT, QUANTIZED, Pace, Snapshot
-from onlinequant_backend.report.report import NodeDecision
+from onlinequant_backend.report import NodeDecision
 
 PARTS = ("first", "same layers", "other layers")
 

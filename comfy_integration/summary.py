@@ -18,8 +18,8 @@ from matplotlib.figure import Figure
 from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 from onlinequant_backend import Report
+from onlinequant_backend.report.decision import KINDS, NodeDecision
 from onlinequant_backend.report.plot import COLOURS, draw_layers
-from onlinequant_backend.report.report import KINDS, NodeDecision
 
 from .record import FLOAT, OBSERVED, QUANTIZED, Pace, Snapshot
 

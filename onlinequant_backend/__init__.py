@@ -1,18 +1,21 @@
 """onlinequant: a ``torch.compile`` backend that makes diffusion models draw the same picture faster, in 8 bit."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 # In a checkout ``passes`` and ``comfy_integration`` lie beside this package; in a wheel, inside it.
 if not (_Path(__file__).parent / "passes").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
-from .backend import onlinequant
-from .config import QuantConfig
-from .errors import OnlineQuantError
-from .progress import Update, told_to
-from .report.report import NodeDecision, Report, reports
-from .runtime.control import copied_bytes, invalidate, release, reset
-from .runtime.sampling import SamplingRun, sampling_run
+if _TYPE_CHECKING:
+    from .backend import onlinequant
+    from .config import QuantConfig
+    from .errors import OnlineQuantError
+    from .progress import Update, told_to
+    from .report import NodeDecision, Report, reports
+    from .runtime.control import copied_bytes, invalidate, release, reset
+    from .runtime.sampling import SamplingRun, sampling_run
 
 __all__ = [
     "NodeDecision",
@@ -31,3 +34,31 @@ __all__ = [
     "told_to",
 ]
 __version__ = "0.1.0"
+
+# A public name is imported when it is first used: most of these modules import torch's compiler, which takes seconds,
+# and whatever only reads the cache needs none of it.
+_MODULES = {
+    name: module
+    for module, names in {
+        ".backend": ("onlinequant",),
+        ".config": ("QuantConfig",),
+        ".errors": ("OnlineQuantError",),
+        ".progress": ("Update", "told_to"),
+        ".report": ("NodeDecision", "Report", "reports"),
+        ".runtime.control": ("copied_bytes", "invalidate", "release", "reset"),
+        ".runtime.sampling": ("SamplingRun", "sampling_run"),
+    }.items()
+    for name in names
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(_import_module(_MODULES[name], __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

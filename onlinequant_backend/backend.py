@@ -19,12 +19,12 @@ from .analysis.traced_graph import TracedGraph
 from .best_effort import warn_once
 from .cache import cache_store
 from .config import QuantConfig
+from .errors import OnlineQuantError
 from .graph import LayerInfo, exclusion, fx_utils, layer_nodes, operations, parameter_names
 from .kernels import precision
 from .passes import ANALYZE, PassContext, run_passes
-from .report import report
+from .report import NodeDecision, report
 from .report.phases import Phase
-from .report.report import NodeDecision
 from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .runtime.sampling import current_run
 from .torch_internals import dynamo_interface, inductor_interface
@@ -43,6 +43,7 @@ def failures_raised() -> Iterator[None]:
         _are_failures_raised.reset(token)
 
 
+@dynamo_interface.errors_unwrapped(OnlineQuantError)
 def onlinequant(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from .torch_internals.dynamo_interface import UnwrappedError
 
-
-class OnlineQuantError(UnwrappedError, ValueError):
+class OnlineQuantError(ValueError):
     """Base of every error that this package raises for a mistake its user can mend."""
 
 

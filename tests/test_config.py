@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import traceback
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import onlinequant_backend as oq
 from onlinequant_backend import errors
@@ -172,10 +174,19 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert len(str(raised.value)) < 300
 
 
-def test_mistake_reaches_the_user_of_torch_compile_as_it_is() -> None:
-    compiled = torch.compile(nn.Linear(2, 2), backend=oq.onlinequant, options={"precison": "int8"})
-    with pytest.raises(errors.UnknownOptionError, match="Did you mean 'precision'"):
+def within_another(*arguments: Any, **options: Any) -> Any:
+    return oq.onlinequant(*arguments, **options)
+
+
+@pytest.mark.parametrize("backend", [oq.onlinequant, "onlinequant", within_another])
+def test_mistake_reaches_the_user_of_torch_compile_as_it_is(backend: Any) -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend=backend, options={"precison": "int8"})
+    with pytest.raises(errors.UnknownOptionError, match="Did you mean 'precision'") as raised:
         compiled(torch.ones(1, 2))
+    assert not isinstance(raised.value, BackendCompilerFailed)
+    shown = "".join(traceback.format_exception(raised.value))
+    assert "onlinequant_backend.errors.UnknownOptionError: Unknown option" in shown
+    assert "BackendCompilerFailed" not in shown and "another exception" not in shown
 
 
 def test_mode_is_that_of_torch_compile_unless_given_as_an_option() -> None:

@@ -15,7 +15,8 @@ import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from .calibration_file import InvalidEntryError
+from ..errors import InsecureCacheDirectoryError
+from .calibration_checks import InvalidEntryError
 
 # Folders of a cache for what is not yet and what is no longer of use.
 TEMPORARY, TRASH = "temporary", "trash"
@@ -63,9 +64,6 @@ def check_parent(folder: Path) -> None:
 
 def _refuse(folder: Path, reason: str | None) -> None:
     if reason is not None:
-        # Imported here, because torch comes with it: whoever reads and writes entries does not need torch.
-        from ..errors import InsecureCacheDirectoryError
-
         raise InsecureCacheDirectoryError(
             f"The cache holds code that will be run, so {str(folder)!r} is not safe to use: {reason}"
         )

@@ -44,13 +44,13 @@ from .atomic_files import (
     replaced,
     write_atomically,
 )
+from .calibration_checks import InvalidEntryError
 from .calibration_file import (
     AUTOTUNING_FILE,
     CALIBRATION_FILE,
     MAX_BYTES,
     STATS_FILE,
     Calibration,
-    InvalidEntryError,
     parse_object,
 )
 from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item

@@ -1,6 +1,9 @@
 """A calibration as a file: what was observed of every layer, in the safetensors format, whole or not at all.
 
 Whatever is read here may have been damaged or made up, so nothing of it is believed before it has been checked.
+
+Own code: safetensors' writer puts the strings of the header in an order that differs from process to process, and a
+checksum needs one; its reader of bytes drops them.
 """
 
 from __future__ import annotations
@@ -8,12 +11,17 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
 import struct
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from .calibration_checks import LEAST_FACTOR as LEAST_FACTOR
+from .calibration_checks import LEAST_SCALE as LEAST_SCALE
+from .calibration_checks import MAX_LAYERS, InvalidEntryError, check, short
 
 # The files of an entry.
 CALIBRATION_FILE, STATS_FILE = "calibration.safetensors", "quantization_stats.json"
@@ -21,20 +29,7 @@ AUTOTUNING_FILE = "autotuning.json"  # on GPUs
 FORMAT, VERSION = "onlinequant-calibration", "4"
 # Bytes of a file and of its header: far more than any model needs, far less than what would exhaust the memory.
 MAX_BYTES, MAX_HEADER_BYTES = 64 * 2**20, 16 * 2**20
-MAX_LAYERS, MAX_CHARACTERS, MAX_ABOUT = 100_000, 500, 100
-# Of smoothing: the channel that is shrunk by it is 2**48 times as large as the others.
-LEAST_FACTOR = 2.0**-24
-# The scale of a layer that has seen next to nothing but zeros.
-LEAST_SCALE = 1e-30
-# Of an observed range: what clipping a share of 10**-4 may leave.
-_LEAST_PART = 2.0**-16
-_KINDS = ("conv", "linear")
-_NONE = (math.nan,) * 3
 _METADATA = "__metadata__"  # where safetensors keeps strings
-
-
-class InvalidEntryError(ValueError):
-    """Data that is no whole calibration of this version, or a calibration that cannot be one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,14 +62,9 @@ class LayerCalibration:
     smoothing: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("minimum", "maximum", "lowest_peak", "clipped"):
-            object.__setattr__(self, name, _float32([getattr(self, name)])[0])
-        for name in ("qparams", "smoothing"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _float32(getattr(self, name)))
-        if self.sensitivity is not None:
-            *errors, of_model = self.sensitivity
-            object.__setattr__(self, "sensitivity", (*_float32(errors), of_model))
+        given = _given(self)
+        for column in _COLUMNS:
+            object.__setattr__(self, column.name, column.read(_float32(column.write(self)), given))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +88,7 @@ class Calibration:
 
         Raises InvalidEntryError for a value that ``from_bytes`` would refuse.
         """
-        _check(self)
+        check(self)
         if not re.fullmatch("[0-9a-f]{64}", key):
             raise InvalidEntryError(f"its key is {key!r}, which is not 64 lower-case hex digits")
         about = {
@@ -109,7 +99,10 @@ class Calibration:
             ],
             "about": self.about,
         }
-        body = _pack(self.layers)
+        columns = [_float32(value for layer in self.layers for value in column.write(layer)) for column in _COLUMNS]
+        body = struct.pack(f"<{sum(map(len, columns))}f", *itertools.chain(*columns)) + b"".join(
+            map(_given, self.layers)
+        )
         metadata = {"format": FORMAT, "version": VERSION, "key": key, "calibration": _dumps(about), "sha256": ""}
         sizes = len(self.layers), sum(len(layer.smoothing or ()) for layer in self.layers)
         # Over everything: the header as it is without the digest, and the tensors.
@@ -145,7 +138,7 @@ def _decode(data: bytes) -> tuple[str, Calibration]:
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise InvalidEntryError("it is not a calibration of onlinequant")
     if metadata.get("version") != VERSION:
-        raise InvalidEntryError(f"its version is {_short(metadata.get('version'))}; this onlinequant reads {VERSION!r}")
+        raise InvalidEntryError(f"its version is {short(metadata.get('version'))}; this onlinequant reads {VERSION!r}")
     key, about = metadata.get("key"), parse_object(metadata.get("calibration"), "its metadata")
     if not isinstance(key, str):
         raise InvalidEntryError("it has no key")
@@ -160,7 +153,7 @@ def _decode(data: bytes) -> tuple[str, Calibration]:
     try:
         calibration = Calibration(about["model"], about["calls"], tuple(_unpack(described, body)), about["about"])
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidEntryError(f"its metadata lacks something or has it in a wrong form: {_short(error)}") from None
+        raise InvalidEntryError(f"its metadata lacks something or has it in a wrong form: {short(error)}") from None
     # This checks every value, and with the digest every bit: there is one way only to write a calibration.
     if calibration.to_bytes(key) != data:
         raise InvalidEntryError("its checksum is wrong: it was damaged or changed")
@@ -206,21 +199,59 @@ def _header(metadata: Mapping[str, str], layers: int, factors: int) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
+class _Column(NamedTuple):
+    """A field of LayerCalibration as a tensor of float32, one row a layer.
+
+    Attributes:
+        name: of the field and of the tensor.
+        width: numbers of a layer; None where each layer has its own count, which the list of layers says.
+        write: the numbers of a layer.
+        read: the field's value from these and what ``_given`` says of the layer.
+    """
+
+    name: str
+    width: int | None
+    write: Callable[[LayerCalibration], Iterable[float]]
+    read: Callable[[tuple[float, ...], bytes], Any]
+
+
+def _number(name: str) -> _Column:
+    return _Column(name, 1, lambda layer: [getattr(layer, name)], lambda values, given: values[0])
+
+
+_NONE = (math.nan,) * 3
+# In the order of the file. A new field is one row here, and a new VERSION.
+_COLUMNS = (
+    _number("minimum"),
+    _number("maximum"),
+    _number("lowest_peak"),
+    _number("clipped"),
+    _Column("qparams", 3, lambda layer: layer.qparams or _NONE, lambda values, given: values if given[0] else None),
+    _Column(
+        "sensitivity",
+        3,
+        lambda layer: (layer.sensitivity or _NONE)[:3],
+        lambda values, given: (*values, bool(given[2])) if given[1] else None,
+    ),
+    _Column("smoothing", None, lambda layer: layer.smoothing or (), lambda values, given: values or None),
+)
+
+
+def _given(layer: LayerCalibration) -> bytes:
+    """Whether a layer has ``qparams``, has ``sensitivity``, and whether this is of the model."""
+    of_model = layer.sensitivity is not None and layer.sensitivity[3]
+    return bytes([layer.qparams is not None, layer.sensitivity is not None, of_model])
+
+
 def _tensors(layers: int, factors: int) -> dict[str, dict[str, Any]]:
-    """What the header says of the tensors. ``given``: whether a layer has ``qparams``, has
-    ``sensitivity``, and whether this is of the model."""
+    """What the header says of the tensors: the columns, and ``_given`` of all layers."""
+    shapes = {
+        column.name: [factors] if column.width is None else [layers] if column.width == 1 else [layers, column.width]
+        for column in _COLUMNS
+    }
     tensors: dict[str, dict[str, Any]] = {}
     offset = 0
-    for name, dtype, shape in (
-        ("minimum", "F32", [layers]),
-        ("maximum", "F32", [layers]),
-        ("lowest_peak", "F32", [layers]),
-        ("clipped", "F32", [layers]),
-        ("qparams", "F32", [layers, 3]),
-        ("sensitivity", "F32", [layers, 3]),
-        ("smoothing", "F32", [factors]),
-        ("given", "U8", [layers, 3]),
-    ):
+    for name, dtype, shape in (*((name, "F32", shape) for name, shape in shapes.items()), ("given", "U8", [layers, 3])):
         end = offset + math.prod(shape) * (4 if dtype == "F32" else 1)
         tensors[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
         offset = end
@@ -231,8 +262,8 @@ def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int, factors:
     expected = _tensors(layers, factors)
     for name in sorted({*header, *expected}):
         if header.get(name) != expected.get(name):
-            has, needed = _short(header.get(name)), expected.get(name)
-            raise InvalidEntryError(f"its tensor {_short(name)} is {has}, but has to be {needed}")
+            has, needed = short(header.get(name)), expected.get(name)
+            raise InvalidEntryError(f"its tensor {short(name)} is {has}, but has to be {needed}")
     end = expected["given"]["data_offsets"][1]
     if len(body) != end:
         raise InvalidEntryError(f"its tensors have {len(body)} bytes instead of {end}")
@@ -240,127 +271,26 @@ def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int, factors:
 
 def _pack(layers: Iterable[LayerCalibration]) -> bytes:
     layers = tuple(layers)
-    floats = [layer.minimum for layer in layers]
-    floats += [layer.maximum for layer in layers]
-    floats += [layer.lowest_peak for layer in layers]
-    floats += [layer.clipped for layer in layers]
-    floats += [value for layer in layers for value in layer.qparams or _NONE]
-    floats += [value for layer in layers for value in (layer.sensitivity or _NONE)[:3]]
-    floats += [value for layer in layers for value in layer.smoothing or ()]
-    given = b"".join(map(_given, layers))
-    return struct.pack(f"<{len(floats)}f", *floats) + given
-
-
-def _given(layer: LayerCalibration) -> bytes:
-    of_model = layer.sensitivity is not None and layer.sensitivity[3]
-    return bytes([layer.qparams is not None, layer.sensitivity is not None, of_model])
+    floats = [value for column in _COLUMNS for layer in layers for value in column.write(layer)]
+    return struct.pack(f"<{len(floats)}f", *floats) + b"".join(map(_given, layers))
 
 
 def _unpack(described: list[Any], body: bytes) -> Iterable[LayerCalibration]:
-    count = len(described)
-    end = len(body) - 3 * count
-    floats, given = struct.unpack_from(f"<{end // 4}f", body), body[end:]
-    end = 10 * count
-    for index, (name, kind, shape, factors) in enumerate(described):
-        minimum, maximum, lowest_peak, clipped = floats[index : 4 * count : count]
-        qparams, errors = (floats[start : start + 3] for start in (4 * count + 3 * index, 7 * count + 3 * index))
-        has_qparams, has_errors, of_model = map(bool, given[3 * index : 3 * index + 3])
-        smoothing = tuple(floats[end : end + factors]) or None
-        end += factors
-        yield LayerCalibration(
-            name=name,
-            kind=kind,
-            weight_shape=tuple(shape),
-            minimum=minimum,
-            maximum=maximum,
-            qparams=qparams if has_qparams else None,
-            sensitivity=(*errors, of_model) if has_errors else None,
-            lowest_peak=lowest_peak,
-            clipped=clipped,
-            smoothing=smoothing,
-        )
+    given = body[len(body) - 3 * len(described) :]
+    floats = iter(struct.unpack_from(f"<{(len(body) - len(given)) // 4}f", body))
+    columns = {
+        column.name: [
+            tuple(itertools.islice(floats, factors if column.width is None else column.width))
+            for _, _, _, factors in described
+        ]
+        for column in _COLUMNS
+    }
+    for index, (name, kind, shape, _) in enumerate(described):
+        flags = given[3 * index : 3 * index + 3]
+        fields = {column.name: column.read(columns[column.name][index], flags) for column in _COLUMNS}
+        yield LayerCalibration(name=name, kind=kind, weight_shape=tuple(shape), **fields)
 
 
 def _float32(values: Iterable[float]) -> tuple[float, ...]:
     """The nearest float32 values; every NaN becomes the same."""
     return tuple(math.nan if math.isnan(value) else value for value in array.array("f", values))
-
-
-def _check(calibration: Calibration) -> None:
-    _check_text("the model's name", calibration.model)
-    if type(calibration.calls) is not int or not 0 <= calibration.calls < 2**53:
-        raise InvalidEntryError(f"its number of calls is {_short(calibration.calls)}")
-    if not isinstance(calibration.about, Mapping) or len(calibration.about) > MAX_ABOUT:
-        raise InvalidEntryError(f"what it says about itself is not a mapping of at most {MAX_ABOUT} strings")
-    for name, value in calibration.about.items():
-        _check_text("a name of what it says about itself", name)
-        _check_text(f"what it says about {name!r}", value, may_be_empty=True)
-    if len(calibration.layers) > MAX_LAYERS:
-        raise InvalidEntryError(f"its {len(calibration.layers)} layers are more than the {MAX_LAYERS} allowed")
-    for layer in calibration.layers:
-        _check_layer(layer)
-
-
-def _check_layer(layer: LayerCalibration) -> None:
-    _check_text("a layer's name", layer.name)
-    if layer.kind not in _KINDS:
-        raise InvalidEntryError(f"{layer.name} is of kind {_short(layer.kind)}, which is none of {_KINDS}")
-    if len(layer.weight_shape) > 8 or not all(type(size) is int and 0 < size < 2**53 for size in layer.weight_shape):
-        raise InvalidEntryError(f"the weight of {layer.name} has the shape {_short(layer.weight_shape)}")
-    low, high = layer.minimum, layer.maximum
-    if low > high:
-        raise InvalidEntryError(f"the range of {layer.name} begins at {low} and ends at {high}")
-    has_range = math.isfinite(low) and math.isfinite(high) and (low, high) != (0, 0)
-    if layer.qparams is None:
-        if has_range:
-            raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and no scale")
-    elif not has_range:
-        raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and a scale")
-    else:
-        _check_qparams(layer.name, min(low, 0.0), max(high, 0.0), *layer.qparams)
-        if not 0 < layer.lowest_peak <= max(-low, high):
-            raise InvalidEntryError(f"{layer.name} has the range [{low}, {high}] and a call of {layer.lowest_peak}")
-    if not 0 <= layer.clipped <= 1:
-        raise InvalidEntryError(f"{layer.name} has clipped a share of {layer.clipped}")
-    if layer.smoothing is not None:
-        if len(layer.weight_shape) < 2 or len(layer.smoothing) != layer.weight_shape[1]:
-            raise InvalidEntryError(f"{layer.name} has {len(layer.smoothing)} factors of smoothing")
-        if not all(0 < factor <= 1 for factor in layer.smoothing):
-            raise InvalidEntryError(f"{layer.name} has factors of smoothing that are not in (0, 1]")
-        if not all(math.frexp(factor)[0] == 0.5 and factor >= LEAST_FACTOR for factor in layer.smoothing):
-            raise InvalidEntryError(f"{layer.name} has factors of smoothing that are no powers of two or too small")
-        if 2 * layer.smoothing.count(1.0) < len(layer.smoothing):
-            raise InvalidEntryError(f"{layer.name} has more than half of its channels smoothed")
-    if layer.sensitivity is not None and any(value < 0 for value in layer.sensitivity):
-        raise InvalidEntryError(f"{layer.name} has negative errors: {layer.sensitivity}")
-
-
-def _check_qparams(name: str, low: float, high: float, inverse: float, zero_point: float, scale: float) -> None:
-    """Of a range that begins at ``low`` <= 0 and ends at ``high`` >= 0, in any of ``formats``."""
-    # Both are rounded to float32, of 24 bits.
-    if not (0 < scale < math.inf and abs(inverse * scale - 1) < 1e-6):
-        raise InvalidEntryError(f"{name} has the scale {scale} and 1 / scale = {inverse}")
-    if not (0 <= zero_point <= 254 and zero_point == int(zero_point)):
-        raise InvalidEntryError(f"the zero point of {name} is {zero_point}, not a whole number in [0, 254]")
-    largest = max(-low, high)
-    begin, end = -zero_point * scale, (254 - zero_point) * scale
-    # Beyond both ends there is a margin of a step, and a zero point is rounded; symmetric formats have none, and the
-    # largest value at 126 or 224.
-    fits = low - 2 * scale <= begin and end <= high + 2 * scale if zero_point else scale <= largest / 125
-    if not (fits or scale < 1.01 * LEAST_SCALE) or end - begin < _LEAST_PART * largest:
-        raise InvalidEntryError(
-            f"{name} has the range [{low}, {high}], but the scale {scale} and the zero point {zero_point}"
-        )
-
-
-def _check_text(what: str, value: object, *, may_be_empty: bool = False) -> None:
-    if not isinstance(value, str) or not (value or may_be_empty):
-        raise InvalidEntryError(f"{what} is {_short(value)}, not a text")
-    if len(value) > MAX_CHARACTERS or not value.isprintable():
-        raise InvalidEntryError(f"{what} is longer than {MAX_CHARACTERS} characters or has some that cannot be printed")
-
-
-def _short(value: object) -> str:
-    """``value`` for a message: what a file claims may be of any length."""
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."

@@ -16,7 +16,8 @@ from rich.table import Table
 
 from . import eviction
 from .atomic_files import read_file
-from .calibration_file import CALIBRATION_FILE, MAX_BYTES, MAX_LAYERS, STATS_FILE, decode, parse_object
+from .calibration_checks import MAX_LAYERS
+from .calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE, decode, parse_object
 from .eviction import ENTRIES, IMPORTED, Item
 
 _WIDTH = 120

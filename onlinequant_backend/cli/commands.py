@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import logging
 import math
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import __version__
 from ..cache import eviction, listing
+from ..cache.atomic_files import read_where_told
 from ..cache.cache_store import ENVIRONMENT_VARIABLES, Cache
-from ..cache.calibration_file import STATS_FILE
+from ..cache.calibration_checks import InvalidEntryError
+from ..cache.calibration_file import MAX_BYTES, STATS_FILE, Calibration, decode
 from ..errors import OnlineQuantError, StatsFileError
 from ..report.report import Report
-from . import doctor, transfer
+from . import transfer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,6 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="onlinequant", description="A torch.compile backend that runs diffusion UNets in 8 bit, calibrated online."
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     command = commands.add_parser("doctor", help="say whether this machine can run in 8 bit, and why")
@@ -89,20 +95,22 @@ def _add_cache_dir(command: argparse.ArgumentParser) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
+    with contextlib.suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not an integer of at least 1")
 
 
 def _amount(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a number in [0, inf)")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
 
 
 def _doctor(arguments: argparse.Namespace) -> int:
+    from . import doctor  # imports torch, as the demo does: seconds that the other commands need not wait
+
     findings = doctor.examine(arguments.cache_dir)
     print(doctor.render(findings))
     return 0 if findings.works else 1
@@ -134,13 +142,14 @@ def _open(arguments: argparse.Namespace) -> Cache:
 
 def _list(cache: Cache) -> int:
     found = cache.entries()
-    if found:
-        print(listing.render(found), end="\n\n")
-        print(
-            f"{_count(len(found), 'calibration')} in {cache.root}; `onlinequant stats {cache.root}` prints every layer."
-        )
-    else:
+    if not found:
         print(f"There is no calibration in {cache.root}. A run with backend='onlinequant' adds one.")
+        return 0
+    print(listing.render(found), end="\n\n")
+    # An imported calibration has no statistics before a model has used it.
+    has_statistics = any((entry.path / STATS_FILE).is_file() for entry in found)
+    hint = f"; `onlinequant stats {shlex.quote(str(cache.root))}` prints every layer." if has_statistics else "."
+    print(f"{_count(len(found), 'calibration')} in {cache.root}{hint}")
     return 0
 
 
@@ -154,11 +163,32 @@ def _print_stats(path: Path) -> int:
         )
     status = 0
     for file in files:
+        calibration = _calibration(file)
+        if calibration is not None:
+            print(_described(file, calibration))
+            continue
         try:
             print(Report.load(file).table(), end="\n\n")
         except StatsFileError as error:
             status = _fail(error, 2)
     return status
+
+
+def _calibration(file: Path) -> Calibration | None:
+    """What ``onlinequant export`` wrote to a file, or a cache entry's; None for any other file."""
+    try:
+        return decode(read_where_told(file, MAX_BYTES))[1]
+    except (OSError, InvalidEntryError):
+        return None
+
+
+def _described(file: Path, calibration: Calibration) -> str:
+    made = "".join(f"\n  {name}: {value}" for name, value in calibration.about.items())
+    return (
+        f"{file} is a calibration of {len(calibration.layers)} layers of {calibration.model}, observed in "
+        f"{_count(calibration.calls, 'call')}. `onlinequant import {shlex.quote(str(file))}` takes it into the cache; "
+        f"there are statistics of its layers once a model has used it.{made}"
+    )
 
 
 def _clear(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 from ..cache import listing
 from ..cache.atomic_files import publish_folder, read_file, read_where_told, write_where_told
 from ..cache.cache_store import Cache
-from ..cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, Calibration, InvalidEntryError, decode
+from ..cache.calibration_checks import InvalidEntryError
+from ..cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, Calibration, decode
 from ..cache.eviction import IMPORTED
 from ..cache.listing import EntryInfo
 from ..errors import CalibrationFileError

@@ -14,7 +14,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 if TYPE_CHECKING:
-    from .report import NodeDecision, Report
+    from .decision import NodeDecision
+    from .report import Report
 
 # Blue and orange differ in lightness too, so the picture survives a grey print and colour blindness.
 COLOURS = {"8 bit": "#1f6fb4", "candidate": "#7fb8e6", "chosen": "#7fb8e6", "float": "#e07b28"}

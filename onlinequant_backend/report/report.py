@@ -7,112 +7,27 @@ import dataclasses
 import datetime
 import json
 import logging
-import math
 import os
-import sys
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .. import errors, fork_locks
 from ..cache.atomic_files import read_where_told, write_where_told
 from ..cache.calibration_file import MAX_BYTES
 from ..graph import exclusion
+from .decision import KINDS, NodeDecision
 from .phases import SHOWN, TRANSITIONS, Phase
+from .schema import NUMBER, OPTIONAL_NUMBER, Types, checked
 from .table import render_table
-
-if TYPE_CHECKING:
-    from ..graph.layer_info import LayerInfo
 
 _log = logging.getLogger("onlinequant")
 
 SCHEMA_VERSION = 3
-KINDS = ("conv", "linear")
-# What is said of a layer that observing has not decided about yet.
 # A step's relative error from which pictures are others: that of whole models is 0.03 to 0.1.
 VISIBLE = 0.2
+# What is said of a layer that observing has not decided about yet.
 CANDIDATE = "candidate: decided when observing is over"
 PHASES = ("calibrating", "compiling", "quantized", "float")
-
-
-@dataclasses.dataclass(frozen=True)
-class NodeDecision:
-    """One layer of one graph, and what became of it; raises ValueError for an unknown kind or an empty reason.
-
-    Attributes:
-        name: fully qualified name of the layer in its model.
-        kind: "conv" or "linear".
-        shape: shape of the layer's input.
-        weight_shape: shape of its weight.
-        flops: floating-point operations of one call.
-        bytes: input, weight and output, each moved once.
-        density: ``flops / bytes``.
-        sensitivity: the error that 8 bit causes, relative to the float output; see ``Report.sensitivity_kind``; None if
-            not measured.
-        mae: mean absolute error in 8 bit, in the output's units; None if not measured.
-        mse: mean squared error in 8 bit; None if not measured.
-        float_us, quantized_us: microseconds of one call in float and in 8 bit, alone; None if not measured.
-        quantized: whether the layer runs in 8 bit.
-        reason: why; never empty.
-    """
-
-    name: str
-    kind: str
-    shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    flops: int
-    bytes: int
-    density: float
-    sensitivity: float | None
-    mae: float | None
-    mse: float | None
-    quantized: bool
-    reason: str
-    float_us: float | None = None
-    quantized_us: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"{self.name} is of kind {self.kind!r}, which is none of {KINDS}")
-        if not self.reason:
-            raise ValueError(f"the decision about {self.name} has no reason")
-
-    @classmethod
-    def of(cls, info: LayerInfo) -> NodeDecision:
-        """What has been decided about a layer."""
-        sensitivity = info.sensitivity
-        return cls(
-            name=info.name,
-            kind=info.kind,
-            shape=info.input_shape,
-            weight_shape=info.weight_shape,
-            flops=info.flops,
-            bytes=info.bytes,
-            density=info.density,
-            sensitivity=sensitivity.relative if sensitivity else None,
-            mae=sensitivity.mae if sensitivity else None,
-            mse=sensitivity.mse if sensitivity else None,
-            float_us=info.float_us,
-            quantized_us=info.quantized_us,
-            quantized=info.quantized,
-            reason=info.reason,
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-ready data. ``density`` is called ``compute_density``, as in the predecessor's file."""
-        values = {name: _finite(value) for name, value in dataclasses.asdict(self).items()}
-        return {_JSON_NAMES.get(name, name): list(v) if isinstance(v, tuple) else v for name, v in values.items()}
-
-    @classmethod
-    def from_dict(cls, data: Any, where: str) -> NodeDecision:
-        """The reverse of ``to_dict``; raises ValueError naming ``where`` and what is wrong."""
-        values = _checked(data, _DECISION_TYPES, where)
-        values["density"] = values.pop("compute_density")
-        for name in ("shape", "weight_shape"):
-            if not all(type(size) is int for size in values[name]):
-                raise ValueError(f"{name} of {where} holds something that is not an integer")
-            values[name] = tuple(values[name])
-        return cls(**values)
 
 
 @dataclasses.dataclass
@@ -259,9 +174,9 @@ class Report:
             version = data.get("schema_version") if isinstance(data, dict) else None
             if version != SCHEMA_VERSION:
                 raise ValueError(f"its schema_version is {version!r}, and this onlinequant reads {SCHEMA_VERSION}")
-            values = _checked(data, _REPORT_TYPES, "the report")
+            values = checked(data, _REPORT_TYPES, "the report")
             del values["schema_version"]
-            _checked(values["widened"], dict.fromkeys(values["widened"], _NUMBER), "what was widened")
+            checked(values["widened"], dict.fromkeys(values["widened"], NUMBER), "what was widened")
             exclude = values["config"].get("exclude", [])
             if not (isinstance(exclude, list) and all(isinstance(pattern, str) for pattern in exclude)):
                 raise ValueError(f"'exclude' of its config is {exclude!r}")
@@ -323,10 +238,8 @@ def clear() -> None:
         _reports.clear()
 
 
-# JSON types of a saved report and of a saved decision; the names that differ in JSON come first.
-_JSON_NAMES = {"density": "compute_density"}
-_NUMBER, _OPTIONAL_NUMBER = (int, float), (int, float, type(None))
-_REPORT_TYPES: Mapping[str, type | tuple[type, ...]] = {
+# JSON types of a saved report.
+_REPORT_TYPES: Types = {
     "schema_version": int,
     "key": str,
     "created": str,
@@ -338,49 +251,13 @@ _REPORT_TYPES: Mapping[str, type | tuple[type, ...]] = {
     "calls_observed": int,
     "calibration_steps": int,
     "cache_hit": bool,
-    "compile_seconds": _NUMBER,
-    "error": _OPTIONAL_NUMBER,
+    "compile_seconds": NUMBER,
+    "error": OPTIONAL_NUMBER,
     "widened": dict,
     "sensitivity_kind": str,
     "config": dict,
     "decisions": list,
 }
-_DECISION_TYPES: Mapping[str, type | tuple[type, ...]] = {
-    "name": str,
-    "kind": str,
-    "shape": list,
-    "weight_shape": list,
-    "flops": int,
-    "bytes": int,
-    "compute_density": _NUMBER,
-    "sensitivity": _OPTIONAL_NUMBER,
-    "mae": _OPTIONAL_NUMBER,
-    "mse": _OPTIONAL_NUMBER,
-    "float_us": _OPTIONAL_NUMBER,
-    "quantized_us": _OPTIONAL_NUMBER,
-    "quantized": bool,
-    "reason": str,
-}
-
-
-def _checked(data: Any, types: Mapping[str, type | tuple[type, ...]], where: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where} is not a JSON object")
-    for name, expected in types.items():
-        if name not in data:
-            raise ValueError(f"{where} has no {name!r}")
-        # In Python a bool is an int; in a statistics file it is not.
-        if not isinstance(data[name], expected) or (isinstance(data[name], bool) and expected is not bool):
-            raise ValueError(f"{name!r} of {where} is {data[name]!r}")
-        # JSON's integers have no limit; a float has.
-        if expected in (_NUMBER, _OPTIONAL_NUMBER) and abs(data[name] or 0) > sys.float_info.max:
-            raise ValueError(f"{name!r} of {where} is too large")
-    return {name: data[name] for name in types}
-
-
-def _finite(value: Any) -> Any:
-    """``value``, or None for a float that JSON has no number for."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _now() -> str:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
-    from .report import NodeDecision, Report
+    from .decision import NodeDecision
+    from .report import Report
 
 _WIDTH = 120
 _NAME_WIDTH = 38

@@ -10,7 +10,7 @@ from ..analysis.traced_graph import TracedGraph
 from ..graph import layer_nodes
 from ..passes import SELECT, PassContext, run_passes
 from ..quantization.weight_set import WeightSet
-from ..report.report import NodeDecision
+from ..report import NodeDecision
 from . import layer_timing
 from .sensitivity import estimate_by_gradient, over_budget
 

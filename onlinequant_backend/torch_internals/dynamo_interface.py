@@ -34,6 +34,22 @@ class UnwrappedError(ShortenTraceback):
         super().__init__(*args, first_useful_frame=None)
 
 
+@contextlib.contextmanager
+def errors_unwrapped(kind: type[Exception]) -> Iterator[None]:
+    """Make each error of ``kind`` that the block raises an ``UnwrappedError`` as well; it is still of its own class.
+
+    As a base class, ``UnwrappedError`` would make whatever defines such errors import torch.
+    """
+    try:
+        yield
+    except kind as error:
+        if isinstance(error, UnwrappedError):
+            raise
+        known = type(error)
+        unwrapped = type(known.__name__, (UnwrappedError, known), {"__module__": known.__module__})
+        raise unwrapped(*error.args).with_traceback(error.__traceback__) from error.__cause__
+
+
 # What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
 tensor_of_numbers: Callable[..., torch.Tensor] = torch._refs.tensor
 

@@ -14,7 +14,6 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.analysis import graph_key
-from onlinequant_backend.cache import source_digest
 from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.torch_internals import inductor_interface
@@ -220,28 +219,6 @@ def test_another_format_of_int8(
         monkeypatch.setattr(precision, "_cpu_format", lambda format=format: format)
         both.append(key())
     assert changed(*both) == parts
-
-
-def test_every_source_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from onlinequant_backend import passes
-
-    (tmp_path / "package" / "kernels").mkdir(parents=True)
-    (tmp_path / "passes").mkdir()
-    monkeypatch.setattr(source_digest, "__file__", str(tmp_path / "package" / "keys.py"))
-    monkeypatch.setattr(passes, "__file__", str(tmp_path / "passes" / "__init__.py"))
-    digests = set()
-    files = ("package/keys.py", "package/kernels/cpu.py", "passes/a.py", "passes/b.py")
-    for text in ("", "# changed\n"):
-        for file in files:
-            (tmp_path / file).write_text(text)
-            source_digest.source_digest.cache_clear()
-            digests.add(source_digest.source_digest())
-    assert len(digests) == 2 * len(files)
-    (tmp_path / "package" / "__pycache__").mkdir()
-    (tmp_path / "package" / "__pycache__" / "keys.pyc").write_text("")
-    source_digest.source_digest.cache_clear()
-    assert source_digest.source_digest() in digests
-    source_digest.source_digest.cache_clear()
 
 
 def test_other_layers_of_equal_weights() -> None:

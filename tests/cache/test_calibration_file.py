@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import math
 import struct
@@ -40,7 +41,7 @@ def repacked(data: bytes, change: Callable[[dict[str, Any]], Any]) -> bytes:
 def forged(made: Calibration, monkeypatch: pytest.MonkeyPatch) -> bytes:
     """A file with a right checksum of a calibration that may not be."""
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_file, "_check", lambda calibration: None)
+        patch.setattr(calibration_file, "check", lambda calibration: None)
         return made.to_bytes(KEY)
 
 
@@ -124,6 +125,17 @@ def test_other_programs_can_read_the_file(tmp_path: Path) -> None:
         calibration_file.VERSION,
         KEY,
     )
+
+
+def test_the_bytes_of_a_file_change_only_with_its_version() -> None:
+    digest = "0ef8e64d7c4756eadf3c40cae0141182edb2a8fde262a0df6fb56ccaf823eb13"
+    assert (calibration_file.VERSION, hashlib.sha256(DATA).hexdigest()) == ("4", digest)
+
+
+def test_each_field_of_a_layer_is_in_the_file() -> None:
+    columns = [column.name for column in calibration_file._COLUMNS]
+    fields = [field.name for field in dataclasses.fields(LayerCalibration)]
+    assert sorted([*columns, "name", "kind", "weight_shape"]) == sorted(fields)
 
 
 def test_the_key_has_to_begin_as_asked_for() -> None:

@@ -94,6 +94,34 @@ def test_a_calibration_is_exported_and_imported(capsys: pytest.CaptureFixture[st
     assert loaded is not None and loaded.to_bytes(KEY) == CALIBRATION.to_bytes(KEY)
 
 
+def test_stats_of_an_exported_calibration_says_what_it_is(
+    capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "a file"
+    commands.main(["export", "aaaa", str(file), "--cache-dir", str(root)])
+    capsys.readouterr()
+    assert commands.main(["stats", str(file)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    assert f"{file} is a calibration of 2 layers of UNet2DConditionModel, observed in 20 calls" in captured.out
+    assert f"`onlinequant import '{file}'` takes it into the cache" in captured.out
+    assert all(f"\n  {name}: {value}" in captured.out for name, value in CALIBRATION.about.items())
+
+
+def test_a_cache_of_imported_calibrations_is_not_said_to_have_statistics(
+    capsys: pytest.CaptureFixture[str], root: Path, tmp_path: Path
+) -> None:
+    commands.main(["stats", "--cache-dir", str(root)])
+    assert f"`onlinequant stats {root}` prints every layer" in capsys.readouterr().out
+    commands.main(["export", "aaaa", str(tmp_path / "file"), "--cache-dir", str(root)])
+    commands.main(["import", str(tmp_path / "file"), "--cache-dir", str(tmp_path / "other")])
+    capsys.readouterr()
+    assert commands.main(["stats", "--cache-dir", str(tmp_path / "other")]) == 0
+    out = capsys.readouterr().out
+    assert "imported, 2 layers" in out
+    assert out.endswith(f"1 calibration in {tmp_path / 'other'}.\n")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["export", "ffff", "file"], "begins with 'ffff'"), (["import", "absent"], "Cannot read 'absent'")],

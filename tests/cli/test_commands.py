@@ -11,12 +11,13 @@ import pytest
 import torch
 from torch._inductor import config as inductor_config
 
+import onlinequant_backend
 from onlinequant_backend import ops
 from onlinequant_backend.cache.calibration_file import STATS_FILE
 from onlinequant_backend.cli import commands, demo, doctor, kernel_check
 from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import Format
-from onlinequant_backend.report.report import NodeDecision, Report
+from onlinequant_backend.report import NodeDecision, Report
 
 
 @pytest.fixture(autouse=True)
@@ -259,24 +260,32 @@ def test_demo_refuses_a_folder_that_it_cannot_make(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "message"),
     [
-        [],
-        ["unknown"],
-        ["demo", "--steps", "0"],
-        ["demo", "--steps", "x"],
-        ["clear", "--older-than", "-1"],
-        ["clear", "--max-size", "nan"],
-        ["clear", "--max-size", "much"],
-        ["export", "KEY"],
-        ["import"],
+        ([], "required: command"),
+        (["unknown"], "invalid choice: 'unknown'"),
+        (["demo", "--steps", "0"], "argument --steps: '0' is not an integer of at least 1"),
+        (["demo", "--steps", "x"], "argument --steps: 'x' is not an integer of at least 1"),
+        (["clear", "--older-than", "-1"], "argument --older-than: '-1' is not a number of at least 0"),
+        (["clear", "--max-size", "nan"], "argument --max-size: 'nan' is not a number of at least 0"),
+        (["clear", "--max-size", "much"], "argument --max-size: 'much' is not a number of at least 0"),
+        (["export", "KEY"], "required: FILE"),
+        (["import"], "required: FILE"),
     ],
 )
-def test_wrong_arguments_end_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_arguments_end_with_2(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         commands.main(arguments)
     assert ended.value.code == 2
-    assert "usage: onlinequant" in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert "usage: onlinequant" in printed and message in printed
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"onlinequant {onlinequant_backend.__version__}\n"
 
 
 def test_the_log_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:

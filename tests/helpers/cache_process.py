@@ -1,6 +1,6 @@
 """A process of its own that uses the cache as a model would: ``start("hold", ROOT)`` and so on.
 
-It imports the cache's modules without the package, because torch comes with that and takes seconds.
+It starts quickly, since the cache imports no torch.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,13 +27,6 @@ def output(command: str, root: Path, *arguments: object) -> list[str]:
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 0, command
     return printed.splitlines()
-
-
-def _without_torch() -> None:
-    package = types.ModuleType("onlinequant_backend")
-    package.__path__ = [str(_CHECKOUT / "onlinequant_backend")]
-    sys.modules[package.__name__] = package
-    sys.path.insert(0, str(_CHECKOUT))
 
 
 def _publish_with_steps(root: Path, at_step: Callable[[str], None]) -> None:
@@ -113,5 +105,5 @@ def publish_and_load(root: Path, times: str) -> None:
 _COMMANDS = {command.__name__: command for command in (name_steps, die_at_step, hold, try_lock, publish_and_load)}
 
 if __name__ == "__main__":
-    _without_torch()
+    sys.path.insert(0, str(_CHECKOUT))
     _COMMANDS[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 from matplotlib import image
 
-from onlinequant_backend.report import plot
-from onlinequant_backend.report.report import NodeDecision, Report
+from onlinequant_backend.report import NodeDecision, Report, plot
 
 
 def layer(kind: str, density: float, sensitivity: float | None, quantized: bool) -> NodeDecision:

@@ -13,6 +13,7 @@ import pytest
 from onlinequant_backend.cache.calibration_file import STATS_FILE
 from onlinequant_backend.errors import StatsFileError
 from onlinequant_backend.report import report
+from onlinequant_backend.report.decision import DECISION_TYPES
 from onlinequant_backend.report.report import CANDIDATE, SCHEMA_VERSION, Report
 from tests.helpers.reports import decision, made
 
@@ -149,7 +150,7 @@ def test_what_is_no_regular_file_is_neither_read_nor_replaced(tmp_path: Path) ->
     assert pipe.is_fifo()
 
 
-@pytest.mark.parametrize("name", [*report._DECISION_TYPES])
+@pytest.mark.parametrize("name", [*DECISION_TYPES])
 def test_a_decision_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, name: str) -> None:
     data = made().to_dict()
     data["decisions"][1][name] = {}

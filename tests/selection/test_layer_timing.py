@@ -17,7 +17,7 @@ from onlinequant_backend.kernels.formats import FP8, Format
 from onlinequant_backend.kernels.nvidia import tuning
 from onlinequant_backend.kernels.nvidia.tuning import CUBLAS, TMA, Tile
 from onlinequant_backend.passes.select_nodes import select_nodes
-from onlinequant_backend.report.report import NodeDecision
+from onlinequant_backend.report import NodeDecision
 from onlinequant_backend.selection import layer_timing
 from onlinequant_backend.selection.layer_timing import Timing
 from tests.helpers.graph_probe import SYMMETRIC, GraphProbe
