@@ -17,7 +17,7 @@ NOT_COUNTED = {
     "cache.__init__",
     "cache.cache_store",
     "cache.eviction",
-    "cache.files",
+    "cache.atomic_files",
     "cache.listing",
     "cache.locks",
     "cache.source_digest",
