@@ -99,8 +99,7 @@ class QuantizedGraph:
             compiled.prepare(state)
             is_checked = state.begin_check()
             if is_checked and not self._traced.may_repeat and not state.end_check():
-                self._selector.follow(parameters, state)
-                return self(*args)
+                return self._run_again(args, parameters, state)
         except (OnlineQuantError, CallersError):
             raise
         except Exception as error:
@@ -113,9 +112,15 @@ class QuantizedGraph:
         # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
         # stale weights is thrown away.
         if is_checked and self._traced.may_repeat and not state.end_check():
-            self._selector.follow(parameters, state)
-            return self(*args)
+            return self._run_again(args, parameters, state)
         return result
+
+    def _run_again(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> Any:
+        """A call whose weights have other values on the GPU, of which no version tells. Another model may have them as
+        well, and have quantized them already: then nothing but this tells that activations may be others."""
+        state.schedule.restart()
+        self._selector.follow(parameters, state)
+        return self(*args)
 
     def _compiled(self, args: Sequence[Any], state: WeightState) -> CompiledGraph | InFloat | None:
         """The graph for a call; None while another thread compiles it."""

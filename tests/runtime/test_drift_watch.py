@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import onlinequant_backend as oq
+from onlinequant_backend.analysis.traced_graph import TracedGraph
 from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.report.report import VISIBLE
@@ -558,3 +559,24 @@ def test_few_values_far_beyond_a_range_are_found_at_a_change(beyond: int, induct
         assert relative_error(picture, forward(x, 1.0)) < CLOSE
     assert not torch.equal(picture, forward(x, 1.0))
     assert list(oq.reports()[-1].widened) == ["a"]
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("unseen_inputs")
+@pytest.mark.parametrize("may_repeat", [True, False])
+def test_values_that_have_changed_without_a_trace_are_checked_at_once(
+    may_repeat: bool, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where another model that shares the weight may have quantized it again already: nothing else tells
+    that activations may be others."""
+    model = net()
+    step = started(model, drift_check_every=64)
+    if not may_repeat:
+        monkeypatch.setattr(TracedGraph, "may_repeat", False)
+    answers, restarts, restart = [False], list[bool](), drift.Schedule.restart
+    monkeypatch.setattr(WeightState, "begin_check", lambda state: True)
+    monkeypatch.setattr(WeightState, "end_check", lambda state: answers.pop() if answers else True)
+    monkeypatch.setattr(drift.Schedule, "restart", lambda schedule: restarts.append(True) or restart(schedule))
+    assert 0 < relative_error(step(X), model(X)) < CLOSE
+    assert not answers
+    assert restarts == [True]
