@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import json
 import re
 import runpy
 import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -171,6 +174,15 @@ def anchors(page: Path) -> list[str]:
     return [re.sub(r"[\s-]+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower()) for heading in headings]
 
 
+def test_the_options_in_the_readme_have_these_defaults() -> None:
+    section = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Options")[2].partition("## ")[0]
+    rows = re.findall(r"^\| (`.+?`) \| (.+?) \| ", section, re.M)
+    stated = {option: default.strip("`") for names, default in rows for option in re.findall(r"`(\w+)`", names)}
+    defaults = {field.name: repr(field.default).replace("'", '"') for field in fields(onlinequant_backend.QuantConfig)}
+    assert stated
+    assert stated.items() <= defaults.items()
+
+
 def test_the_reference_has_every_public_name() -> None:
     listed = re.findall(r"^::: onlinequant_backend\.(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
     assert sorted(listed) == sorted(onlinequant_backend.__all__)
@@ -208,24 +220,11 @@ def check_command(words: list[str]) -> None:
 def _check_own_command(arguments: list[str]) -> None:
     """Its help names all of its options."""
     command = [word for word in arguments[:1] if word != "COMMAND"]
-    printed = _Text()
+    printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
         main([*command, "--help"])
     assert ended.value.code == 0, arguments
-    assert set(filter(_FLAG.fullmatch, arguments)) <= set(_FLAG.findall(printed.text)), arguments
-
-
-class _Text:
-    """A file that remembers what is written."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None:
-        pass
+    assert set(filter(_FLAG.fullmatch, arguments)) <= set(_FLAG.findall(printed.getvalue())), arguments
 
 
 def _run_with_one_entry(arguments: list[str]) -> int:
@@ -247,6 +246,9 @@ def _check_script(arguments: list[str]) -> None:
     script = ROOT / arguments[0]
     assert script.is_file(), arguments[0]
     assert set(filter(_FLAG.fullmatch, arguments)) <= set(_options(script)), arguments
+    for word in arguments:
+        if word.startswith("{"):  # options of the backend
+            onlinequant_backend.QuantConfig.from_options(json.loads(word))
 
 
 def _options(script: Path) -> Iterator[str]:
