@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Sets up .venv where that is needed, then
 #   bash run.sh demo [ARGUMENTS]   runs `onlinequant demo`
-#   bash run.sh test [ARGUMENTS]   checks style and types, then runs pytest
+#   bash run.sh test               checks style and types and passes the tests, and says how long each step takes
+#   bash run.sh test ARGUMENTS     the same with these arguments for pytest
 #   bash run.sh lint               checks style and types only
 #   bash run.sh docs [ARGUMENTS]   builds the documentation into build/site
 #   bash run.sh setup              does nothing more
@@ -38,6 +39,16 @@ set_up_docs() {
     fi
 }
 
+# One step: its name, then its command. Says how long it took, also if it failed, which ends everything.
+step() {
+    local name=$1 start=$SECONDS status=0
+    shift
+    echo "=== $name"
+    "$@" || status=$?
+    echo "=== $name: $((SECONDS - start)) s, exit status $status"
+    return "$status"
+}
+
 # One command a line: `set_up && lint` would switch off `set -e` inside the functions.
 command=${1:-}
 shift || true
@@ -48,12 +59,19 @@ demo)
     ;;
 test)
     set_up
-    lint
-    # All tests go to all cores, to whichever has nothing left; arguments decide for themselves.
-    if (($# == 0)); then
-        set -- --numprocesses=auto --dist=worksteal --durations=25
+    if (($#)); then
+        lint
+        .venv/bin/python -m pytest "$@"
+    else
+        # All tests go to all cores, to whichever has nothing left.
+        tests=(.venv/bin/python -m pytest --numprocesses=auto --dist=worksteal --durations=15)
+        step lint bash run.sh lint
+        step unit "${tests[@]}" --ignore=tests/scenarios
+        step scenarios "${tests[@]}" tests/scenarios
     fi
-    .venv/bin/python -m pytest "$@"
+    ;;
+step)
+    step "$@"
     ;;
 lint)
     set_up
@@ -68,7 +86,7 @@ setup)
     set_up
     ;;
 *)
-    sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
     ;;
 esac

@@ -21,6 +21,12 @@ def warn_once(kind: str, message: str, *arguments: object) -> None:
     _log.log(logging.WARNING if first else logging.DEBUG, message, *arguments)
 
 
+def forget() -> None:
+    """Warn again of each kind of trouble, as a new process does."""
+    with _lock:
+        _said.clear()
+
+
 @contextlib.contextmanager
 def going_on(message: str, *arguments: object) -> Iterator[None]:
     """A block that any error ends, but that raises none: it becomes a warning that begins with ``message``.

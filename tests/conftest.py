@@ -52,6 +52,8 @@ def _fresh_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[No
         monkeypatch.setattr("onlinequant_backend.compilation.compile_process.is_possible", lambda: False)
     yield
     # Not imported here: most tests of plain Python never load torch.
+    if "onlinequant_backend.best_effort" in sys.modules:
+        sys.modules["onlinequant_backend.best_effort"].forget()
     if "onlinequant_backend" in sys.modules:
         sys.modules["onlinequant_backend"].reset()
     if "torch._dynamo" in sys.modules:

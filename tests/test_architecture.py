@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -163,3 +164,12 @@ def test_classes_are_short() -> None:
 
 def test_module_names_say_something() -> None:
     assert [relative(source) for source in SOURCES if source.stem in VAGUE_NAMES] == []
+
+
+def test_tests_share_helpers_and_nothing_else() -> None:
+    importing = {}
+    for source in sorted((ROOT / "tests").rglob("*.py")):
+        nodes = [node for node in ast.walk(ast.parse(source.read_text())) if isinstance(node, ast.ImportFrom)]
+        names = [f"{node.module}.{alias.name}" for node in nodes for alias in node.names]
+        importing[relative(source)] = [name for name in names if re.match(r"tests\.(\w+\.)*test_", name)]
+    assert {source: names for source, names in importing.items() if names} == {}

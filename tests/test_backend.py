@@ -11,18 +11,13 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import backend
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.graph_probe import EIGHT_BITS, GraphProbe
 from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import noise, relative_error
 
 X = noise(8, 16)
 
-
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+pytestmark = pytest.mark.usefixtures("inductor")  # instead of Inductor itself
 
 
 class Called(nn.Module):

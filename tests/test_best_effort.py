@@ -7,11 +7,6 @@ import pytest
 from onlinequant_backend import best_effort
 
 
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_effort, "_said", set())
-
-
 def test_each_kind_of_trouble_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     for _ in range(3):
         best_effort.warn_once("read", "cannot read %s", "this")

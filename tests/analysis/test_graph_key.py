@@ -16,7 +16,6 @@ import onlinequant_backend as oq
 from onlinequant_backend.analysis import graph_key
 from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import INT8, ONEDNN, ONEDNN_7, Format
-from onlinequant_backend.torch_internals import inductor_interface
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
 from tests.helpers.small import CLOSE, WIDE, X, compiled, entries, forget_everything, small
@@ -26,8 +25,7 @@ PARTS = ("portable", "weights", "machine", "graph")
 
 
 @pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+def _eager(inductor: EagerInductor) -> Iterator[None]:
     with torch.no_grad():
         yield
 

@@ -22,11 +22,9 @@ Call = tuple[Any, ...]
 
 
 @pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
+def inductor(inductor: EagerInductor) -> EagerInductor:
     torch._dynamo.utils.counters.clear()
-    return stand_in
+    return inductor
 
 
 def graphs() -> int:

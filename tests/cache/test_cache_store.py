@@ -9,7 +9,6 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from onlinequant_backend import best_effort
 from onlinequant_backend.cache import atomic_files, cache_store
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration
@@ -21,7 +20,6 @@ from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING,
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_effort, "_said", set())
     monkeypatch.setattr(cache_store, "_in_use", set())
 
 

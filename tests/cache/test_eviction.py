@@ -6,18 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from onlinequant_backend import best_effort
 from onlinequant_backend.cache import atomic_files, eviction, locks
 from onlinequant_backend.cache.eviction import ASIDE, DAY, ENTRIES, IMPORTED, INDUCTOR, TEMPORARY, TRASH
 from tests.helpers import cache_process
 from tests.helpers.calibrations import KEY, OTHER_MACHINE, SIBLING, key
 
 NAMES = {ENTRIES: KEY, IMPORTED: KEY[:32], INDUCTOR: f"{KEY[:16]}{KEY[32:48]}", ASIDE: f"{KEY}.1234"}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_effort, "_said", set())
 
 
 def add(root: Path, kind: str, name: str | None = None, *, size: int = 100, days: float = 0) -> Path:

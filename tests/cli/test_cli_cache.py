@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from onlinequant_backend import best_effort
 from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cli import commands
@@ -17,7 +16,6 @@ from tests.helpers.calibrations import CALIBRATION, KEY, STATS
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with one entry and one folder of compiled code."""
-    monkeypatch.setattr(best_effort, "_said", set())
     root = tmp_path.resolve() / "cache"
     store = Cache.open(str(root))
     store.publish(KEY, CALIBRATION, STATS)

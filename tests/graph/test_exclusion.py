@@ -10,8 +10,6 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.graph import exclusion
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, Net, net, noise, relative_error
 
@@ -29,10 +27,7 @@ OF_AN_ADAPTER = [
     "base_model.model.mid.to_q.base_layer",
 ]
 
-
-@pytest.fixture(autouse=True)
-def _eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+pytestmark = pytest.mark.usefixtures("inductor")  # instead of Inductor itself
 
 
 @pytest.mark.parametrize("name", ["mid.to_q", *OF_AN_ADAPTER])

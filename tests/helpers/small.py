@@ -91,4 +91,4 @@ def forget_everything() -> None:
     """Let this process go on as a new one would."""
     oq.reset()
     torch._dynamo.reset()
-    best_effort._said.clear()
+    best_effort.forget()

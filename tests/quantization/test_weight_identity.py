@@ -11,10 +11,10 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.quantization.weight_identity import stand_in
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, X, compiled, small
 from tests.helpers.tiny import noise, relative_error
+
+pytestmark = pytest.mark.usefixtures("inductor")  # instead of Inductor itself
 
 
 @contextlib.contextmanager
@@ -24,13 +24,6 @@ def swapping() -> Iterator[None]:
         yield
     finally:
         torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-@pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in_for_it = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in_for_it)
-    return stand_in_for_it
 
 
 def test_it_is_one_and_dies_with_its_tensor() -> None:

@@ -23,7 +23,6 @@ from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
 from onlinequant_backend.runtime.drift_watch import Watch
-from onlinequant_backend.torch_internals import inductor_interface
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import (
     CLOSE,
@@ -45,12 +44,10 @@ from tests.helpers.tiny import OPTIONS, noise, relative_error
 
 
 @pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[EagerInductor]:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
+def inductor(inductor: EagerInductor) -> Iterator[EagerInductor]:
     forget_everything()
     with torch.no_grad():
-        yield stand_in
+        yield inductor
 
 
 def test_the_next_process_finds_everything() -> None:

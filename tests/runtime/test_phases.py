@@ -9,19 +9,13 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend.compilation.compiled_graph import CompiledGraph
-from onlinequant_backend.torch_internals import inductor_interface
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, X, compiled, small
 from tests.helpers.tiny import noise, relative_error
 
 Step = Callable[..., torch.Tensor]
 
-
-@pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
-    return stand_in
+pytestmark = pytest.mark.usefixtures("inductor")  # instead of Inductor itself
 
 
 def phase(model: torch.nn.Module, step: Step, x: torch.Tensor = X) -> str:

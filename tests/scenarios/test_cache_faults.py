@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from onlinequant_backend import best_effort
 from onlinequant_backend.cache import atomic_files, cache_store
 from onlinequant_backend.cache.cache_store import Cache
 from tests.helpers.calibrations import CALIBRATION, KEY, SIBLING, STATS, calibration, content, key
@@ -19,7 +18,6 @@ from tests.helpers.calibrations import CALIBRATION, KEY, SIBLING, STATS, calibra
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_effort, "_said", set())
     monkeypatch.setattr(cache_store, "_in_use", set())
 
 

@@ -10,17 +10,11 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from onlinequant_backend import best_effort
 from onlinequant_backend.cache import atomic_files, locks
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE
 from tests.helpers import cache_process
 from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, calibration, content, key
-
-
-@pytest.fixture(autouse=True)
-def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(best_effort, "_said", set())
 
 
 @pytest.fixture

@@ -23,8 +23,6 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.quantization import weight_quantization
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import compiled, forget_everything
 from tests.helpers.tiny import Block, noise, relative_error
 
@@ -217,9 +215,9 @@ def interrupted(after: int) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("inductor")
 @torch.no_grad()
-def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+def test_any_order_of_events() -> None:
     settings = hypothesis.settings(
         max_examples=_EXAMPLES or 10,
         stateful_step_count=_STEPS,

@@ -38,12 +38,10 @@ from tests.helpers.tiny import relative_error
 
 
 @pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> Iterator[EagerInductor]:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
+def inductor(inductor: EagerInductor) -> Iterator[EagerInductor]:
     forget_everything()
     with torch.no_grad():
-        yield stand_in
+        yield inductor
 
 
 def assert_warned_once(messages: Sequence[str], why: str) -> None:

@@ -10,8 +10,6 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import X, compiled, small
 
 
@@ -46,9 +44,9 @@ def offload(model: nn.Module) -> None:
         module.forward = functools.partial(hooked, module, hook, forward)
 
 
+@pytest.mark.usefixtures("inductor")
 @torch.no_grad()
-def test_weights_that_are_replaced_at_each_call_are_not_observed_for_good(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+def test_weights_that_are_replaced_at_each_call_are_not_observed_for_good() -> None:
     model = small()
     expected = model(X)
     offload(model)
@@ -59,10 +57,9 @@ def test_weights_that_are_replaced_at_each_call_are_not_observed_for_good(monkey
     assert any("enable_model_cpu_offload" in report.phase_reason for report in oq.reports())
 
 
+@pytest.mark.usefixtures("inductor")
 @torch.no_grad()
-def test_models_that_come_and_go_are_no_offload(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
-
+def test_models_that_come_and_go_are_no_offload() -> None:
     @functools.partial(torch.compile, backend=oq.onlinequant, options={"precision": "int8", "calibration_steps": 9})
     def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = model(x)

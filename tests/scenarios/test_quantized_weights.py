@@ -11,8 +11,6 @@ from torch.utils._pytree import tree_map
 
 import onlinequant_backend as oq
 from onlinequant_backend.analysis import graph_key
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, Small, X, compiled, small
 from tests.helpers.tiny import relative_error
 
@@ -91,9 +89,9 @@ def check_both_dtypes(model: Small, shapes: str = "auto") -> None:
         assert reason.startswith("its weight is quantized already")
 
 
+@pytest.mark.usefixtures("inductor")
 @torch.no_grad()
-def test_only_a_layer_that_is_quantized_already_stays_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor_interface, "compile_fx", EagerInductor())
+def test_only_a_layer_that_is_quantized_already_stays_in_float() -> None:
     check_both_dtypes(quantized_by_others())
 
 

@@ -11,18 +11,11 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.torch_internals import inductor_interface
-from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.tiny import OPTIONS, Net, net, noise
 
 X = noise(2, 4, 16, 16)
 
-
-@pytest.fixture(autouse=True)
-def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
-    stand_in = EagerInductor()
-    monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
-    return stand_in
+pytestmark = pytest.mark.usefixtures("inductor")  # instead of Inductor itself
 
 
 def run(model: nn.Module, x: torch.Tensor = X, **options: object) -> oq.Report:
