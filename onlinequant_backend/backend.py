@@ -81,8 +81,11 @@ def onlinequant(
     report.register(entry)
     if reason is not None:
         entry.enter(Phase.FLOAT, reason)
-        _log.info("%s stays in float: %s", entry.model, reason)
-        progress.tell(entry.summary())
+        if entry.is_float_unasked():
+            warn_once(f"{model} {reason}", "%s: %s", model, entry.warnings()[0])
+        else:
+            _log.info("%s stays in float: %s", entry.model, reason)
+        progress.tell(entry.summary(), is_result=bool(infos))
         # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
         if config.compile_in_background or dynamo_interface.is_transforming():
             return _as_it_is(graph_module, entry)

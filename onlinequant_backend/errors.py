@@ -47,5 +47,9 @@ class InsecureCacheDirectoryError(OnlineQuantError):
     """A cache directory that somebody else could put code into."""
 
 
+class NoReportError(OnlineQuantError, IndexError):
+    """A report is asked for before there is one."""
+
+
 class CalibrationFileError(OnlineQuantError):
     """A calibration that cannot be exported or imported."""

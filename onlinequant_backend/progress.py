@@ -22,6 +22,8 @@ _log = logging.getLogger("onlinequant")
 
 # Seconds: work that is done sooner says nothing; a terminal's line is redrawn, a log line is due after.
 QUIET, REDRAW, LOG_EVERY = 0.5, 0.5, 5.0
+# Where nobody has configured logging, lines are for people who wait: from so many seconds on.
+QUIET_WITHOUT_LOG = 5.0
 _BAR_WIDTH = 30
 
 
@@ -69,11 +71,23 @@ def is_listened_to() -> bool:
     return _listener.get() is not None
 
 
-def tell(text: str) -> None:
-    """Tell the listener, if there is one, how slow work has ended."""
-    listener = _listener.get()
+def tell(text: str, *, is_result: bool = True) -> None:
+    """Say how slow work has ended: to the listener if there is one, else on the terminal, or after the lines that were
+    written in place of a log. The log has such a line already.
+
+    ``is_result=False``: what only a listener wants to know.
+    """
+    listener, console = _listener.get(), _terminal()
     if listener is not None:
         listener(Update(text))
+    elif not is_result or (_is_log_configured() and _log.isEnabledFor(logging.INFO)):
+        return
+    elif console is not None:
+        _erase_line(console)
+        console.print(text, soft_wrap=True, markup=False)
+    elif _unfinished.is_set():
+        _write_line(text)
+        _unfinished.clear()
 
 
 class Progress:
@@ -130,7 +144,7 @@ class Progress:
             if self._console is not None and self._drawn:
                 _erase_line(self._console)
             if self._logged is not None:
-                _log.info("%s: %.1f s in all", self._description, self._elapsed())
+                _log_line(f"{self._description}: {self._elapsed():.1f} s in all")
             self._drawn, self._logged = False, None
 
     def __enter__(self) -> Progress:
@@ -167,11 +181,11 @@ class Progress:
             self._drawn = True
         elif self._is_log_due(elapsed):
             self._logged = elapsed, self._done
-            _log.info("%s", self._sentence(elapsed))
+            _log_line(self._sentence(elapsed))
 
     def _is_log_due(self, elapsed: float) -> bool:
         if self._logged is None:
-            return True
+            return _is_log_configured() or elapsed >= QUIET_WITHOUT_LOG
         seconds, items = self._logged
         if elapsed - seconds < LOG_EVERY:
             return False
@@ -206,6 +220,29 @@ def _duration(seconds: float) -> str:
     if seconds < 10:
         return f"{math.ceil(seconds)} s"
     return f"{5 * round(seconds / 5)} s" if seconds <= 90 else f"{round(seconds / 60)} min"
+
+
+# Set while lines tell of slow work whose result has not been told yet.
+_unfinished = threading.Event()
+
+
+def _log_line(text: str) -> None:
+    """Log how far slow work is. Where logging is not configured, which would drop it, it is written as tqdm would."""
+    if _is_log_configured():
+        _log.info("%s", text)
+    else:
+        _unfinished.set()
+        _write_line(text)
+
+
+def _is_log_configured() -> bool:
+    return _log.hasHandlers() or _log.level != logging.NOTSET
+
+
+def _write_line(text: str) -> None:
+    if sys.stderr is not None:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
 
 def _terminal() -> Console | None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import backend
+from onlinequant_backend import backend, best_effort
 from tests.helpers.graph_probe import EIGHT_BITS, GraphProbe
 from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import noise, relative_error
@@ -57,6 +57,36 @@ def test_where_nothing_qualifies_the_reason_names_what_to_change(options: dict[s
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Linear(12, 16), nn.ReLU())
     probe = GraphProbe(net, torch.empty(2, 8, 16, 16), **options).analyze()
     assert backend._why_float(probe.infos, EIGHT_BITS, []) == expected
+
+
+@pytest.mark.parametrize("precision", ["int8", "auto"])
+def test_8_bit_that_was_asked_for_by_name_and_not_had_is_a_warning(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    monkeypatch.setattr(best_effort, "_said", set())
+    model = Called(lambda layers, x: layers(x))
+    for _ in range(2):
+        torch._dynamo.reset()
+        with torch.no_grad():
+            compiled(model, {"precision": precision, "linear_compute_density_threshold": 1e6})(X)
+    assert oq.reports()[-1].phase == "float"
+    said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    reason = "all layers are below the thresholds (linear_compute_density_threshold=1e+06): lower these"
+    warning = f"Called: precision='int8' was asked for, but no layer runs in 8 bit: {reason}"
+    assert said == ([warning] if precision == "int8" else [])
+
+
+def test_a_function_is_called_by_its_name() -> None:
+    layers = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)).requires_grad_(False)
+
+    def denoise(x: torch.Tensor) -> torch.Tensor:
+        x = layers(x)
+        torch._dynamo.graph_break()
+        return layers(x)
+
+    with torch.no_grad():
+        torch.compile(denoise, backend=oq.onlinequant)(X)
+    assert [report.model for report in oq.reports()[-2:]] == ["denoise", "denoise"]
 
 
 def test_excluding_everything_is_called_that() -> None:

@@ -180,11 +180,80 @@ def test_closing_twice_is_closing_once(clock: Clock, log: Log) -> None:
     assert log.messages == ["observing 1 of 2 (1 s)", "observing: 1.0 s in all"]
 
 
+def test_a_terminal_gets_a_closing_line(terminal: Terminal, clock: Clock, without_logging: None) -> None:
+    bar = Progress("observing", 2)
+    clock.now += 1
+    bar.advance()
+    shown = len(terminal.getvalue())
+    progress.tell("UNet: quantized: 38 of 83 [layers] in int8")
+    progress.tell("for listeners", is_result=False)
+    assert terminal.getvalue()[shown:] == "\r\x1b[2KUNet: quantized: 38 of 83 [layers] in int8\n"
+
+
+def test_a_closing_line_that_the_log_shows_is_not_repeated(terminal: Terminal, log: Log) -> None:
+    progress.tell("UNet: quantized: 38 of 83 layers in int8")
+    assert terminal.getvalue() == ""
+
+
+@pytest.fixture
+def without_logging(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process that has not configured logging, in which nobody would see what is logged."""
+    monkeypatch.setattr(progress, "_log", logging.Logger("onlinequant"))  # noqa: LOG001, on the shared one pytest has handlers
+    progress._unfinished.clear()
+
+
+@pytest.fixture
+def file(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """A standard error that is no terminal."""
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "sys", SimpleNamespace(stderr=file))
+    return file
+
+
+def test_without_a_terminal_and_a_log_slow_work_writes_a_few_lines(
+    clock: Clock, file: io.StringIO, without_logging: None
+) -> None:
+    progress.tell("nobody has waited for this")
+    bar = Progress("compiling")
+    for _ in range(66):
+        clock.now += 1
+        bar.advance()
+    bar.close()
+    progress.tell("UNet: quantized: 38 of 83 layers in int8")
+    progress.tell("told once")
+    shown = [f"compiling ({seconds} s)" for seconds in (5, 10, 20, 40)]
+    assert file.getvalue().splitlines() == [
+        *shown,
+        "compiling: 66.0 s in all",
+        "UNet: quantized: 38 of 83 layers in int8",
+    ]
+
+
+def test_work_of_a_few_seconds_writes_nothing(clock: Clock, file: io.StringIO, without_logging: None) -> None:
+    bar = Progress("compiling")
+    clock.now += 4
+    bar.advance()
+    bar.close()
+    progress.tell("UNet: quantized: 38 of 83 layers in int8")
+    assert file.getvalue() == ""
+
+
+@pytest.mark.parametrize("level", [logging.WARNING, logging.INFO])
+def test_whoever_has_configured_logging_decides(
+    clock: Clock, file: io.StringIO, without_logging: None, monkeypatch: pytest.MonkeyPatch, level: int
+) -> None:
+    monkeypatch.setattr(progress, "_log", logging.Logger("onlinequant", level))  # noqa: LOG001
+    bar = Progress("compiling")
+    clock.now += 60
+    bar.advance()
+    bar.close()
+    assert file.getvalue() == ""
+
+
 def test_a_listener_is_told_everything_at_once_and_nobody_else(
     clock: Clock, terminal: Terminal, log: Log, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told: list[progress.Update] = []
-    progress.tell("to nobody")
     with progress.told_to(told.append):
         bar = Progress("observing", 4)
         clock.now += 1
@@ -194,7 +263,6 @@ def test_a_listener_is_told_everything_at_once_and_nobody_else(
         progress.tell("done")
     bar.advance("later", to=2)  # work that many calls share keeps its listener
     bar.close()
-    progress.tell("to nobody")
     assert told == [
         progress.Update("observing 1 of 4 (1 s)", "observing", 1, 4, 1.0),
         progress.Update("observing 4 of 4 (6 s, about 2 s left)", "observing", 4, 4, 6.0, pytest.approx(5 / 3)),

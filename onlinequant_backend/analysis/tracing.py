@@ -14,6 +14,7 @@ import dataclasses
 import enum
 import itertools
 import logging
+import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, TypeVar
@@ -170,13 +171,12 @@ def _attempt() -> _Attempt | None:
 
 
 def model_name() -> str:
-    """Class of the module that Dynamo is compiling right now; "graph" where it is not a module.
+    """Class of the module, or name of the function, that Dynamo is compiling right now; "graph" without Dynamo.
 
     The graph does not tell: its nodes know the modules below the root only.
     """
     attempt = _attempt()
-    owner = None if attempt is None else attempt.compilation.owner
-    return "graph" if owner is None else type(owner).__name__
+    return "graph" if attempt is None else _name(attempt.compilation)
 
 
 def root() -> torch.nn.Module | None:
@@ -309,7 +309,10 @@ def _say_it_is_uncompiled(compilation: dynamo_interface.Compilation) -> None:
 
 
 def _name(compilation: dynamo_interface.Compilation) -> str:
-    return compilation.code.co_name if compilation.owner is None else type(compilation.owner).__name__
+    if compilation.owner is not None:
+        return type(compilation.owner).__name__
+    # After a graph break, Dynamo makes a function of the rest.
+    return re.sub(r"^torch_dynamo_resume_in_(.+)_at_\d+$", r"\1", compilation.code.co_name)
 
 
 def _is_ours(backend: Any) -> bool:

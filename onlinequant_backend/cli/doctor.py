@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import io
 import platform
 import re
 import tempfile
@@ -12,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
@@ -24,7 +20,6 @@ from ..torch_internals import hardware
 from . import kernel_check
 
 _PACKAGES = ("torch", "triton", "safetensors", "diffusers")
-_WIDTH = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,19 +72,14 @@ def examine(cache_dir: str | None = None) -> Findings:
 
 def render(findings: Findings) -> str:
     """The findings as plain text, with the verdict as the last line."""
-    text = io.StringIO()
-    console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
-    table = Table(box=box.SIMPLE, show_header=False, show_edge=False, pad_edge=False)
-    for what, value in findings.lines:
-        table.add_row(what, value)
-    console.print(table)
-    for obstacle in findings.obstacles:
-        console.print(f"problem: {obstacle}", soft_wrap=True)
+    width = max(len(what) for what, _ in findings.lines)
+    lines = [f"{what:<{width}}  {value}" for what, value in findings.lines]  # none folded: paths are to be copied
+    lines += [f"problem: {obstacle}" for obstacle in findings.obstacles]
     if findings.works:
         verdict = "can work here"
     else:
         verdict = f"can work on {', '.join(findings.devices)} only" if findings.devices else "cannot work here"
-    return "\n".join(line.rstrip() for line in text.getvalue().splitlines()) + f"\n\n8-bit quantization {verdict}."
+    return "\n".join([*lines, "", f"8-bit quantization {verdict}."])
 
 
 def _examine_cpu() -> Findings:

@@ -128,12 +128,20 @@ class Report:
 
     def warnings(self) -> list[str]:
         """What is wrong with the result, and what to do."""
+        if self.is_float_unasked():
+            precision = self.config["precision"]
+            return [f"precision={precision!r} was asked for, but no layer runs in 8 bit: {self.phase_reason}"]
         if self.error is None or self.error < VISIBLE or self.config.get("max_error") is not None:
             return []
         return [
             f"a step in 8 bit differs by {self.error:.2g} from float, which shows in the picture: set max_error, "
             "to 0.1 say, to keep the most sensitive layers in float"
         ]
+
+    def is_float_unasked(self) -> bool:
+        """Whether there are layers and none qualifies, although 8 bit was asked for by name."""
+        is_asked = self.config.get("precision") in ("int8", "fp8") and self.phase == "float" and self.decisions
+        return bool(is_asked) and not any(decision.quantized for decision in self.decisions)
 
     def copy(self) -> Report:
         """The report as it is now, which stays so."""
@@ -192,7 +200,7 @@ class Report:
         except (ValueError, RecursionError) as error:  # JSON may be nested as deeply as one likes
             raise errors.StatsFileError(
                 f"{os.fspath(path)!r} is not a statistics file of this version: {error}. "
-                "Delete it and run the model again to have a new one written."
+                "If onlinequant wrote it, delete it and run the model again to have a new one written."
             ) from error
         return cls(**values, decisions=decisions, stats_path=str(path))
 
@@ -201,6 +209,18 @@ class Report:
         from .plot import plot_layers
 
         plot_layers(self, path)
+
+
+class _Reports(list[Report]):
+    """``reports()[-1]`` of an empty list, as before the first call of a model, says what is missing."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if not self and not isinstance(index, slice):
+            raise errors.NoReportError(
+                "There is no report yet: a model that was compiled with backend='onlinequant' gets one in its first "
+                "call."
+            )
+        return super().__getitem__(index)
 
 
 _reports: list[Report] = []
@@ -216,7 +236,7 @@ def register(report: Report) -> None:
 def reports() -> list[Report]:
     """One report for each graph compiled in this process, newest last."""
     with _reports_lock:
-        return list(_reports)
+        return _Reports(_reports)
 
 
 @atexit.register

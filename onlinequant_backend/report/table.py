@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -18,15 +18,19 @@ if TYPE_CHECKING:
 
 _WIDTH = 120
 _NAME_WIDTH = 38
+_WIDEST = "compiled in"  # of the summary's titles
 
 
 def render_table(report: Report) -> str:
-    """A summary, one row a layer, and how often each reason for float occurs; 120 columns."""
+    """A summary, one row a layer, and how often each reason for float occurs; 120 columns, but for the file's path."""
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
     console.print(_summary(report))
+    lines = [_trimmed(text.getvalue())]
+    if report.stats_path is not None:  # in one piece, to be copied
+        lines.append(f"{'statistics':<{len(_WIDEST)}}  {report.stats_path}")
     standings = tuple(map(report.standing, report.decisions))
-    return "\n".join([_trimmed(text.getvalue()), *_layers(tuple(report.decisions), standings)])
+    return "\n".join([*lines, *_layers(tuple(report.decisions), standings)])
 
 
 def _trimmed(text: str) -> str:
@@ -44,7 +48,7 @@ def _summary(report: Report) -> Table:
     grid.add_row("precision", _because(report.precision, report.precision_reason))
     grid.add_row("layers", report.headline())
     grid.add_row("observed", observed + (", decisions from the cache" if report.cache_hit else ""))
-    grid.add_row("compiled in", f"{report.compile_seconds:.1f} s")
+    grid.add_row(_WIDEST, f"{report.compile_seconds:.1f} s")
     if report.error is not None:
         grid.add_row("error", f"{report.error:.3g} of a step")
     for warning in report.warnings():
@@ -60,9 +64,18 @@ def _summary(report: Report) -> Table:
                 )
     if report.unmatched():
         grid.add_row("exclude", f"{', '.join(map(repr, report.unmatched()))}: no layer has such a name")
-    if report.stats_path is not None:
-        grid.add_row("statistics", report.stats_path)
+    for column, meaning in _legend(report):
+        grid.add_row(column, meaning)
     return grid
+
+
+def _legend(report: Report) -> Iterator[tuple[str, str]]:
+    """What the short titles of columns mean."""
+    if report.decisions:
+        yield "FLOP/B", "compute density: floating-point operations per byte moved"
+    if any(decision.sensitivity is not None for decision in report.decisions):
+        whose = "the layer's output" if report.sensitivity_kind == "local" else "the model's output"
+        yield "sens.", f"sensitivity: the relative error of {whose} if this layer runs in 8 bit"
 
 
 def _because(what: str, reason: str) -> str:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import operator
 from collections.abc import Callable, Hashable, Iterator
 from typing import TYPE_CHECKING
+
+from ..errors import InvalidOptionError
 
 if TYPE_CHECKING:
     from ..report.report import Report
@@ -25,7 +28,7 @@ class SamplingRun:
     """
 
     def __init__(self, steps: int, is_observed: bool = True) -> None:
-        self.steps = max(steps, 1)
+        self.steps = max(_count(steps), 1)
         self.step = 1
         self.is_observed = is_observed
         self.called: list[tuple[Report, str]] = []
@@ -50,6 +53,13 @@ class SamplingRun:
         waiting, self._at_end = self._at_end, {}
         for function in waiting.values():
             function()
+
+
+def _count(steps: object) -> int:
+    try:
+        return operator.index(steps)  # type: ignore[arg-type]
+    except TypeError:
+        raise InvalidOptionError(f"steps is {steps!r}, but it counts the sampler's steps: give an integer.") from None
 
 
 @contextlib.contextmanager

@@ -175,6 +175,12 @@ def test_doctor_finds_a_cache_that_is_not_safe(capsys: pytest.CaptureFixture[str
     assert f"chmod 700 {tmp_path}" in capsys.readouterr().out
 
 
+def test_doctor_folds_no_path(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / ("deep-" * 40)
+    commands.main(["doctor", "--cache-dir", str(path)])
+    assert f"cache directory          {path}, 0 B, can be written\n" in capsys.readouterr().out
+
+
 def test_doctor_does_without_a_home(capsys: pytest.CaptureFixture[str]) -> None:
     assert commands.main(["doctor", "--cache-dir", "~nobody-of-this-name/cache"]) == 0
     assert "set ONLINEQUANT_CACHE_DIR" in " ".join(capsys.readouterr().out.split())
@@ -208,7 +214,7 @@ def test_stats_prints_the_others_beside_a_broken_file(capsys: pytest.CaptureFixt
     (tmp_path / "a" / STATS_FILE).write_text("{")
     assert commands.main(["stats", str(tmp_path)]) == 2
     captured = capsys.readouterr()
-    assert "Readable" in captured.out and "Delete it" in captured.err
+    assert "Readable" in captured.out and "If onlinequant wrote it, delete it" in captured.err
 
 
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

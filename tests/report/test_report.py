@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
+import onlinequant_backend as oq
 from onlinequant_backend.cache.calibration_file import STATS_FILE
 from onlinequant_backend.errors import StatsFileError
 from onlinequant_backend.report import report
-from onlinequant_backend.report.decision import DECISION_TYPES
+from onlinequant_backend.report.decision import DECISION_TYPES, NodeDecision
 from onlinequant_backend.report.report import CANDIDATE, SCHEMA_VERSION, Report
 from tests.helpers.reports import decision, made
 
@@ -108,7 +109,7 @@ def test_a_file_of_bytes_that_are_no_text_is_named(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_no_statistics_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "stats.json").write_text(text)
-    with pytest.raises(StatsFileError, match="Delete it and run the model again"):
+    with pytest.raises(StatsFileError, match="If onlinequant wrote it, delete it and run the model again"):
         Report.load(tmp_path / "stats.json")
 
 
@@ -197,6 +198,36 @@ def test_the_table_sums_up_and_lists_every_layer() -> None:
     assert max(map(len, text.splitlines())) <= 120
 
 
+@pytest.mark.parametrize(("kind", "whose"), [("local", "the layer's"), ("gradient", "the model's")])
+def test_short_titles_are_explained(kind: str, whose: str) -> None:
+    text = made(sensitivity_kind=kind).table()
+    assert f"sens.        sensitivity: the relative error of {whose} output if this layer runs in 8 bit" in text
+    assert "FLOP/B       compute density: floating-point operations per byte moved" in text
+    unmeasured = made(decisions=[decision(sensitivity=None)]).table()
+    assert "sensitivity:" not in unmeasured and "compute density:" in unmeasured
+
+
+def test_the_path_of_the_statistics_is_in_one_piece(tmp_path: Path) -> None:
+    path = tmp_path / ("deep/" * 30) / "stats.json"
+    path.parent.mkdir(parents=True)
+    report = made()
+    report.save(path)
+    assert f"\nstatistics   {path}\n" in report.table()
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "auto", "float"])
+def test_8_bit_that_was_asked_for_by_name_and_not_had_is_a_warning(precision: str) -> None:
+    def warnings(*decisions: NodeDecision, phase: str = "float") -> list[str]:
+        changes = {"phase": phase, "phase_reason": "too small", "config": {"precision": precision}}
+        return made(decisions=[*decisions], **changes).warnings()
+
+    warning = f"precision={precision!r} was asked for, but no layer runs in 8 bit: too small"
+    assert warnings(decision(quantized=False)) == ([warning] if precision in ("int8", "fp8") else [])
+    assert warnings() == []  # a part of a model without layers
+    assert warnings(decision(quantized=True)) == []  # it could not be compiled, which is said elsewhere
+    assert warnings(decision(quantized=False), phase="calibrating") == []
+
+
 def test_reasons_for_float_are_grouped_whatever_their_numbers() -> None:
     reasons = made().table().partition("why layers stay in float:\n")[2].splitlines()
     assert reasons == [
@@ -237,6 +268,19 @@ def test_reports_are_listed_newest_last_and_forgotten() -> None:
     assert len(report.reports()) == 2
     report.clear()
     assert report.reports() == []
+
+
+def test_no_report_yet_is_a_mistake_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_reports", [])
+    assert oq.reports() == [] and oq.reports()[:1] == [] and list(oq.reports()) == []
+    for index in (-1, 0):
+        with pytest.raises(oq.OnlineQuantError, match="There is no report yet") as raised:
+            oq.reports()[index]
+        assert isinstance(raised.value, IndexError)
+    report.register(made())
+    assert oq.reports()[-1].model == made().model and oq.reports()[:1] == oq.reports()
+    with pytest.raises(IndexError, match="out of range"):
+        oq.reports()[5]  # for which Python's own words will do
 
 
 def test_reports_of_many_threads_all_arrive() -> None:

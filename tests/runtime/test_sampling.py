@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +38,20 @@ def test_calls_belong_to_the_innermost_run() -> None:
             assert current_run() is not outer
         assert current_run() is outer
     assert current_run() is None
+
+
+@pytest.mark.parametrize("steps", ["x", None, 20.5])
+def test_steps_that_are_no_count_are_a_mistake_that_is_named(steps: Any) -> None:
+    with (
+        pytest.raises(oq.OnlineQuantError, match="counts the sampler's steps: give an integer") as raised,
+        sampling_run(steps),
+    ):
+        pass
+    assert str(raised.value).startswith(f"steps is {steps!r}, ")
+
+
+def test_steps_may_be_any_integer() -> None:
+    assert [SamplingRun(steps).steps for steps in (20, torch.tensor(20), 0, -1)] == [20, 20, 1, 1]
 
 
 @torch.no_grad()
