@@ -71,7 +71,7 @@ class Schedule:
             self._run = (lambda: None) if run is None else weakref.ref(run)
             self._runs += 1
             self._position = 0
-        self.is_first = have_changed or (self._is_new and self._calls == 0 and not self._is_known)
+        self.is_first = self._is_new and self._calls == 0 and not self._is_known
         is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
         self._calls += 1
         self._position += 1
