@@ -8,7 +8,8 @@ from collections.abc import Callable, Sequence
 
 import torch.fx as fx
 
-from onlinequant_backend.graph.layer_info import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
+from onlinequant_backend.graph.conv_geometry import ConvGeometry
+from onlinequant_backend.graph.layer_info import LayerInfo, info_of, layer_nodes, layer_reads
 
 from .annotate_density import annotate_density
 from .context import PassContext
