@@ -8,12 +8,17 @@ tensors, never Python numbers, so that equal layers share one generated kernel a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 
-from .kernels import clip_counting, formats, x86
+from .graph.conv_geometry import ConvGeometry
+from .kernels import clip_counting, formats
 from .kernels.nvidia import operators, precompile
+from .kernels.operands import Operands
+from .kernels.provider import PROVIDERS
 from .tensors import CHANNELS_LAST
 
 _library = torch.library.Library("onlinequant", "DEF")
@@ -22,23 +27,6 @@ _tags = (getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_
 _WEIGHTED = "Tensor xq, Tensor qparams, Tensor weight, Tensor weight_scale, Tensor? bias"
 
 _library.define("quantize(Tensor x, Tensor qparams, ScalarType dtype, bool channels_last, bool clamp=True) -> Tensor")
-_library.define(f"linear({_WEIGHTED}, ScalarType dtype) -> Tensor", tags=_tags)
-_library.define(f"geglu({_WEIGHTED}, Tensor? out_qparams, ScalarType dtype) -> Tensor", tags=_tags)
-_library.define(
-    "layer_norm(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor qparams, ScalarType dtype) "
-    "-> (Tensor, Tensor)",
-    tags=_tags,
-)
-_library.define(
-    "group_norm(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor qparams, "
-    "ScalarType dtype) -> Tensor",
-    tags=_tags,
-)
-_library.define(
-    f"conv({_WEIGHTED}, int[] stride, int[] padding, int[] dilation, ScalarType dtype, "
-    "Tensor? residual=None, Tensor? channel_add=None) -> Tensor",
-    tags=_tags,
-)
 
 
 def _quantize(
@@ -63,26 +51,13 @@ def _quantize(
     return q.contiguous(memory_format=CHANNELS_LAST[x.dim()])
 
 
-def _linear_fake(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _linear_fake(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
+    xq, weight = operands.xq, operands.weight
     return xq.new_empty((*xq.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
-def _geglu_fake(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_qparams: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _geglu_fake(operands: Operands, out_qparams: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    xq, weight = operands.xq, operands.weight
     return xq.new_empty((*xq.shape[:-1], weight.shape[0] // 2), dtype=dtype)
 
 
@@ -114,41 +89,97 @@ def _group_norm_fake(
 
 
 def _conv_fake(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    operands: Operands,
+    geometry: ConvGeometry,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
     channel_add: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    spatial = [
-        (size + 2 * pad - dil * (kernel - 1) - 1) // step + 1
-        for size, kernel, step, pad, dil in zip(xq.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True)
-    ]
-    layout = CHANNELS_LAST[xq.dim()]
-    shape = (xq.shape[0], weight.shape[0], *spatial)
-    return torch.empty(shape, dtype=dtype, device=xq.device, memory_format=layout)
+    xq, weight = operands.xq, operands.weight
+    shape = (xq.shape[0], weight.shape[0], *geometry.output_size(xq.shape[2:], weight.shape[2:]))
+    return torch.empty(shape, dtype=dtype, device=xq.device, memory_format=CHANNELS_LAST[xq.dim()])
+
+
+def _of_operands(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel``, which takes ``Operands``, as torch calls an op: a schema has no tuples of its own."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        return kernel(Operands(*args[:5]), *args[5:])
+
+    return run
+
+
+def _of_geometry(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The same for a ``kernel`` whose second argument is a ``ConvGeometry``."""
+
+    @functools.wraps(kernel)
+    def run(*args: Any) -> Any:
+        stride, padding, dilation = args[5:8]
+        geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
+        return kernel(Operands(*args[:5]), geometry, *args[8:])
+
+    return run
+
+
+def _as_it_is(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return kernel
+
+
+_Function = Callable[..., Any]
+
+
+class _Op(NamedTuple):
+    """An op of which every provider has a kernel.
+
+    Attributes:
+        adapt: makes of a kernel what torch calls with the arguments of the schema.
+        fake: makes a result of the right shape and layout.
+        schema: arguments and result.
+    """
+
+    adapt: Callable[[_Function], _Function]
+    fake: _Function
+    schema: str
+
+
+_OPS = {
+    "linear": _Op(_of_operands, _linear_fake, f"({_WEIGHTED}, ScalarType dtype) -> Tensor"),
+    "geglu": _Op(_of_operands, _geglu_fake, f"({_WEIGHTED}, Tensor? out_qparams, ScalarType dtype) -> Tensor"),
+    "conv": _Op(
+        _of_geometry,
+        _conv_fake,
+        f"({_WEIGHTED}, int[] stride, int[] padding, int[] dilation, ScalarType dtype, Tensor? residual=None, "
+        "Tensor? channel_add=None) -> Tensor",
+    ),
+    "layer_norm": _Op(
+        _as_it_is,
+        _layer_norm_fake,
+        "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, Tensor qparams, ScalarType dtype) "
+        "-> (Tensor, Tensor)",
+    ),
+    "group_norm": _Op(
+        _as_it_is,
+        _group_norm_fake,
+        "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor qparams, ScalarType dtype) "
+        "-> Tensor",
+    ),
+}
+
+
+def as_op(name: str, kernels: object) -> Callable[..., Any]:
+    """The kernel of an op that a provider has, to be called with the arguments of the op's schema."""
+    return _OPS[name].adapt(getattr(kernels, name))
 
 
 _library.impl("quantize", _quantize, "CompositeImplicitAutograd")
-for _name, _fake in (
-    ("linear", _linear_fake),
-    ("geglu", _geglu_fake),
-    ("layer_norm", _layer_norm_fake),
-    ("group_norm", _group_norm_fake),
-    ("conv", _conv_fake),
-):
-    for _device, _kernels in (("CPU", x86), ("CUDA", operators)):
-        _kernel = getattr(_kernels, _name)
-        _library.impl(_name, _kernel if _name.endswith("_norm") else clip_counting.counted(_kernel), _device)
-    torch.library.register_fake(
-        f"onlinequant::{_name}", precompile.noted(_fake, getattr(operators, _name)), lib=_library
-    )
+for _name, _op in _OPS.items():
+    _library.define(_name + _op.schema, tags=_tags)
+    for _key, _kernels in {provider.dispatch_key: provider.kernels for provider in PROVIDERS}.items():
+        _kernel = as_op(_name, _kernels)
+        _library.impl(_name, _kernel if _op.adapt is _as_it_is else clip_counting.counted(_kernel), _key)
+    _noted = precompile.noted(_op.adapt(_op.fake), as_op(_name, operators))
+    torch.library.register_fake(f"onlinequant::{_name}", _noted, lib=_library)
 
 quantize = torch.ops.onlinequant.quantize.default
 linear = torch.ops.onlinequant.linear.default

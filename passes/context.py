@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
@@ -10,6 +11,9 @@ import torch
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.graph import LayerInfo
 from onlinequant_backend.kernels.precision import Precision
+from onlinequant_backend.kernels.provider import Provider, provider_of
+
+_log = logging.getLogger("onlinequant")
 
 
 @dataclasses.dataclass
@@ -41,6 +45,18 @@ class PassContext:
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
+    @property
+    def kernels(self) -> Provider:
+        """Who computes in the graph's format on its device."""
+        return provider_of(self.precision.format, self.device)
+
+    def has_kernel(self, op: str, weight: Sequence[int] = ()) -> bool:
+        """Whether one kernel computes a fused ``op``; ``weight``: the shape of that of a layer."""
+        reason = self.kernels.lacks(op, self.precision.format, self.device, weight)
+        if reason is not None:
+            _log.debug("%s is not fused: %s", op, reason)
+        return reason is None
+
     def threshold(self, kind: str) -> tuple[float, str]:
         """The density in FLOPs per byte below which a layer of this kind stays in float, and what that is called."""
         name = f"{kind}_compute_density_threshold"
@@ -49,25 +65,24 @@ class PassContext:
             return given, f"{name}={given:g}"
         if self.measures_speed:
             return 0.0, "none"
-        where, density = ("GPUs", _GPU_THRESHOLDS[kind]) if self.device.type == "cuda" else ("CPUs", _CPU_THRESHOLD)
-        return density, f"{density:g}, the {name} for {where}"
+        density = self.kernels.least_density(kind)
+        return density, f"{density:g}, the {name} for {self.kernels.devices}"
 
     @property
     def measures_speed(self) -> bool:
         """Whether layers are selected by measured times, and by their compute density only where a threshold is set."""
-        return self.device.type == "cuda" and self.config.selection != "density"
+        return self.kernels.times_layers and self.config.selection != "density"
 
     @property
     def in_regions(self) -> bool:
         """Whether what the graph does more than once is to be compiled once."""
         asked = self.config.regional_compilation
-        return self.device.type == "cpu" if asked == "auto" else bool(asked)
+        return self.kernels.compiles_regions if asked == "auto" else bool(asked)
 
     @property
     def saturates(self) -> bool:
-        """Whether converting to the activations' dtype limits them: in Triton's conversion to float8 the instruction
-        does (PTX ``cvt.rn.satfinite.e4m3x2.f32``). Clamping before made Inductor's LayerNorm a third slower."""
-        return self.device.type == "cuda" and self.precision.format.activation.is_floating_point
+        """Whether converting to the activations' dtype limits them."""
+        return self.kernels.saturates(self.precision.format)
 
 
 def is_selected(info: LayerInfo, context: PassContext) -> bool:
@@ -75,8 +90,3 @@ def is_selected(info: LayerInfo, context: PassContext) -> bool:
     if info.index is None:
         return False
     return info.quantized if context.selection is None else info.index in context.selection
-
-
-# FLOPs per byte from which layers gain by 8 bit. A GPU waits for its memory until far more than a CPU.
-_GPU_THRESHOLDS = {"conv": 100.0, "linear": 300.0}
-_CPU_THRESHOLD = 20.0

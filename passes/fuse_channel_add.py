@@ -8,7 +8,6 @@ import torch.fx as fx
 from onlinequant_backend import ops
 from onlinequant_backend.graph import fx_utils, info_of
 from onlinequant_backend.graph.aliasing import Memory
-from onlinequant_backend.kernels.nvidia import tuning
 from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
@@ -34,7 +33,7 @@ def fuse_channel_add(graph_module: fx.GraphModule, context: PassContext) -> int:
     read them when all else is done, and the GroupNorm that follows reads everything anyway (94 us a convolution of
     SDXL's became 116 us).
     """
-    if context.precision.format.is_packed:
+    if not context.has_kernel("channel_add"):
         return 0
     memory = Memory(graph_module)
     fused = 0
@@ -52,10 +51,7 @@ def _is_bias_written(conv: fx.Node, memory: Memory) -> bool:
 
 def _has_kernel(conv: fx.Node) -> bool:
     info = info_of(conv)
-    if info is None or info.geometry is None:
-        return False
-    geometry = (info.geometry.stride, info.geometry.padding, info.geometry.dilation)
-    return not tuning.is_pointwise(info.weight_shape, geometry)
+    return info is not None and info.geometry is not None and not info.geometry.is_pointwise(info.weight_shape)
 
 
 def _fuse(graph_module: fx.GraphModule, conv: fx.Node, add: fx.Node) -> bool:

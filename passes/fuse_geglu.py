@@ -9,7 +9,6 @@ import torch.fx as fx
 from onlinequant_backend import ops
 from onlinequant_backend.graph import fx_utils, info_of
 from onlinequant_backend.graph.aliasing import Memory
-from onlinequant_backend.kernels.nvidia import tuning
 
 from .context import PassContext
 
@@ -36,7 +35,7 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
     Leaves alone what differs: the tanh approximation, more readers of a part, a bias that is written in place,
     formats without a fused kernel.
     """
-    if context.precision.format.is_packed:
+    if not context.has_kernel("geglu"):
         return 0
     memory = Memory(graph_module)
     fused = 0
@@ -64,7 +63,7 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
 def _has_kernel(linear: fx.Node, context: PassContext) -> bool:
     info = info_of(linear)
     assert info is not None
-    return context.device.type != "cuda" or tuning.geglu_tile(info.weight_shape[1]) is not None
+    return context.has_kernel("geglu", info.weight_shape)
 
 
 def _product(linear: fx.Node) -> fx.Node | None:

@@ -39,7 +39,7 @@ def fuse_group_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
     norms whose result somebody else reads at any step, of other dimensions than an image's or a video's, and formats
     without such a kernel. Runs after ``rewrite_linear``, ``rewrite_conv`` and ``drop_identities``.
     """
-    if context.precision.format.is_packed:
+    if not context.has_kernel("group_norm"):
         return 0
     fused = 0
     for norm in list(graph_module.graph.nodes):

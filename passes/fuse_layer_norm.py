@@ -38,7 +38,7 @@ def fuse_layer_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
     the residual is None. Leaves alone norms over more than the last dimension, of very wide rows, whose result somebody
     else reads, and formats without such a kernel. Runs after ``rewrite_linear``.
     """
-    if context.precision.format.is_packed:
+    if not context.has_kernel("layer_norm"):
         return 0
     fused = 0
     hoist = not any(map(fx_utils.writes_in_place, graph_module.graph.nodes))

@@ -29,7 +29,7 @@ def rewrite_conv(graph_module: fx.GraphModule, context: PassContext) -> int:
         operands = quantized_operands(graph_module, node, info, context) if info.kind == "conv" else None
         if operands is not None:
             assert info.geometry is not None
-            geometry = (list(info.geometry.stride), list(info.geometry.padding), list(info.geometry.dilation))
+            geometry = map(list, info.geometry)
             fx_utils.replace_call(graph_module, node, ops.conv, (*operands, *geometry, fx_utils.example(node).dtype))
             rewritten += 1
     return rewritten

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onlinequant_backend.graph import exclusion, fx_utils
 from onlinequant_backend.graph.aliasing import Memory
+from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.graph.layer_info import (
     CASTS,
     CONV_TARGETS,
     TRANSPOSED_TARGETS,
-    ConvGeometry,
     LayerInfo,
     layer_nodes,
     weight_parameter,

@@ -28,8 +28,9 @@ from ..cache.source_digest import source_digest
 from ..config import QuantConfig
 from ..graph import LayerInfo, fx_utils, operations, specialization
 from ..kernels.precision import Precision
+from ..kernels.provider import provider_of
 from ..tensors import plain_tensors, sample
-from ..torch_internals import dynamo_interface, hardware, torch_settings
+from ..torch_internals import dynamo_interface, torch_settings
 
 _PART = 16
 # Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
@@ -97,7 +98,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
 
 
 def _machine(precision: Precision, device: torch.device) -> str:
-    able = hardware.device_capability(device)
+    able = provider_of(precision.format, device).capability(device)
     return f"{source_digest()} {torch.__version__} {_triton_version()} {device.type} {able} {precision.format.name}"
 
 

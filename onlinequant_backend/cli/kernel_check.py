@@ -9,8 +9,10 @@ from typing import NamedTuple
 import torch
 
 from .. import ops
+from ..graph.conv_geometry import ConvGeometry
 from ..kernels import reference
 from ..kernels.formats import Format
+from ..kernels.operands import Operands
 from ..tensors import CHANNELS_LAST
 
 # The relative error of an op in this format on this device.
@@ -47,20 +49,20 @@ def _quantize(format: Format, device: torch.device) -> float:
 def _linear(format: Format, device: torch.device, rows: int) -> float:
     operands = _operands(format, device, (rows, _CHANNELS), (48, _CHANNELS))
     got = ops.linear(*operands, torch.float32)
-    return _relative_error(got, reference.linear(*_on_cpu(operands), torch.float64))
+    return _relative_error(got, reference.linear(_on_cpu(operands), torch.float64))
 
 
 def _conv(format: Format, device: torch.device, dimensions: int) -> float:
     operands = _operands(format, device, (1, _CHANNELS, *(6,) * dimensions), (48, _CHANNELS, *(3,) * dimensions))
-    ones = [1] * dimensions
-    got = ops.conv(*operands, ones, ones, ones, torch.float32)
-    return _relative_error(got, reference.conv(*_on_cpu(operands), ones, ones, ones, torch.float64))
+    geometry = ConvGeometry(*[(1,) * dimensions] * 3)
+    got = ops.conv(*operands, *geometry, torch.float32)
+    return _relative_error(got, reference.conv(_on_cpu(operands), geometry, torch.float64))
 
 
 def _geglu(format: Format, device: torch.device) -> float:
     operands = _operands(format, device, (20, _CHANNELS), (96, _CHANNELS))
     got = ops.geglu(*operands, None, torch.float32)
-    return _relative_error(got, reference.geglu(*_on_cpu(operands), torch.float64))
+    return _relative_error(got, reference.geglu(_on_cpu(operands), torch.float64))
 
 
 def _layer_norm(format: Format, device: torch.device) -> float:
@@ -81,12 +83,9 @@ def _group_norm(format: Format, device: torch.device) -> float:
     return _rounding_error(xq, qparams, reference.group_norm(x, 8, weight, bias, 1e-5, True))
 
 
-_Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
 def _operands(
     format: Format, device: torch.device, x_shape: tuple[int, ...], weight_shape: tuple[int, ...]
-) -> _Operands:
+) -> Operands:
     """What the ops take: random ``xq``, ``qparams``, a weight, its scales and a bias; images are channels last."""
     generator = torch.Generator().manual_seed(0)
 
@@ -96,9 +95,9 @@ def _operands(
         return (values if dtype.is_floating_point else values.round()).to(dtype).to(device, memory_format=layout)
 
     outputs = weight_shape[0]
-    scales = 1 if format.linear_per_tensor and len(weight_shape) == 2 else outputs
+    scales = format.scale_shape(weight_shape)
     limit = format.weight_limit
-    return (
+    return Operands(
         stored(x_shape, *format.limits, format.activation),
         _qparams(format, device),
         stored(weight_shape, -limit, limit, format.weight),
@@ -120,10 +119,9 @@ def _noise(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32, device="cpu").half()
 
 
-def _on_cpu(operands: _Operands) -> _Operands:
+def _on_cpu(operands: Operands) -> Operands:
     """For the reference, which must not depend on the device that it judges."""
-    xq, qparams, weight, weight_scale, bias = (tensor.cpu() for tensor in operands)
-    return xq, qparams, weight, weight_scale, bias
+    return Operands(*(tensor.cpu() for tensor in operands if tensor is not None))
 
 
 def _relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ their nodes and inputs. Each of the other modules answers one question about a g
 layers an option excludes, which parts repeat, which sizes vary.
 """
 
-from .layer_info import ConvGeometry, LayerInfo, info_of, layer_nodes, layer_reads
+from .conv_geometry import ConvGeometry
+from .layer_info import LayerInfo, info_of, layer_nodes, layer_reads
 
 __all__ = ["ConvGeometry", "LayerInfo", "info_of", "layer_nodes", "layer_reads"]

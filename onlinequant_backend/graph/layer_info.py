@@ -12,6 +12,7 @@ import torch
 import torch.fx as fx
 
 from . import fx_utils
+from .conv_geometry import ConvGeometry
 
 LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
 CONV_TARGETS = (
@@ -34,15 +35,6 @@ TRANSPOSED_TARGETS = (
 
 # Tensor methods that a weight may pass through on its way into a layer.
 CASTS = ("to", "float", "half", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class ConvGeometry:
-    """Stride, padding and dilation of a convolution, one integer for each spatial dimension."""
-
-    stride: tuple[int, ...]
-    padding: tuple[int, ...]
-    dilation: tuple[int, ...]
 
 
 @dataclasses.dataclass

@@ -112,10 +112,10 @@ def counted(kernel: Callable[..., Any]) -> Callable[..., Any]:
     """``kernel`` whose first operands are ``xq`` and ``qparams``, and which takes part in ``counting``."""
 
     @functools.wraps(kernel)
-    def run(xq: torch.Tensor, qparams: torch.Tensor, *rest: Any, **named: Any) -> Any:
+    def run(*args: Any) -> Any:
         counts = getattr(_counting, "counts", None)
         if counts is not None:
-            counts.see(xq, qparams)
-        return kernel(xq, qparams, *rest, **named)
+            counts.see(args[0], args[1])
+        return kernel(*args)
 
     return run

@@ -2,18 +2,18 @@
 
 An activation is stored as unsigned integers (or, with zero point 0, signed ones or 8-bit floats) q with
 x = (q - zero_point) * scale, a weight as signed integers (or 8-bit floats) w_q with w = w_q * weight_scale, one scale
-for each output channel or for all (Jacob et al., "Quantization and Training of Neural Networks for Efficient
-Integer-Arithmetic-Only Inference", 2017, section 2).
+for each output channel, for a block of its values or for all (Jacob et al., "Quantization and Training of Neural
+Networks for Efficient Integer-Arithmetic-Only Inference", 2017, section 2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 
+from ..graph.conv_geometry import ConvGeometry
 from .formats import NOT_FINITE
+from .operands import Operands
 
 
 def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
@@ -23,47 +23,27 @@ def dequantize(xq: torch.Tensor, qparams: torch.Tensor) -> torch.Tensor:
     return (xq.double().masked_fill(xq.float() == NOT_FINITE[xq.dtype], torch.nan) - zero_point) * scale
 
 
-def linear(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``xq`` uint8 [..., K], ``weight`` int8 [N, K], ``weight_scale`` float32 [N]; returns ``dtype`` [..., N]."""
-    w = weight.double() * weight_scale.double()[:, None]
-    return F.linear(dequantize(xq, qparams), w, None if bias is None else bias.double()).to(dtype)
+def dequantize_weight(weight: torch.Tensor, weight_scale: torch.Tensor) -> torch.Tensor:
+    """Turn an 8-bit weight [N, ...] back into float64; its scales are [1], [N], or [N, blocks]."""
+    blocks = weight_scale.shape[1] if weight_scale.dim() == 2 else 1
+    values = weight.double().reshape(weight.shape[0], blocks, -1)
+    return (values * weight_scale.double().view(-1, blocks, 1)).reshape(weight.shape)
 
 
-def conv(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``xq`` uint8 [N, C, *spatial], ``weight`` int8 [O, C, *kernel] with two or three spatial dimensions."""
-    convolve = F.conv2d if weight.dim() == 4 else F.conv3d
-    w = weight.double() * weight_scale.double().view(-1, *[1] * (weight.dim() - 1))
-    b = None if bias is None else bias.double()
-    return convolve(dequantize(xq, qparams), w, b, list(stride), list(padding), list(dilation)).to(dtype)
+def linear(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
+    """``xq`` 8 bit [..., K], ``weight`` 8 bit [N, K]; returns ``dtype`` [..., N]."""
+    return F.linear(*_in_float(operands)).to(dtype)
 
 
-def geglu(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def conv(operands: Operands, geometry: ConvGeometry, dtype: torch.dtype) -> torch.Tensor:
+    """``xq`` 8 bit [N, C, *spatial], ``weight`` 8 bit [O, C, *kernel] with two or three spatial dimensions."""
+    convolve = F.conv2d if operands.weight.dim() == 4 else F.conv3d
+    return convolve(*_in_float(operands), *geometry).to(dtype)
+
+
+def geglu(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
     """``linear`` whose first half of columns is multiplied by GELU of the second; ``weight`` [2 N, K]."""
-    value, gate = linear(xq, qparams, weight, weight_scale, bias, torch.float64).chunk(2, dim=-1)
+    value, gate = linear(operands, torch.float64).chunk(2, dim=-1)
     return (value * F.gelu(gate)).to(dtype)
 
 
@@ -75,3 +55,9 @@ def group_norm(
         x.double(), groups, None if weight is None else weight.double(), None if bias is None else bias.double(), eps
     )
     return F.silu(y) if silu else y
+
+
+def _in_float(operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    xq, qparams, weight, weight_scale, bias = operands
+    x, w = dequantize(xq, qparams), dequantize_weight(weight, weight_scale)
+    return x, w, None if bias is None else bias.double()

@@ -14,7 +14,7 @@ from .layer_state import Layer
 from .weight_identity import StandIn, stand_in
 
 if TYPE_CHECKING:
-    from ..graph.layer_info import ConvGeometry
+    from ..graph.conv_geometry import ConvGeometry
 
 
 class LayerRegistry:

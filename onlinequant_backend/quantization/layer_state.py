@@ -19,7 +19,7 @@ from .smoothing import smoothing_factors
 from .weight_copy import Copy
 
 if TYPE_CHECKING:
-    from ..graph.layer_info import ConvGeometry
+    from ..graph.conv_geometry import ConvGeometry
 
 
 # Values of outputs that are compared at a time, of one image at least: all of a video model's take more than its step.

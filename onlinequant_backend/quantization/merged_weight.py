@@ -29,7 +29,7 @@ class MergedWeight:
             weights.append(copy.weight)
             scales.append(copy.weight_scale)
         self.copies = tuple(copies)
-        self.shares_scale = copies[0].format.linear_per_tensor
+        self.shares_scale = copies[0].format.matrix_scale.granularity == "tensor"
         self._rows = [weight.shape[0] for weight in weights]
         with torch.inference_mode(False), torch.no_grad():
             self.weight = _whole(weights)

@@ -15,15 +15,14 @@ import torch
 
 from .. import fork_locks
 from ..errors import FreedWeightsError
-from ..kernels import x86
 from ..kernels.formats import Format
-from ..tensors import CHANNELS_LAST
+from ..kernels.provider import provider_of
 from .weight_changes import Stamp
 from .weight_identity import weakly
-from .weight_quantization import quantize_weight, scale_of, scales_in
+from .weight_quantization import quantize_weight, scale_of
 
 if TYPE_CHECKING:
-    from ..graph.layer_info import ConvGeometry
+    from ..graph.conv_geometry import ConvGeometry
     from .layer_state import Layer
     from .merged_weight import MergedWeight
 
@@ -179,14 +178,11 @@ class Copy:
 
     def new_scale(self, weight: torch.Tensor) -> torch.Tensor:
         """Memory for the scales of a copy of ``weight``."""
-        return torch.empty(scales_in(weight.shape, self.format), dtype=torch.float32, device=weight.device)
+        return torch.empty(self.format.scale_shape(weight.shape), dtype=torch.float32, device=weight.device)
 
     def new_tensor(self, weight: torch.Tensor) -> torch.Tensor:
         """Memory for a copy of ``weight``."""
-        if self.format.is_packed:
-            return x86.new_handle(weight.shape)
-        memory_format = CHANNELS_LAST.get(weight.dim(), torch.contiguous_format)
-        return torch.empty(weight.shape, dtype=self.format.weight, device=weight.device, memory_format=memory_format)
+        return provider_of(self.format, weight.device).new_weight(weight.shape, self.format, weight.device)
 
     def _write(
         self, tensor: torch.Tensor, weight: torch.Tensor, scale: float | None, smoothing: torch.Tensor | None
@@ -195,10 +191,7 @@ class Copy:
         if not self.format.is_packed:
             return quantize_weight(weight, self.format, scale, smoothing, tensor)[1]
         q, scales = quantize_weight(weight, self.format, scale, smoothing)
-        if self.geometry is None:
-            x86.pack(tensor, q)
-        else:
-            x86.pack(tensor, q, self.geometry.stride, self.geometry.padding, self.geometry.dilation)
+        provider_of(self.format, weight.device).pack(tensor, q, self.geometry)
         return scales
 
     def forget(self) -> Stamp | None:

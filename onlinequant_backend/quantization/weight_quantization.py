@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import torch
 
 from ..kernels.formats import ONEDNN, Format
@@ -23,15 +20,6 @@ def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
     return torch.exp2(torch.ceil(torch.log2(exact)))
 
 
-def _has_one_scale(shape: Sequence[int], format: Format) -> bool:
-    return format.linear_per_tensor and math.prod(shape[2:]) == 1
-
-
-def scales_in(shape: Sequence[int], format: Format) -> int:
-    """How many scales ``quantize_weight`` gives a weight of such a shape."""
-    return 1 if _has_one_scale(shape, format) else shape[0]
-
-
 def quantize_weight(
     weight: torch.Tensor,
     format: Format = ONEDNN,
@@ -39,18 +27,20 @@ def quantize_weight(
     smoothing: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Symmetric 8-bit weights, one scale for each output channel or for all: ``weight`` is about ``q * scale``.
+    """Symmetric 8-bit weights and their scales: ``weight`` is about ``q * scale``.
 
-    ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 [N], or
-    [1] for a linear weight (or that of a 1x1 convolution) if ``format.linear_per_tensor``. A channel with NaN or
-    infinity gets a scale that is not finite, so that the layer's output is not finite either, as in float.
-    ``scale_of_all``: that one scale, if it is to be another than ``scale_of(weight)``. ``smoothing``: what the weight
-    is divided by first, see ``smoothing_factors``. ``out``: what to write them into, in any memory format.
+    ``weight``: any float dtype, [N, ...]. Returns ``format.weight`` of the same shape, contiguous, and float32 scales
+    as ``format.scale_of`` tells. A channel with NaN or infinity gets a scale that is not finite, so that the layer's
+    output is not finite either, as in float. ``scale_of_all``: the scale of a weight that has one, if it is to be
+    another than ``scale_of(weight)``. ``smoothing``: what the weight is divided by first, see ``smoothing_factors``.
+    ``out``: what to write them into, in any memory format.
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device) if out is None else out
-    per_tensor = _has_one_scale(weight.shape, format)
-    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    desc = format.scale_of(weight.shape)
+    per_tensor = desc.granularity == "tensor"
+    blocks = 1 if desc.block is None else desc.shape(weight.shape)[1]
+    scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     if per_tensor:
         scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
     # A few rows at a time: they stay in the cache, and most of the time of a whole copy would go into page faults.
@@ -60,14 +50,14 @@ def quantize_weight(
         block = scratch[: len(source)].copy_(source)  # any dtype and memory format
         if smoothing is not None:
             block.div_(smoothing)
-        flat = block.flatten(1)
+        values = block.view(len(block), blocks, -1)
         if not per_tensor:
-            largest = torch.maximum(flat.amax(1), flat.amin(1).neg_())
+            largest = torch.maximum(values.amax(2), values.amin(2).neg_())
             scale_block.copy_(largest.clamp_(min=_LEAST).div_(format.weight_limit))
         # No clamping: with such a scale nothing rounds to more than the limit.
-        flat.div_(scale_block[:, None])
+        values.div_(scale_block[:, :, None])
         q_block.copy_(block if format.weight.is_floating_point else block.round_())
-    finite = torch.isfinite(scale)
+    finite = torch.isfinite(scale).all(1)
     if not finite.all():
         q.view(torch.uint8)[~finite] = 0
-    return q, scale[:1].clone() if per_tensor else scale
+    return q, scale[0].clone() if per_tensor else scale.view(format.scale_shape(weight.shape))

@@ -21,6 +21,11 @@ def has_gluon() -> bool:
     return (3, 6) <= version < (3, 9)
 
 
+def onednn_has_int8() -> bool:
+    """Whether this torch has oneDNN's int8 kernels for this CPU."""
+    return torch.backends.mkldnn.is_available() and "onednn" in torch.backends.quantized.supported_engines
+
+
 def cpu_flags() -> dict[str, bool]:
     """The 8-bit matrix instructions of this CPU: ``avx512_vnni``, ``avx_vnni``, ``amx_int8`` and ``avx2``."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -36,10 +41,3 @@ def int8_instructions() -> str | None:
     """The best of this CPU's instructions that sum 8-bit products in 32 bits; None if it has none."""
     flags = cpu_flags()
     return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)
-
-
-def device_capability(device: torch.device) -> str:
-    """What tells devices apart that may need other code: a GPU's compute capability, a CPU's 8-bit instructions."""
-    if device.type == "cuda":
-        return "{}.{}".format(*torch.cuda.get_device_capability(device))
-    return str(int8_instructions()) if device.type == "cpu" else ""

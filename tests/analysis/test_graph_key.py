@@ -14,7 +14,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.analysis import graph_key
-from onlinequant_backend.kernels import precision
+from onlinequant_backend.kernels import cpu_providers
 from onlinequant_backend.kernels.formats import INT8, ONEDNN, ONEDNN_7, Format
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.model_process import ModelProcess
@@ -214,7 +214,7 @@ def test_another_format_of_int8(
     """A calibration with zero points serves other weights of the CPU, but no activations that are symmetric."""
     both = []
     for format in formats:
-        monkeypatch.setattr(precision, "_cpu_format", lambda format=format: format)
+        monkeypatch.setattr(cpu_providers.X86, "format", lambda *_, format=format: format)
         both.append(key())
     assert changed(*both) == parts
 

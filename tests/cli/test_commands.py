@@ -15,9 +15,9 @@ import onlinequant_backend
 from onlinequant_backend import ops
 from onlinequant_backend.cache.calibration_file import STATS_FILE
 from onlinequant_backend.cli import commands, demo, doctor, kernel_check
-from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import Format
 from onlinequant_backend.report import NodeDecision, Report
+from onlinequant_backend.torch_internals import hardware
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_doctor_finds_that_8_bit_can_work_here(
 def test_doctor_without_int8_says_why_and_exits_with_1(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    monkeypatch.setattr(hardware, "onednn_has_int8", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert commands.main(["doctor"]) == 1
     out = capsys.readouterr().out
@@ -254,7 +254,7 @@ def test_demo_without_diffusers_names_the_extra(
 def test_demo_without_int8_says_so_before_it_measures(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    monkeypatch.setattr(hardware, "onednn_has_int8", lambda: False)
     assert commands.main(["demo", "--output", str(tmp_path)]) == 1
     assert "no oneDNN int8 kernels" in capsys.readouterr().err
 

@@ -9,7 +9,7 @@ from onlinequant_backend import ops
 from onlinequant_backend.cli import kernel_check
 from onlinequant_backend.kernels import precision
 from onlinequant_backend.kernels.formats import FP8, INT8, Format
-from onlinequant_backend.kernels.nvidia import operators, tuning
+from onlinequant_backend.kernels.nvidia import gpu, operators
 from tests.helpers.graph_probe import host_precision
 
 CPU = torch.device("cpu")
@@ -33,15 +33,13 @@ def test_right_kernels_pass(format: Format, check: kernel_check.Check) -> None:
 def test_kernels_of_gpus_pass(tma: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     format = INT8  # Triton's interpreter (3.8) rounds to fp8 wrongly
     if device == "cuda":
-        if tma != tuning._has_tma():
+        if tma != gpu.gpu_of(torch.device(device)).has_tma:
             pytest.skip("this GPU has other kernels")
         format = precision.resolve("auto", torch.device(device)).format
     else:
-        monkeypatch.setattr(tuning, "_has_tma", lambda: tma)
-        for function in (tuning.linear_tiles, tuning.conv_tiles):
-            monkeypatch.setattr(tuning, function.__name__, function.__wrapped__)  # uncached
+        monkeypatch.setattr(operators, "gpu_of", lambda _device: gpu.NONE._replace(has_tma=tma))
         for name in ("linear", "geglu", "layer_norm", "group_norm", "conv"):
-            monkeypatch.setattr(ops, name, getattr(operators, name))
+            monkeypatch.setattr(ops, name, ops.as_op(name, operators))
     outcomes = {
         name: kernel_check.outcome(check, format, torch.device(device))
         for name, check in kernel_check.GPU_CHECKS.items()

@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
+from onlinequant_backend import kernels
+from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.kernels import reference
 
 FORMATS = [
@@ -38,13 +40,22 @@ class Operands:
         """The first arguments of every kernel."""
         return self.xq, self.qparams[2:], self.weight, self.weight_scale, self.bias
 
+    @property
+    def _given(self) -> kernels.Operands:
+        return kernels.Operands(self.xq, self.qparams, self.weight, self.weight_scale, self.bias)
+
     def linear(self) -> torch.Tensor:
-        return reference.linear(self.xq, self.qparams, self.weight, self.weight_scale, self.bias, torch.float64)
+        return reference.linear(self._given, torch.float64)
+
+    def geglu(self) -> torch.Tensor:
+        return reference.geglu(self._given, torch.float64)
 
     def conv(self, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> torch.Tensor:
         """What a convolution must be, [N, *spatial, K]."""
         x, w = self.xq.movedim(-1, 1), self.weight.movedim(-1, 1)
-        y = reference.conv(x, self.qparams, w, self.weight_scale, self.bias, stride, padding, dilation, torch.float64)
+        given = self._given._replace(xq=x, weight=w)
+        geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
+        y = reference.conv(given, geometry, torch.float64)
         return y.movedim(1, -1)
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 
 from onlinequant_backend import ops
+from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.kernels import emulated, reference
 from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, Format
+from onlinequant_backend.kernels.operands import Operands
 from onlinequant_backend.quantization.ranges import ActivationRange, freeze
 from onlinequant_backend.quantization.weight_quantization import quantize_weight
 from tests.helpers.graph_probe import host_precision
@@ -17,8 +21,16 @@ from tests.helpers.kernel_cases import CONVS, DTYPES, LINEARS, TOLERANCE
 from tests.helpers.tiny import noise
 
 EMULATED = [pytest.param(format, id=format.name) for format in (INT8, FP8)]
-FORMATS = [pytest.param(host_precision().format, id=ONEDNN.name), *EMULATED]
-Operands = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]
+PADDED, POINTWISE = ConvGeometry((1, 1), (1, 1), (1, 1)), ConvGeometry((1, 1), (0, 0), (1, 1))
+OVER_TIME = ConvGeometry((1, 1, 1), (1, 0, 0), (1, 1, 1))
+HOST = host_precision().format
+FORMATS = [pytest.param(HOST, id=ONEDNN.name), *EMULATED]
+
+
+def with_kinds(cases: Sequence[Any]) -> list[Any]:
+    """Each of ``cases`` with a dtype and whether there is a bias: every pair of these with some of the cases."""
+    kinds = itertools.cycle(zip(DTYPES * 2, [True, False] * 3, strict=True))
+    return [pytest.param(*case.values, *kind, id=case.id) for case, kind in zip(cases, kinds, strict=False)]
 
 
 def operands(format: Format, x_shape: tuple[int, ...], weight_shape: tuple[int, ...], bias: bool = True) -> Operands:
@@ -27,7 +39,7 @@ def operands(format: Format, x_shape: tuple[int, ...], weight_shape: tuple[int, 
     qparams = freeze(ActivationRange(float(x.min()), float(x.max()) + 0.5), format, "minmax")
     xq = ops.quantize(x, qparams, format.activation, len(weight_shape) > 2)
     weight, scale = quantize_weight(noise(*weight_shape, seed=2), format)
-    return xq, qparams, weight, scale, noise(weight_shape[0], seed=3) if bias else None
+    return Operands(xq, qparams, weight, scale, noise(weight_shape[0], seed=3) if bias else None)
 
 
 def assert_close(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, roundings: int = 1) -> None:
@@ -38,27 +50,23 @@ def assert_close(result: torch.Tensor, expected: torch.Tensor, dtype: torch.dtyp
     torch.testing.assert_close(result.double(), expected, rtol=TOLERANCE[dtype], atol=atol)
 
 
-def each(value: int | tuple[int, ...], dimensions: int) -> list[int]:
-    return [value] * dimensions if isinstance(value, int) else list(value)
+def each(value: int | tuple[int, ...], dimensions: int) -> tuple[int, ...]:
+    return (value,) * dimensions if isinstance(value, int) else value
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("format", EMULATED)
-@pytest.mark.parametrize(("shape", "outputs"), LINEARS)
+@pytest.mark.parametrize(("shape", "outputs", "dtype", "bias"), with_kinds(LINEARS))
 def test_linear(shape: tuple[int, ...], outputs: int, format: Format, bias: bool, dtype: torch.dtype) -> None:
     given = operands(format, shape, (outputs, shape[-1]), bias)
-    expected = reference.linear(*given, torch.float64)
-    for function in (emulated.linear, ops.linear):
+    expected = reference.linear(given, torch.float64)
+    for function in (ops.as_op("linear", emulated), ops.linear):
         result = function(*given, dtype)
         assert_close(result, expected, dtype)
         assert result.is_contiguous()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("format", EMULATED)
-@pytest.mark.parametrize(("shape", "weight_shape", "stride", "padding", "dilation"), CONVS)
+@pytest.mark.parametrize(("shape", "weight_shape", "stride", "padding", "dilation", "dtype", "bias"), with_kinds(CONVS))
 def test_conv(
     shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
@@ -70,10 +78,10 @@ def test_conv(
     dtype: torch.dtype,
 ) -> None:
     given = operands(format, shape, weight_shape, bias)
-    geometry = [each(value, len(shape) - 2) for value in (stride, padding, dilation)]
-    expected = reference.conv(*given, *geometry, torch.float64)
+    geometry = ConvGeometry(*(each(value, len(shape) - 2) for value in (stride, padding, dilation)))
+    expected = reference.conv(given, geometry, torch.float64)
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
-    for function in (emulated.conv, ops.conv):
+    for function in (ops.as_op("conv", emulated), ops.conv):
         result = function(*given, *geometry, dtype)
         assert_close(result, expected, dtype)
         assert result.is_contiguous(memory_format=layout)
@@ -94,23 +102,23 @@ def test_nan_of_an_input_or_a_scale_reaches_the_output(format: Format) -> None:
         assert result.isnan().all(1).tolist() == [row == 3 for row in range(5)] == result.isnan().any(1).tolist()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("shape", [(32,), (17, 32), (2, 3, 32)])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "bias"),
+    [((32,), torch.float32, True), ((17, 32), torch.bfloat16, False), ((2, 3, 32), torch.float16, True)],
+)
 def test_geglu(shape: tuple[int, ...], format: Format, bias: bool, dtype: torch.dtype) -> None:
     given = operands(format, shape, (48, 32), bias)
     result = ops.geglu(*given, None, dtype)
-    assert_close(result, reference.geglu(*given, torch.float64), dtype)
+    assert_close(result, reference.geglu(given, torch.float64), dtype)
     assert result.shape == (*shape[:-1], 24)
     assert result.is_contiguous()
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("bias", [True, False])
-def test_geglu_in_8_bit(bias: bool, format: Format) -> None:
-    given = operands(format, (2, 40, 32), (96, 32), bias)
-    exact = reference.geglu(*given, torch.float64)
+def test_geglu_in_8_bit(format: Format) -> None:
+    given = operands(format, (2, 40, 32), (96, 32))
+    exact = reference.geglu(given, torch.float64)
     clipped = exact.abs().max() / 3 / format.headroom
     out_qparams = freeze(ActivationRange(-float(clipped), float(clipped)), format, "minmax")
     result = ops.geglu(*given, out_qparams, format.activation)
@@ -125,28 +133,28 @@ def test_geglu_in_8_bit(bias: bool, format: Format) -> None:
     assert (result.float() == low).any() and (result.float() == high).any()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("added", ["residual", "channel_add", "both"])
 @pytest.mark.parametrize(
-    ("shape", "weight_shape", "geometry"),
+    ("shape", "weight_shape", "geometry", "format", "dtype"),
     [
-        pytest.param((2, 12, 6, 5), (8, 12, 3, 3), ([1, 1], [1, 1], [1, 1]), id="3x3"),
-        pytest.param((2, 12, 7, 6), (8, 12, 3, 3), ([2, 2], [1, 1], [1, 1]), id="stride"),
-        pytest.param((2, 12, 6, 5), (8, 12, 1, 1), ([1, 1], [0, 0], [1, 1]), id="1x1"),
-        pytest.param((2, 12, 4, 5, 3), (8, 12, 3, 1, 1), ([1, 1, 1], [1, 0, 0], [1, 1, 1]), id="over time"),
+        pytest.param((2, 12, 6, 5), (8, 12, 3, 3), PADDED, HOST, torch.float16, id="3x3"),
+        pytest.param(
+            (2, 12, 7, 6), (8, 12, 3, 3), ConvGeometry((2, 2), (1, 1), (1, 1)), INT8, torch.bfloat16, id="stride"
+        ),
+        pytest.param((2, 12, 6, 5), (8, 12, 1, 1), POINTWISE, FP8, torch.float32, id="1x1"),
+        pytest.param((2, 12, 4, 5, 3), (8, 12, 3, 1, 1), OVER_TIME, HOST, torch.float32, id="over time"),
     ],
 )
 def test_conv_adds_a_residual_and_a_number_to_each_channel(
     shape: tuple[int, ...],
     weight_shape: tuple[int, ...],
-    geometry: tuple[list[int], ...],
+    geometry: ConvGeometry,
     added: str,
     format: Format,
     dtype: torch.dtype,
 ) -> None:
     given = operands(format, shape, weight_shape)
-    expected = reference.conv(*given, *geometry, torch.float64)
+    expected = reference.conv(given, geometry, torch.float64)
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     more: dict[str, Any] = {}
     if added != "residual":
@@ -164,14 +172,12 @@ def test_conv_adds_a_residual_and_a_number_to_each_channel(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("format", FORMATS)
-def test_conv_has_the_dtype_asked_for_whatever_is_added(format: Format, kernel: int, dtype: torch.dtype) -> None:
-    given = operands(format, (2, 12, 6, 5), (8, 12, kernel, kernel))
-    geometry = [1, 1], [kernel // 2] * 2, [1, 1]
+def test_conv_has_the_dtype_asked_for_whatever_is_added(format: Format, dtype: torch.dtype) -> None:
+    given = operands(format, (2, 12, 6, 5), (8, 12, 3, 3))
     residual, channel_add = noise(2, 8, 6, 5, seed=4), noise(2, 8, seed=5)
-    result = ops.conv(*given, *geometry, dtype, residual, channel_add)
-    expected = reference.conv(*given, *geometry, torch.float64) + residual + channel_add[:, :, None, None]
+    result = ops.conv(*given, *PADDED, dtype, residual, channel_add)
+    expected = reference.conv(given, PADDED, torch.float64) + residual + channel_add[:, :, None, None]
     assert_close(result, expected, dtype, roundings=3)
     assert result.is_contiguous(memory_format=torch.channels_last)
 
@@ -182,6 +188,5 @@ def test_what_is_not_finite_spreads_as_in_float(format: Format) -> None:
     qparams = freeze(ActivationRange(float(x.min()), float(x.max())), format, "minmax")
     x[1, 3, 2, 2] = torch.inf
     xq = ops.quantize(x, qparams, format.activation, True)
-    geometry = ([1, 1], [1, 1], [1, 1])
-    result = ops.conv(xq, qparams, *quantize_weight(weight, format), None, *geometry, torch.float32)
+    result = ops.conv(xq, qparams, *quantize_weight(weight, format), None, *PADDED, torch.float32)
     assert torch.equal(result.isfinite(), torch.conv2d(x, weight, padding=1).isfinite())

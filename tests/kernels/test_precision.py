@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from onlinequant_backend import errors
-from onlinequant_backend.kernels import precision, x86
+from onlinequant_backend.kernels import cpu_providers, precision, x86
 from onlinequant_backend.kernels.formats import FP8, INT8, ONEDNN, ONEDNN_7, Format
 from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.torch_internals import hardware
@@ -21,7 +21,7 @@ SetFlags = Callable[..., None]
 @pytest.fixture
 def has(monkeypatch: pytest.MonkeyPatch) -> SetFlags:
     """``has("avx_vnni", ...)``: this CPU has these instructions and no others, and oneDNN has its int8 kernels."""
-    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: True)
+    monkeypatch.setattr(hardware, "onednn_has_int8", lambda: True)
 
     def set_flags(*flags: str) -> None:
         names = ("avx512_vnni", "avx_vnni", "amx_int8", "avx2")
@@ -137,12 +137,23 @@ def test_the_gpu_asked_about_is_the_one_that_is_meant(
 
 
 def test_other_devices_stay_in_float() -> None:
-    assert precision.resolve("auto", torch.device("meta")) == Precision("float", "there are no 8-bit kernels for meta")
+    reason = "there are 8-bit kernels for NVIDIA GPUs and for x86 CPUs, and this is meta"
+    assert precision.resolve("auto", torch.device("meta")) == Precision("float", reason)
+
+
+def test_amd_gpus_stay_in_float(gpu: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch calls them "cuda" as well, and tells capabilities of 9.0 and more."""
+    gpu((9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert precision.resolve("auto", CUDA) == Precision("float", "there are no kernels for AMD GPUs yet")
+    for requested in ("int8", "fp8"):
+        with pytest.raises(errors.PrecisionUnavailableError, match="no kernels for AMD GPUs yet"):
+            precision.resolve(requested, CUDA)
 
 
 def test_torch_without_onednn_stays_in_float(has: SetFlags, monkeypatch: pytest.MonkeyPatch) -> None:
     has("avx512_vnni")
-    monkeypatch.setattr(precision, "_onednn_has_int8", lambda: False)
+    monkeypatch.setattr(hardware, "onednn_has_int8", lambda: False)
     automatic = precision.resolve("auto", CPU)
     assert (automatic.name, automatic.reason) == ("float", "this torch has no oneDNN int8 kernels for this CPU")
     with pytest.raises(errors.PrecisionUnavailableError, match="no oneDNN int8 kernels"):
@@ -163,4 +174,4 @@ def test_kernels_ask_for_the_flags_once(monkeypatch: pytest.MonkeyPatch) -> None
     answers = {x86.has_vnni() for _ in range(3)}
     assert flags.call_count == len(answers) == 1
     # Kernels and calibration must agree: 8 bits of a weight saturate without VNNI.
-    assert answers == {precision._cpu_format() == ONEDNN}
+    assert answers == {cpu_providers.X86().format("int8", CPU) == ONEDNN}

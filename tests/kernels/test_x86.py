@@ -8,12 +8,15 @@ import pytest
 import torch
 
 from onlinequant_backend import ops
+from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.kernels import reference, x86
 from tests.helpers.graph_probe import host_precision
 from tests.helpers.kernel_cases import CONVS, DTYPES, LINEARS, TOLERANCE
 
 TOP = 254  # of an activation
 WEIGHT_TOP = round(host_precision().format.weight_limit)
+# The oracles, called as the ops are.
+LINEAR, CONV = ops.as_op("linear", reference), ops.as_op("conv", reference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Operands:
     @property
     def handle(self) -> torch.Tensor:
         handle = x86.new_handle(self.weight.shape)
-        x86.pack(handle, self.weight, *self.geometry)
+        x86.pack(handle, self.weight, ConvGeometry(*map(tuple, self.geometry)) if self.geometry else None)
         return handle
 
     def run(self, function: Any, weight: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -78,7 +81,7 @@ def assert_matches_reference(given: Operands, op: Any, oracle: Any, dtype: torch
 @pytest.mark.parametrize(("shape", "outputs"), LINEARS)
 def test_linear(shape: tuple[int, ...], outputs: int, bias: bool, dtype: torch.dtype) -> None:
     given = operands(shape, (outputs, shape[-1]), bias=bias)
-    assert_matches_reference(given, ops.linear, reference.linear, dtype)
+    assert_matches_reference(given, ops.linear, LINEAR, dtype)
     assert given.run(ops.linear, given.handle, dtype).is_contiguous()
 
 
@@ -95,7 +98,7 @@ def test_conv(
     dtype: torch.dtype,
 ) -> None:
     given = operands(shape, weight_shape, stride, padding, dilation, bias=bias)
-    assert_matches_reference(given, ops.conv, reference.conv, dtype)
+    assert_matches_reference(given, ops.conv, CONV, dtype)
     layout = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     assert given.run(ops.conv, given.handle, dtype).is_contiguous(memory_format=layout)
 
@@ -128,7 +131,7 @@ def test_extreme_values_are_summed_exactly(op: Any, given: Operands, zero_point:
         weight_scale=torch.ones_like(given.weight_scale),
         bias=None,
     )
-    oracle = reference.linear if op is ops.linear else reference.conv
+    oracle = LINEAR if op is ops.linear else CONV
     expected = extreme.run(oracle, weight, torch.float64)
     assert expected.abs().max() < 2**24
     assert torch.equal(extreme.run(op, extreme.handle).double(), expected)
@@ -137,7 +140,7 @@ def test_extreme_values_are_summed_exactly(op: Any, given: Operands, zero_point:
 @pytest.mark.parametrize("zero_point", [0, TOP])
 def test_padding_is_zero_whatever_the_zero_point(zero_point: int) -> None:
     given = operands((1, 4, 3, 3), (4, 4, 3, 3), 1, 1, 1, zero_point=zero_point)
-    assert_matches_reference(given, ops.conv, reference.conv, torch.float32)
+    assert_matches_reference(given, ops.conv, CONV, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -151,7 +154,7 @@ def test_padding_is_zero_whatever_the_zero_point(zero_point: int) -> None:
 )
 def test_bias_may_be_of_any_dtype_and_stride(bias: torch.Tensor) -> None:
     given = dataclasses.replace(operands((5, 32), (8, 32)), bias=bias)
-    assert_matches_reference(given, ops.linear, reference.linear, torch.float32)
+    assert_matches_reference(given, ops.linear, LINEAR, torch.float32)
 
 
 def test_input_may_have_any_strides() -> None:

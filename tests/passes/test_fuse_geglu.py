@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from onlinequant_backend import ops
-from onlinequant_backend.kernels.nvidia import tuning
+from onlinequant_backend.kernels.nvidia import gpu, provider
 from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.drop_identities import drop_identities
 from onlinequant_backend.passes.fuse_geglu import fuse_geglu
@@ -207,21 +207,17 @@ def test_float_linear_and_packed_weights_are_left_alone() -> None:
     rewritten(FeedForward(), precision=EIGHT_BITS).assert_settled(fuse_geglu)
 
 
-@pytest.fixture
-def tma(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
-    """``tma(True)``: this machine has a GPU with a tensor memory accelerator."""
-    return lambda has: monkeypatch.setattr(tuning, "_has_tma", lambda: has)
-
-
 @pytest.mark.parametrize(("has_tma", "inputs", "fused"), [(True, 32, 1), (True, 24, 0), (False, 32, 0)])
 def test_shapes_without_a_kernel_are_left_alone(
-    has_tma: bool, inputs: int, fused: int, tma: Callable[[bool], None]
+    has_tma: bool, inputs: int, fused: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tma(has_tma)
+    """On a machine whose second GPU, the one that is meant, may have a tensor memory accelerator."""
+    gpus = {index: gpu.NONE._replace(has_tma=has_tma == (index == 1)) for index in range(2)}
+    monkeypatch.setattr(provider, "gpu_of", lambda device: gpus[device.index])
     module = FeedForward()
     module.wide = nn.Linear(inputs, 96)
     probe = rewritten(module, X[..., :inputs])
-    probe.context.device = torch.device("cuda")
+    probe.context.device = torch.device("cuda", 1)
     assert probe.run(fuse_geglu) == {"fuse_geglu": fused}
     if not fused:
         assert probe.after == probe.before

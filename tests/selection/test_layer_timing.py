@@ -14,7 +14,7 @@ from torch import nn
 
 from onlinequant_backend.graph import LayerInfo
 from onlinequant_backend.kernels.formats import FP8, Format
-from onlinequant_backend.kernels.nvidia import tuning
+from onlinequant_backend.kernels.nvidia import gpu, tuning
 from onlinequant_backend.kernels.nvidia.tuning import CUBLAS, TMA, Tile
 from onlinequant_backend.passes.select_nodes import select_nodes
 from onlinequant_backend.report import NodeDecision
@@ -25,6 +25,7 @@ from tests.helpers.tiny import noise
 
 CPU = torch.device("cpu")
 WIDE = Tile(TMA, 128, 128, 128, 8, 4)
+A_GPU = gpu.NONE._replace(name="a GPU")
 
 
 class Attention(nn.Module):
@@ -45,7 +46,7 @@ def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_timing, "_known", {})
     monkeypatch.setattr(layer_timing, "_compiled", set())
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    monkeypatch.setattr(layer_timing, "gpu_of", lambda _device: A_GPU)
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         quantized_us = {"out": 9.8, "q and 1 more": 7.0, "conv": 5.0}.get(info.name, 5.0)
         return Timing(10.0, quantized_us, 4.0, WIDE)
 
-    monkeypatch.setattr(layer_timing, "_time_layer", time_layer)
+    monkeypatch.setattr(layer_timing, "time_layer", time_layer)
     monkeypatch.setattr(layer_timing, "compile_ahead", lambda *_: None)
     return names
 
@@ -101,14 +102,14 @@ def test_other_errors_of_timing_are_told(timed: list[str], monkeypatch: pytest.M
 
 
 def fail_for(monkeypatch: pytest.MonkeyPatch, name: str, error: Exception) -> None:
-    time_layer = layer_timing._time_layer
+    time_layer = layer_timing.time_layer
 
     def failing(info: LayerInfo, format: Format, device: torch.device) -> Timing:
         if info.name == name:
             raise error
         return time_layer(info, format, device)
 
-    monkeypatch.setattr(layer_timing, "_time_layer", failing)
+    monkeypatch.setattr(layer_timing, "time_layer", failing)
 
 
 class Trial:
@@ -129,9 +130,9 @@ class Trial:
 
 def test_kernels_are_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
     Trial.ran, Trial.devices = [], set()
-    monkeypatch.setattr(layer_timing, "_Trial", Trial)
+    monkeypatch.setattr(layer_timing, "Trial", Trial)
     monkeypatch.setattr(layer_timing.precompile, "on", lambda _device: contextlib.nullcontext())
-    monkeypatch.setattr(layer_timing, "_candidates", lambda *_: (WIDE,))
+    monkeypatch.setattr(layer_timing, "candidates", lambda *_: (WIDE,))
     graph_module = analyzed().graph_module
     for _ in range(2):
         layer_timing.compile_ahead(graph_module, FP8, CPU)
@@ -141,7 +142,7 @@ def test_kernels_are_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_linears_are_worth_it_together_or_not_at_all(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     slow = Timing(10.0, 16.5, 4.0, WIDE)
-    monkeypatch.setattr(layer_timing, "_time_layer", lambda info, _format, _device: slow)
+    monkeypatch.setattr(layer_timing, "time_layer", lambda info, _format, _device: slow)
     assert set(layer_timing.measure(analyzed().graph_module, FP8, CPU)) == {"q", "k", "out", "conv"}
 
 
@@ -171,17 +172,16 @@ def test_what_makes_the_values_decides_what_quantizing_them_costs(
     for float_us, is_fast in ((us / (1 - least_gain) + 0.01, True), (us / (1 - least_gain) - 0.01, False)):
         monkeypatch.setattr(layer_timing, "_known", {})
         timing = Timing(float_us, 5.0, 4.0, WIDE)
-        monkeypatch.setattr(layer_timing, "_time_layer", lambda *_, timing=timing: timing)
+        monkeypatch.setattr(layer_timing, "time_layer", lambda *_, timing=timing: timing)
         assert (layer_timing.measure(probe.graph_module, FP8, CPU) == {}) == is_fast
         assert [info.quantized_us for info in probe.infos] == [us]
 
 
 def test_the_best_tile_is_used_from_then_on(timed: list[str]) -> None:
-    tuning.linear_tiles.cache_clear()
-    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn) != WIDE
+    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn, A_GPU) != WIDE
     layer_timing.measure(analyzed().graph_module, FP8, CPU)
-    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn) == WIDE
-    assert tuning.linear_tile(12, 64, 32, torch.float8_e4m3fn) == WIDE  # q and k as one
+    assert tuning.linear_tile(12, 32, 32, torch.float8_e4m3fn, A_GPU) == WIDE
+    assert tuning.linear_tile(12, 64, 32, torch.float8_e4m3fn, A_GPU) == WIDE  # q and k as one
 
 
 def test_another_process_takes_the_timings_over(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,7 +193,7 @@ def test_another_process_takes_the_timings_over(timed: list[str], monkeypatch: p
     assert layer_timing.restore(text) == 4
     assert layer_timing.measure(probe.graph_module, FP8, CPU) == reasons
     assert len(timed) == 4
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "another GPU")
+    monkeypatch.setattr(layer_timing, "gpu_of", lambda _device: A_GPU._replace(name="another GPU"))
     monkeypatch.setattr(layer_timing, "_known", {})
     assert layer_timing.restore(text) == 0
 

@@ -12,6 +12,7 @@ import torch
 import triton
 
 from . import precompile
+from .gpu import gpu_of
 
 
 def launch(kernel: Any, *grid: int) -> Callable[..., Any]:
@@ -60,12 +61,5 @@ def _compile(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> 
 
 
 def processors(device: torch.device) -> int:
-    """The multiprocessors of a GPU; of the current one for the meta device, and 1 for a CPU."""
-    if device.type == "cpu":
-        return 1
-    return _processors(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@functools.cache
-def _processors(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
+    """The multiprocessors of a GPU, see ``gpu_of``; 1 for a CPU, on which the interpreter runs."""
+    return 1 if device.type == "cpu" else gpu_of(device).processors

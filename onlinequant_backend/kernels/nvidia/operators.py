@@ -2,42 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
+from ...graph.conv_geometry import ConvGeometry
 from ...tensors import CHANNELS_LAST
+from ..operands import Operands
 from . import precompile, tuning
+from .gpu import gpu_of
 from .tuning import CUBLAS, GLUON, TMA, Tile
 
 
-def linear(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def linear(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
     """See ``reference.linear``."""
+    xq, qparams, weight, weight_scale, bias = operands
     rows = xq.reshape(-1, xq.shape[-1])
-    tile = tuning.linear_tile(rows.shape[0], weight.shape[0], weight.shape[1], xq.dtype)
-    y = run_linear(rows, qparams, weight, weight_scale, bias, dtype, tile)
+    tile = tuning.linear_tile(rows.shape[0], weight.shape[0], weight.shape[1], xq.dtype, gpu_of(xq.device))
+    y = run_linear(Operands(rows, qparams, weight, weight_scale, bias), dtype, tile)
     return y.view(*xq.shape[:-1], weight.shape[0])
 
 
-def run_linear(
-    rows: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-    tile: Tile,
-) -> torch.Tensor:
+def run_linear(operands: Operands, dtype: torch.dtype, tile: Tile) -> torch.Tensor:
     """``linear`` of [M, K] with the given tile."""
     if tile.kernel == CUBLAS:
-        return _cublas(rows, qparams, weight, weight_scale, bias, dtype)
+        return _cublas(operands, dtype)
+    rows, qparams, weight, weight_scale, bias = operands
     out = rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
     if tile.kernel == TMA:
         from .matmul import matmul
@@ -50,14 +38,8 @@ def run_linear(
     return out
 
 
-def _cublas(
-    rows: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def _cublas(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
+    rows, qparams, weight, weight_scale, bias = operands
     if precompile.is_ahead():  # there is nothing to compile
         return rows.new_empty((rows.shape[0], weight.shape[0]), dtype=dtype)
     fused = None if bias is None or dtype is torch.float32 else bias.to(dtype)
@@ -72,21 +54,14 @@ def _aligned(scale: torch.Tensor) -> torch.Tensor:
     return scale if scale.data_ptr() % 16 == 0 else scale.clone()
 
 
-def geglu(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    out_qparams: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
+def geglu(operands: Operands, out_qparams: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
     """See ``reference.geglu``; quantized to ``dtype`` by ``out_qparams`` if there are some."""
     from .matmul import matmul
 
+    xq, qparams, weight, weight_scale, bias = operands
     rows = xq.reshape(-1, xq.shape[-1])
     out = rows.new_empty((rows.shape[0], weight.shape[0] // 2), dtype=dtype)
-    tile = tuning.geglu_tile(weight.shape[1])
+    tile = tuning.geglu_tile(weight.shape[1], gpu_of(xq.device))
     assert tile is not None  # else ``fuse_geglu`` would have left it alone
     matmul(rows, qparams[2:], weight, weight_scale, bias, out, tile, out_qparams=out_qparams, geglu=True)
     return out.view(*xq.shape[:-1], out.shape[1])
@@ -134,41 +109,32 @@ def group_norm(
 
 
 def conv(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
+    operands: Operands,
+    geometry: ConvGeometry,
     dtype: torch.dtype,
     residual: torch.Tensor | None = None,
     channel_add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See ``reference.conv``; channels last, as ``xq`` and ``weight`` are."""
-    geometry = (tuple(stride), tuple(padding), tuple(dilation))
-    tile = tuning.conv_tile(xq.shape, weight.shape, geometry, xq.dtype)
-    return run_conv(xq, qparams, weight, weight_scale, bias, geometry, dtype, residual, channel_add, tile)
+    xq, weight = operands.xq, operands.weight
+    tile = tuning.conv_tile(xq.shape, weight.shape, geometry, xq.dtype, gpu_of(xq.device))
+    return run_conv(operands, geometry, dtype, tile, residual, channel_add)
 
 
 def run_conv(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
-    geometry: tuning.Geometry,
+    operands: Operands,
+    geometry: ConvGeometry,
     dtype: torch.dtype,
-    residual: torch.Tensor | None,
-    channel_add: torch.Tensor | None,
     tile: Tile,
+    residual: torch.Tensor | None = None,
+    channel_add: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``conv`` with the given tile."""
-    if tuning.is_pointwise(weight.shape, geometry):
-        return _pointwise_conv(xq, qparams, weight, weight_scale, bias, dtype, residual, channel_add, tile)
+    xq, qparams, weight, weight_scale, bias = operands
+    if geometry.is_pointwise(weight.shape):
+        return _pointwise_conv(operands, dtype, tile, residual, channel_add)
     stride, padding, dilation = geometry
-    spatial = tuning.output_size(xq.shape[2:], weight.shape[2:], geometry)
+    spatial = geometry.output_size(xq.shape[2:], weight.shape[2:])
     layout = CHANNELS_LAST[xq.dim()]
     shape = (xq.shape[0], weight.shape[0], *spatial)
     out = torch.empty(shape, dtype=dtype, device=xq.device, memory_format=layout)
@@ -181,15 +147,15 @@ def run_conv(
         if x.dim() == 5:  # temporal: frames are rows, pixels are columns
             x, w, y = (tensor.flatten(2, 3) for tensor in (x, w, y))
             residual = None if residual is None else residual.flatten(2, 3)
-        operands = (x, qparams[2:], w, weight_scale, bias, (padding[0], padding[1]), y, tile)
+        given = (x, qparams[2:], w, weight_scale, bias, (padding[0], padding[1]), y, tile)
         if tile.kernel == TMA:
             from .conv import conv as tma_conv
 
-            tma_conv(*operands, residual, channel_add, stride[-1])
+            tma_conv(*given, residual, channel_add, stride[-1])
         else:
             from .gluon_conv import gluon_conv
 
-            gluon_conv(*operands, channel_add, stride[-1])
+            gluon_conv(*given, channel_add, stride[-1])
             if residual is not None:
                 y.add_(residual)
         return out
@@ -200,18 +166,16 @@ def run_conv(
 
 
 def _pointwise_conv(
-    xq: torch.Tensor,
-    qparams: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    bias: torch.Tensor | None,
+    operands: Operands,
     dtype: torch.dtype,
+    tile: Tile,
     residual: torch.Tensor | None,
     channel_add: torch.Tensor | None,
-    tile: Tile,
 ) -> torch.Tensor:
+    xq, qparams, weight, weight_scale, bias = operands
     x = _channels_inside(xq)
-    y = run_linear(x.flatten(0, -2), qparams, weight.flatten(1), weight_scale, bias, dtype, tile)
+    rows = Operands(x.flatten(0, -2), qparams, weight.flatten(1), weight_scale, bias)
+    y = run_linear(rows, dtype, tile)
     y = y.view(*x.shape[:-1], y.shape[1]).movedim(-1, 1)
     if channel_add is not None:
         y = y + channel_add.view(*channel_add.shape, *[1] * (y.dim() - 2))

@@ -8,9 +8,11 @@ import functools
 import importlib
 import logging
 import os
+import pkgutil
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,11 +25,10 @@ NOWHERE = torch.device("meta")
 
 # What first calls import. Threads that do so at the same time may each wait for a module that the other one has begun
 # to import, which Python ends with an error.
-_KERNELS = ("conv", "gather", "gluon_conv", "group_norm", "layer_norm", "matmul")
 _IMPORTED_BY_CALLS = (
     "triton.experimental.gluon.language.nvidia.hopper",
     "triton.experimental.gluon.nvidia.hopper",
-    *(f"{__package__}.{name}" for name in _KERNELS),
+    *(f"{__package__}.{module.name}" for module in pkgutil.iter_modules([str(Path(__file__).parent)])),
 )
 
 _local = threading.local()

@@ -10,14 +10,14 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
-from ...torch_internals import hardware
+from ...graph.conv_geometry import ConvGeometry
+from .gpu import Gpu
 
 CUBLAS, GLUON, TMA, GATHER = "cublas", "gluon", "tma", "gather"
-# Stride, padding and dilation of a convolution.
-Geometry = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,68 +53,68 @@ _CONV_HALF_DEPTH = tuple(dataclasses.replace(tile, depth=64) for tile in _CONV)
 _GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
 _MAX_SPLITS = 16
 
-_chosen: dict[str, Tile] = {}
+# What a tile is chosen for: (M, N, K, dtype) of a linear layer, or (input, weight, geometry, dtype) of a convolution.
+Shape = tuple[Any, ...]
+_chosen: dict[tuple[Gpu, Shape], Tile] = {}
 
 
-def choose(choices: Mapping[str, Tile]) -> None:
-    """Run these shapes on these tiles from now on."""
-    _chosen.update(choices)
+def choose(choices: Mapping[Shape, Tile], gpu: Gpu) -> None:
+    """Run these shapes on these tiles from now on, on such a GPU."""
+    _chosen.update({(gpu, shape): tile for shape, tile in choices.items()})
 
 
-def chosen() -> dict[str, Tile]:
-    """Every choice that was made in this process."""
-    return dict(_chosen)
-
-
-def linear_key(M: int, N: int, K: int, dtype: torch.dtype) -> str:
-    """Names the shape of a linear layer."""
-    return f"linear {dtype} {M}x{K} {N}"
-
-
-def conv_key(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> str:
-    """Names the shapes of a convolution."""
+def key(shape: Shape) -> str:
+    """Names a shape; the same in every process."""
+    if isinstance(shape[0], int):
+        M, N, K, dtype = shape
+        return f"linear {dtype} {M}x{K} {N}"
+    x, weight, geometry, dtype = shape
     numbers = " ".join("x".join(map(str, part)) for part in (x, weight, *geometry))
     return f"conv {dtype} {numbers}"
 
 
-def linear_tile(M: int, N: int, K: int, dtype: torch.dtype) -> Tile:
+def linear_tile(M: int, N: int, K: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
     """The tile of a linear layer: [M, K] by [N, K]."""
-    return _chosen.get(linear_key(M, N, K, dtype)) or linear_tiles(M, N, K, dtype)[0]
+    return _chosen.get((gpu, (M, N, K, dtype))) or linear_tiles(M, N, K, dtype, gpu)[0]
 
 
-def conv_tile(x: Sequence[int], weight: Sequence[int], geometry: Geometry, dtype: torch.dtype) -> Tile:
+def conv_tile(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, dtype: torch.dtype, gpu: Gpu
+) -> Tile:
     """The tile of a convolution: [N, C, *spatial] by [K, C, *kernel]."""
-    known = _chosen.get(conv_key(x, weight, geometry, dtype))
-    return known or conv_tiles(tuple(x), tuple(weight), geometry, dtype)[0]
+    known = _chosen.get((gpu, (x, weight, geometry, dtype)))
+    return known or conv_tiles(x, weight, geometry, dtype, gpu)[0]
 
 
 @functools.lru_cache(maxsize=4096)
-def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tile, ...]:
+def linear_tiles(M: int, N: int, K: int, dtype: torch.dtype, gpu: Gpu) -> tuple[Tile, ...]:
     """The candidates of a linear layer, the best guess first."""
-    if K % 16 or not _has_tma():
-        return _by_blocks(_GATHER, M, N)
-    own = _by_blocks(_LINEAR if M > 64 else _FEW_ROWS, M, N)
+    if K % 16 or not gpu.has_tma:
+        return _by_blocks(_GATHER, gpu, M, N)
+    own = _by_blocks(_LINEAR if M > 64 else _FEW_ROWS, gpu, M, N)
     if M > 64 and 0 < K % 128 <= 64:
         own = (_SHALLOW, *own)
     # cuBLAS has no fp8 product for a handful of rows.
     return (Tile(CUBLAS), *own) if dtype.is_floating_point and N % 16 == 0 and M >= 16 else own
 
 
-def geglu_tile(K: int) -> Tile | None:
+def geglu_tile(K: int, gpu: Gpu) -> Tile | None:
     """The tile of a linear layer with K inputs and GEGLU; None where the kernel cannot run."""
-    return None if K % 16 or not _has_tma() else _GEGLU
+    return None if K % 16 or not gpu.has_tma else _GEGLU
 
 
 @functools.lru_cache(maxsize=4096)
-def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, dtype: torch.dtype) -> tuple[Tile, ...]:
+def conv_tiles(
+    x: tuple[int, ...], weight: tuple[int, ...], geometry: ConvGeometry, dtype: torch.dtype, gpu: Gpu
+) -> tuple[Tile, ...]:
     """The candidates of a convolution, the best guess first."""
-    pixels = x[0] * math.prod(output_size(x[2:], weight[2:], geometry))
-    if is_pointwise(weight, geometry):
-        return linear_tiles(pixels, weight[0], weight[1], dtype)
-    if not (_fits_tma(x, weight, geometry) and _has_tma()):
-        return _by_blocks(_GATHER, pixels, weight[0])
+    pixels = x[0] * math.prod(geometry.output_size(x[2:], weight[2:]))
+    if geometry.is_pointwise(weight):
+        return linear_tiles(pixels, weight[0], weight[1], dtype, gpu)
+    if not (_fits_tma(x, weight, geometry) and gpu.has_tma):
+        return _by_blocks(_GATHER, gpu, pixels, weight[0])
     # With a stride, blocks of channels must not reach into the next pixel.
-    tiles = _CONV if geometry[0][-1] == 1 or weight[1] % 128 == 0 else _CONV_HALF_DEPTH
+    tiles = _CONV if geometry.stride[-1] == 1 or weight[1] % 128 == 0 else _CONV_HALF_DEPTH
     steps = math.ceil(weight[1] / 128) * math.prod(weight[2:])
     split = [
         dataclasses.replace(tile, splits=splits)
@@ -122,11 +122,11 @@ def conv_tiles(x: tuple[int, ...], weight: tuple[int, ...], geometry: Geometry, 
         for splits in range(1, max(min(steps // 4, _MAX_SPLITS), 1) + 1)
     ]
     # Of each tile the best number of programs for a block, and one: what splitting costs is the vaguer guess.
-    guessed = _by_blocks(split, pixels, weight[0], steps)
+    guessed = _by_blocks(split, gpu, pixels, weight[0], steps)
     best = [next(tile for tile in guessed if tile.rows == block.rows) for block in tiles]
-    if _has_gluon() and tiles is _CONV:
+    if gpu.has_gluon and tiles is _CONV:
         best += _GLUON
-    return _by_blocks(tuple(dict.fromkeys((*best, *tiles))), pixels, weight[0], steps)
+    return _by_blocks(tuple(dict.fromkeys((*best, *tiles))), gpu, pixels, weight[0], steps)
 
 
 def is_valid(tile: Tile) -> bool:
@@ -136,21 +136,7 @@ def is_valid(tile: Tile) -> bool:
     return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 
-def is_pointwise(weight: Sequence[int], geometry: Geometry) -> bool:
-    """Whether a convolution is a linear layer over pixels."""
-    stride, padding, _ = geometry
-    return all(size == 1 for size in (*weight[2:], *stride)) and not any(padding)
-
-
-def output_size(spatial: Sequence[int], kernel: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
-    """The spatial dimensions of a convolution's result."""
-    return tuple(
-        (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
-        for size, taps, step, pad, dil in zip(spatial, kernel, *geometry, strict=True)
-    )
-
-
-def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bool:
+def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: ConvGeometry) -> bool:
     """Whether a convolution is one over rows and columns, of stride 1 or 2, or of stride 1 over frames alone."""
     stride, padding, dilation = geometry
     if any(step != 1 for step in dilation) or weight[1] % 16:
@@ -161,7 +147,7 @@ def _fits_tma(x: Sequence[int], weight: Sequence[int], geometry: Geometry) -> bo
     return all(step == 1 for step in stride) and (len(weight) == 4 or over_time)
 
 
-def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -> tuple[Tile, ...]:
+def _by_blocks(tiles: Sequence[Tile], gpu: Gpu, rows: int, columns: int, steps: int = 1) -> tuple[Tile, ...]:
     """``tiles``, quickest first by a guess in microseconds of an H200, for sums of ``steps`` * 128 products.
 
     Every processor works on one block at a time, so the time goes in waves, and the last may be nearly empty: then
@@ -172,7 +158,7 @@ def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -
     """
 
     def time(tile: Tile) -> float:
-        waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / _processors())
+        waves = math.ceil(_blocks(tile, rows, columns) * tile.splits / gpu.processors)
         products = waves * steps / tile.splits * (tile.rows * tile.columns + 6500) * 2.4e-5
         if tile.kernel == GLUON:
             products *= 0.75
@@ -183,19 +169,3 @@ def _by_blocks(tiles: Sequence[Tile], rows: int, columns: int, steps: int = 1) -
 
 def _blocks(tile: Tile, rows: int, columns: int) -> int:
     return math.ceil(rows / tile.rows) * math.ceil(columns / tile.columns)
-
-
-@functools.lru_cache(maxsize=1)
-def _processors() -> int:
-    return torch.cuda.get_device_properties(0).multi_processor_count if torch.cuda.is_available() else 132
-
-
-@functools.lru_cache(maxsize=1)
-def _has_gluon() -> bool:
-    # Its products are Hopper's alone.
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(0)[0] == 9 and hardware.has_gluon()
-
-
-@functools.lru_cache(maxsize=1)
-def _has_tma() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= (9, 0)

@@ -26,11 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 from onlinequant_backend import ops
 from onlinequant_backend.graph import ConvGeometry, LayerInfo
 from onlinequant_backend.kernels import formats
-from onlinequant_backend.kernels.nvidia import gluon_conv, group_norm, operators, precompile, tuning
+from onlinequant_backend.kernels.nvidia import gluon_conv, gpu, group_norm, operators, precompile, tuning
 from onlinequant_backend.kernels.nvidia.tuning import GATHER, GLUON, TMA, Tile
-from onlinequant_backend.selection import layer_timing
+from onlinequant_backend.selection.layer_trial import Trial
 
 FP8 = torch.float8_e4m3fn
+HOPPER = gpu.Gpu("a GPU", 132, has_tma=True, has_gluon=True)
 TILES = {
     "tma": Tile(TMA, 128, 128, 128, 8, 4),
     "gluon": Tile(GLUON, 128, 128, 128, 8, 6),
@@ -138,21 +139,18 @@ def main() -> None:
             (torch.cuda, "device", contextlib.nullcontext),
             (group_norm, "processors", lambda _device: 132),
             (gluon_conv, "processors", lambda _device: 132),
-            (tuning, "_has_tma", lambda: True),
+            (operators, "gpu_of", lambda _device: HOPPER),
         ):
             stack.enter_context(mock.patch.object(owner, name, value))
         found = {}
         for case, name, args in cases():
             tile = TILES.get(([*case.split(), ""])[1])
             stack.enter_context(mock.patch.object(tuning, f"{name}_tile", lambda *_, tile=tile: tile, create=True))
-            real, made = called(getattr(operators, name), *args), fakes_called(name, args)
+            real, made = called(ops.as_op(name, operators), *args), fakes_called(name, args)
             found[case] = [names(real), names(real ^ made)]
             assert set(launchers) >= set(names(real)), launchers
         for info, tile in trials():
-            real, made = (
-                called(layer_timing._Trial(info, formats.FP8, place).run, tile)
-                for place in (device, precompile.NOWHERE)
-            )
+            real, made = (called(Trial(info, formats.FP8, place).run, tile) for place in (device, precompile.NOWHERE))
             found[f"trial of a {info.kind}"] = [names(real), names(real ^ made)]
     sys.stdout.write(json.dumps(found) + "\n")
 

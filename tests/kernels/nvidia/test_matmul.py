@@ -56,7 +56,7 @@ def test_one_weight_scale_and_no_bias(dtype, geglu, device):
 
     M, K, N = grow(device, 20, 32, 18)
     operands = new_operands((M, K), (N, K), dtype, device, bias=None, scales=1)
-    expected = geglu_of(operands) if geglu else operands.linear()
+    expected = operands.geglu() if geglu else operands.linear()
     out = output_of(
         lambda out: matmul(*operands.arguments, out, tile(device), geglu=geglu), expected.shape, torch.float32, device
     )
@@ -70,7 +70,7 @@ def test_geglu(dtype, out_dtype, device):
 
     M, K, N = grow(device, 20, 48, 42)
     operands = new_operands((M, K), (N, K), dtype, device, bias=out_dtype)
-    expected = geglu_of(operands)
+    expected = operands.geglu()
     out = output_of(
         lambda out: matmul(*operands.arguments, out, tile(device), geglu=True), expected.shape, out_dtype, device
     )
@@ -84,7 +84,7 @@ def test_8bit_output(dtype, geglu, device):
 
     M, K, N = grow(device, 40, 48, 42)
     operands = new_operands((M, K), (N, K), dtype, device)
-    expected = geglu_of(operands) if geglu else operands.linear()
+    expected = operands.geglu() if geglu else operands.linear()
     # A range that clips the largest.
     scale = float(expected.abs().max()) / (127 if dtype is torch.int8 else 448) / 1.5
     out_qparams = torch.tensor([1 / scale, 0, scale], device=device)
@@ -112,12 +112,6 @@ def test_a_product_that_is_not_finite_passes_for_no_number(dtype, device):
     )
     lost = reference.dequantize(out, out_qparams).isnan().all(0)
     assert lost.nonzero().flatten().tolist() == [1, 4]
-
-
-def geglu_of(operands):
-    return reference.geglu(
-        operands.xq, operands.qparams, operands.weight, operands.weight_scale, operands.bias, torch.float64
-    )
 
 
 def test_cublas_takes_scales_at_any_address(device):

@@ -19,8 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from onlinequant_backend import ops
-from onlinequant_backend.kernels.nvidia import launch, operators, precompile
+from onlinequant_backend.kernels.nvidia import gpu, launch, operators, precompile
 from onlinequant_backend.kernels.nvidia.tuning import CUBLAS, Tile
+from onlinequant_backend.kernels.operands import Operands
 from onlinequant_backend.torch_internals import hardware
 
 CPU = torch.device("cpu")
@@ -97,7 +98,8 @@ def test_cublas_is_not_called_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     rows, weight = torch.zeros(32, 64, dtype=torch.float8_e4m3fn), torch.zeros(16, 64, dtype=torch.float8_e4m3fn)
     with precompile.on(CPU):
         assert precompile.is_ahead()
-        result = operators.run_linear(rows, torch.ones(3), weight, torch.ones(1), None, torch.float16, Tile(CUBLAS))
+        given = Operands(rows, torch.ones(3), weight, torch.ones(1), None)
+        result = operators.run_linear(given, torch.float16, Tile(CUBLAS))
     assert (result.shape, result.dtype, precompile.is_ahead()) == ((32, 16), torch.float16, False)
 
 
@@ -115,7 +117,8 @@ def test_operators_take_part() -> None:
 
 def test_tensors_that_are_nowhere_are_for_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-    monkeypatch.setattr(launch, "_processors", lambda index: 100 + index)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu, "_gpu", lambda device: gpu.NONE._replace(processors=100 + device.index))
     found = [launch.processors(torch.device(name)) for name in ("cpu", "cuda:1", "cuda", "meta")]
     assert found == [1, 101, 103, 103]
 

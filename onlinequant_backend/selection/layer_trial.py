@@ -1,0 +1,152 @@
+"""One layer at its real shape on a GPU, run in float and in 8 bit, and timed."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+
+from ..compilation import cuda_graphs
+from ..graph import LayerInfo
+from ..kernels.formats import Format
+from ..kernels.nvidia import operators, precompile, tuning
+from ..kernels.nvidia.gpu import Gpu, gpu_of
+from ..kernels.nvidia.tuning import Tile
+from ..kernels.operands import Operands
+from ..quantization.weight_quantization import quantize_weight
+from ..tensors import CHANNELS_LAST
+
+_log = logging.getLogger("onlinequant")
+# Runs that are timed together, and how often, of which the quickest counts.
+_RUNS, _TIMES = 8, 3
+# For how long the GPU is kept busy while they are launched: two milliseconds or so, and at most a tenth of a second.
+_BUSY_CYCLES, _MOST_CYCLES = 3_000_000, 192_000_000
+# Candidates that are timed for each shape: each costs a compile by Triton.
+_CANDIDATES = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Timing:
+    """One shape's times in microseconds: in float, in 8 bit with the best tile, and of quantizing its input alone."""
+
+    float_us: float
+    quantized_us: float
+    quantize_us: float
+    tile: Tile
+
+
+def shape_of(info: LayerInfo, format: Format) -> tuning.Shape:
+    """What a tile is chosen for."""
+    if info.geometry is None:
+        return (math.prod(info.input_shape[:-1]), *info.weight_shape, format.activation)
+    return info.input_shape, info.weight_shape, info.geometry, format.activation
+
+
+def candidates(info: LayerInfo, format: Format, gpu: Gpu) -> tuple[Tile, ...]:
+    """What is to be timed, the best guess first."""
+    tiles = tuning.linear_tiles if info.geometry is None else tuning.conv_tiles
+    return tiles(*shape_of(info, format), gpu)[:_CANDIDATES]
+
+
+class Trial:
+    """One layer at its real shape, to be run in float and in 8 bit."""
+
+    def __init__(self, info: LayerInfo, format: Format, device: torch.device) -> None:
+        self._info = info
+        self._x = torch.randn(info.input_shape, device=device, dtype=info.dtype)
+        self._weight = torch.randn(info.weight_shape, device=device, dtype=info.dtype)
+        if device == precompile.NOWHERE:
+            self._q = torch.empty_like(self._weight, dtype=format.weight)
+            self._scale = torch.empty(format.scale_shape(info.weight_shape), dtype=torch.float32, device=device)
+        else:
+            self._q, self._scale = quantize_weight(self._weight, format)
+        # Triton compiles kernels with and without a bias apart, and most layers have one.
+        self._bias = torch.zeros(info.weight_shape[0], device=device, dtype=info.dtype)
+        qparams = torch.tensor([16.0, 0.0, 1 / 16], dtype=torch.float32, device="cpu")
+        self._qparams = torch.empty(5, dtype=torch.float32, device=device)[2:].copy_(qparams)
+        self._format = format.activation
+        if info.geometry is None:
+            self._x = self._x.flatten(0, -2)
+        else:
+            layout = CHANNELS_LAST[self._x.dim()]
+            self._x, self._weight, self._q = (
+                tensor.contiguous(memory_format=layout) for tensor in (self._x, self._weight, self._q)
+            )
+        self._xq = self.quantize()
+
+    def in_float(self) -> torch.Tensor:
+        if self._info.geometry is None:
+            return F.linear(self._x, self._weight, self._bias)
+        convolve = F.conv2d if self._x.dim() == 4 else F.conv3d
+        return convolve(self._x, self._weight, self._bias, *self._info.geometry)
+
+    def quantize(self) -> torch.Tensor:
+        return self._x.to(self._format)
+
+    def run(self, tile: Tile) -> torch.Tensor:
+        operands = Operands(self._xq, self._qparams, self._q, self._scale, self._bias)
+        if self._info.geometry is None:
+            return operators.run_linear(operands, self._info.dtype, tile)
+        return operators.run_conv(operands, self._info.geometry, self._info.dtype, tile)
+
+
+def time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
+    """Time a layer in float, and in 8 bit with each candidate."""
+    trial, clock = Trial(info, format, device), Clock(device)
+    tiles = candidates(info, format, gpu_of(device))
+    times = {tile: clock.time_if_possible(functools.partial(trial.run, tile)) for tile in tiles}
+    best = min(times, key=lambda tile: times[tile])
+    return Timing(clock.time(trial.in_float), times[best], clock.time(trial.quantize), best)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Of the allocator, of CUDA, or of cuBLAS."""
+    return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
+
+
+class Clock:
+    """Times runs of one layer, while nothing else of ours runs on the device.
+
+    Not in a CUDA graph: another thread that waits for the device meanwhile would make its capture invalid. So the GPU
+    is kept busy until all runs are launched, and then does them one after the other.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._lane = cuda_graphs.lane_of(device)
+
+    def time(self, run: Callable[[], object]) -> float:
+        """Microseconds of one run among others of its kind, without the time it takes to launch."""
+        with self._lane.turn():
+            run()  # compiles, loads and shows whether it can be run at all
+            torch.cuda.synchronize(self._lane.device)
+            cycles, times = _BUSY_CYCLES, list[float]()
+            while len(times) < _TIMES:
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda._sleep(cycles)
+                start.record()
+                for _ in range(_RUNS):
+                    run()
+                end.record()
+                was_late = start.query() and cycles < _MOST_CYCLES
+                end.synchronize()
+                if was_late:  # the GPU was done before the last one was launched
+                    cycles *= 4
+                else:
+                    times.append(start.elapsed_time(end))
+        return 1000 * min(times) / _RUNS
+
+    def time_if_possible(self, run: Callable[[], object]) -> float:
+        """The same; a time that no other is longer than if it fails, as a tile may need more shared memory than a
+        smaller GPU has."""
+        try:
+            return self.time(run)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            _log.debug("a tile cannot be timed: %s", error)
+            return 1e9
