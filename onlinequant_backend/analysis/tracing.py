@@ -250,8 +250,7 @@ def _leave_to(fixed: _Graph, traced: _Graph) -> None:
         if len(traced.sizes[name]) != len(fixed.sizes[name]):
             return
         for size, known in zip(traced.sizes[name], fixed.sizes[name], strict=True):
-            if isinstance(known, torch.SymInt):  # it has become a number while the rest was traced
-                known = dynamo_interface.hint(known)
+            known = dynamo_interface.hint(known)  # a symbolic size may have become a number later in the trace
             if isinstance(size, torch.SymInt):
                 differences[str(size), known] = size
             elif size != known:
