@@ -40,31 +40,32 @@ class QuantConfig:
             on CPUs.
         linear_compute_density_threshold: the same for linear layers; None is 300 on GPUs that time none, 20 on CPUs.
         precision: "auto", "int8", "fp8" or "float"; "auto" takes what the device is fast at.
-        calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
+        calibration_steps: calls observed in float before layers are quantized; at least 1.
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
             10**-4 of the values; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float, with all that an adapter (PEFT) puts around them.
         sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
-            model's output, by one backward pass, only made where it decides something), "local" (its own output's
-            error) or "end_to_end" (the model's, measured; one forward per layer).
+            model's output, by one backward pass, run only where it decides something), "local" (the error of its own
+            output) or "end_to_end" (the error of the model's output, measured by one forward pass for each layer).
         selection: what keeps layers in float besides the thresholds that were set. "measured": to gain too little in
             8 bit when timed at their real shapes (CUDA only); "density": nothing, the other thresholds have their
             defaults; "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
-        max_error: largest relative error of a step that 8 bit may cost, measured when observing is over; layers stay in
-            float, most sensitive first, until it holds. None keeps all, and warns of a first step whose error shows.
-        drift_check_every: in one of so many calls it is measured whether activations have outgrown the observed ranges,
-            which are then widened; after a change of weights or sizes in every step of two runs. 0 means never.
-        compile_in_background: whether the model goes on in float until it is compiled, in another thread; not
-            with ``free_float_weights``, under autocast, or where the graph writes into its inputs.
-        free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
+        max_error: largest relative error that 8-bit layers may cause in a step, measured when observing is over; layers
+            stay in float, most sensitive first, until it holds. None quantizes all, and warns if the error of the first
+            step is visible in a picture.
+        drift_check_every: one of so many calls checks whether activations exceed the observed ranges, which are then
+            widened; after a change of weights or sizes each step of two runs does. 0 means never.
+        compile_in_background: whether to compile in another thread while the model goes on in float; not with
+            ``free_float_weights``, under autocast, or where the graph writes into its inputs.
+        free_float_weights: whether to free the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
         lock_timeout: seconds to wait for another process that is calibrating the same model.
         cuda_graphs: "auto" (on for CUDA), True or False.
-        regional_compilation: whether what the graph does more than once, in its first sizes, is compiled once; "auto"
-            (on for CPUs), True or False.
+        regional_compilation: whether a region that the graph repeats is compiled once, for the graph's first sizes;
+            "auto" (on for CPUs), True or False.
         inductor: options passed on to Inductor.
         mode: a ``torch.compile`` mode, passed on to Inductor.
     """
