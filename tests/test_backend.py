@@ -94,6 +94,20 @@ def test_a_function_is_called_by_its_name() -> None:
     assert [report.model for report in oq.reports()[-2:]] == ["denoise", "denoise"]
 
 
+def test_a_model_is_called_by_its_class_whatever_its_methods_call_it() -> None:
+    class Net(nn.Module):
+        def __init__(this) -> None:  # noqa: N805
+            super().__init__()
+            this.layer = nn.Linear(16, 16)
+
+        def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            return this.layer(x)
+
+    with torch.no_grad():
+        compiled(Net().requires_grad_(False))(X)
+    assert oq.reports()[-1].model == "Net"
+
+
 def test_excluding_everything_is_called_that() -> None:
     probe = GraphProbe(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.empty(8, 8), exclude=("*",)).analyze()
     assert backend._why_float(probe.infos, EIGHT_BITS, []) == "exclude matches all layers"
