@@ -21,6 +21,17 @@ CUDA_GRAPHS = ("auto", True, False)
 REGIONAL_COMPILATIONS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
+# Options with a few allowed values, but for ``precision``, whose error has a class of its own.
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "calibration_method": CALIBRATION_METHODS,
+    "sensitivity": SENSITIVITIES,
+    "cuda_graphs": CUDA_GRAPHS,
+    "regional_compilation": REGIONAL_COMPILATIONS,
+    "selection": SELECTIONS,
+    "shapes": SHAPES,
+    "compile_in_background": (True, False),
+    "free_float_weights": (True, False),
+}
 # Options that change nothing of what is in the cache.
 _HOUSEKEEPING = ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout")
 
@@ -117,14 +128,8 @@ class QuantConfig:
                 f"drift_check_every is {_shown(self.drift_check_every)}, but it counts calls: give an integer of "
                 f"at most {sys.maxsize}, or 0 for never."
             )
-        _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
-        _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
-        _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
-        _check_choice("regional_compilation", self.regional_compilation, REGIONAL_COMPILATIONS)
-        _check_choice("selection", self.selection, SELECTIONS)
-        _check_choice("shapes", self.shapes, SHAPES)
-        _check_choice("compile_in_background", self.compile_in_background, (True, False))
-        _check_choice("free_float_weights", self.free_float_weights, (True, False))
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
         for name, unit in (("cache_size_limit", "GB"), ("lock_timeout", "seconds")):
             _check_amount(name, getattr(self, name), unit)
             object.__setattr__(self, name, float(getattr(self, name)))
