@@ -81,7 +81,7 @@ def onlinequant(
     report.register(entry)
     if reason is not None:
         entry.enter(Phase.FLOAT, reason)
-        if entry.is_float_unasked():
+        if entry.lacks_requested_precision():
             warn_once(f"{model} {reason}", "%s: %s", model, entry.warnings()[0])
         else:
             _log.info("%s stays in float: %s", entry.model, reason)

@@ -21,6 +21,17 @@ CUDA_GRAPHS = ("auto", True, False)
 REGIONAL_COMPILATIONS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
+# Options with a few allowed values, but for ``precision``, whose error has a class of its own.
+_CHOICES: Mapping[str, tuple[object, ...]] = {
+    "calibration_method": CALIBRATION_METHODS,
+    "sensitivity": SENSITIVITIES,
+    "cuda_graphs": CUDA_GRAPHS,
+    "regional_compilation": REGIONAL_COMPILATIONS,
+    "selection": SELECTIONS,
+    "shapes": SHAPES,
+    "compile_in_background": (True, False),
+    "free_float_weights": (True, False),
+}
 # Options that change nothing of what is in the cache.
 _HOUSEKEEPING = ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout")
 
@@ -40,31 +51,32 @@ class QuantConfig:
             on CPUs.
         linear_compute_density_threshold: the same for linear layers; None is 300 on GPUs that time none, 20 on CPUs.
         precision: "auto", "int8", "fp8" or "float"; "auto" takes what the device is fast at.
-        calibration_steps: calls observed in float before the swap to 8 bit; at least 1.
+        calibration_steps: calls observed in float before layers are quantized; at least 1.
         calibration_method: "mse" clips each range where the squared error is least; "percentile" clips the outermost
             10**-4 of the values; "minmax" keeps all of it.
         exclude: glob patterns of layer names that stay in float, with all that an adapter (PEFT) puts around them.
         sensitivity: what ranks layers for percentages and ``max_error``: "gradient" (what a layer's error does to the
-            model's output, by one backward pass, only made where it decides something), "local" (its own output's
-            error) or "end_to_end" (the model's, measured; one forward per layer).
+            model's output, by one backward pass, run only where it decides something), "local" (the error of its own
+            output) or "end_to_end" (the error of the model's output, measured by one forward pass for each layer).
         selection: what keeps layers in float besides the thresholds that were set. "measured": to gain too little in
             8 bit when timed at their real shapes (CUDA only); "density": nothing, the other thresholds have their
             defaults; "auto" takes what the device has.
         shapes: "auto" compiles the first shape on its own and all others as one graph with symbolic sizes; "static"
             compiles each on its own; "dynamic" only the graph with symbolic sizes.
-        max_error: largest relative error of a step that 8 bit may cost, measured when observing is over; layers stay in
-            float, most sensitive first, until it holds. None keeps all, and warns of a first step whose error shows.
-        drift_check_every: in one of so many calls it is measured whether activations have outgrown the observed ranges,
-            which are then widened; after a change of weights or sizes in every step of two runs. 0 means never.
-        compile_in_background: whether the model goes on in float until it is compiled, in another thread; not
-            with ``free_float_weights``, under autocast, or where the graph writes into its inputs.
-        free_float_weights: whether to give up the float weights that have 8-bit copies. Then they cannot change.
+        max_error: largest relative error that 8-bit layers may cause in a step, measured when observing is over; layers
+            stay in float, most sensitive first, until it holds. None quantizes all, and warns if the error of the first
+            step is visible in a picture.
+        drift_check_every: one of so many calls checks whether activations exceed the observed ranges, which are then
+            widened; after a change of weights or sizes each step of two runs does. 0 means never.
+        compile_in_background: whether to compile in another thread while the model goes on in float; not with
+            ``free_float_weights``, under autocast, or where the graph writes into its inputs.
+        free_float_weights: whether to free the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
         lock_timeout: seconds to wait for another process that is calibrating the same model.
         cuda_graphs: "auto" (on for CUDA), True or False.
-        regional_compilation: whether what the graph does more than once, in its first sizes, is compiled once; "auto"
-            (on for CPUs), True or False.
+        regional_compilation: whether a region that the graph repeats is compiled once, for the graph's first sizes;
+            "auto" (on for CPUs), True or False.
         inductor: options passed on to Inductor.
         mode: a ``torch.compile`` mode, passed on to Inductor.
     """
@@ -116,14 +128,8 @@ class QuantConfig:
                 f"drift_check_every is {_shown(self.drift_check_every)}, but it counts calls: give an integer of "
                 f"at most {sys.maxsize}, or 0 for never."
             )
-        _check_choice("calibration_method", self.calibration_method, CALIBRATION_METHODS)
-        _check_choice("sensitivity", self.sensitivity, SENSITIVITIES)
-        _check_choice("cuda_graphs", self.cuda_graphs, CUDA_GRAPHS)
-        _check_choice("regional_compilation", self.regional_compilation, REGIONAL_COMPILATIONS)
-        _check_choice("selection", self.selection, SELECTIONS)
-        _check_choice("shapes", self.shapes, SHAPES)
-        _check_choice("compile_in_background", self.compile_in_background, (True, False))
-        _check_choice("free_float_weights", self.free_float_weights, (True, False))
+        for name, allowed in _CHOICES.items():
+            _check_choice(name, getattr(self, name), allowed)
         for name, unit in (("cache_size_limit", "GB"), ("lock_timeout", "seconds")):
             _check_amount(name, getattr(self, name), unit)
             object.__setattr__(self, name, float(getattr(self, name)))

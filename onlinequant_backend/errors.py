@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 class OnlineQuantError(ValueError):
-    """Base of every error that this package raises for a mistake its user can mend."""
+    """Base of every error that this package raises for a mistake that its user can correct."""
 
 
 class UnknownOptionError(OnlineQuantError):
@@ -36,7 +36,7 @@ class PrecisionUnavailableError(OnlineQuantError):
 
 
 class FreedWeightsError(OnlineQuantError):
-    """Float weights are needed that were given up with ``free_float_weights=True``."""
+    """Float weights are needed that were freed with ``free_float_weights=True``."""
 
 
 class StatsFileError(OnlineQuantError):

@@ -93,12 +93,13 @@ def tell(text: str, *, is_result: bool = True) -> None:
 class Progress:
     """Shows how far work has come, ``Progress("observing", 20)``, or just for how long: ``Progress("compiling")``.
 
-    How long it will take yet is reckoned from the items that are done, or from ``expected``, the seconds that such work
+    The time left is estimated from the items that are done, or from ``expected``, the seconds that such work
     took before.
 
     In a ``with`` block the elapsed time goes on by itself. Outside one, as for work that many calls share, nothing
-    happens between two calls of ``advance``: no thread, no hidden cursor, so it may as well never be closed. That is
-    why this draws its own line and rich's live display does not.
+    happens between two calls of ``advance``, so it need never be closed. That is why the line is drawn here: tqdm
+    starts a thread with its first bar, and rich's live display hides the cursor and redirects standard output until it
+    is stopped.
     """
 
     def __init__(self, description: str, total: int | None = None, expected: float | None = None) -> None:
@@ -122,10 +123,10 @@ class Progress:
         with self._lock:
             self._done = self._done + 1 if to is None else to
             self._text = text
-            self._foretell()
+            self._estimate()
             self._show()
 
-    def _foretell(self) -> None:
+    def _estimate(self) -> None:
         """From the items since the first one that was told of, which need not be the first."""
         now = self._elapsed()
         if self._first is None:
@@ -135,7 +136,7 @@ class Progress:
             self._ends = then + (now - then) * (self._total + 1 - first) / (self._done - first)
 
     def close(self) -> None:
-        """Take the line off the terminal, or log the end of what the log has the beginning of. Twice is once."""
+        """Take the line off the terminal, or log the end of work whose beginning is in the log. Idempotent."""
         self._closed.set()
         if self._ticker is not None:
             self._ticker.join()

@@ -72,7 +72,7 @@ def test_8_bit_that_was_asked_for_by_name_and_not_had_is_a_warning(
     assert oq.reports()[-1].phase == "float"
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     reason = "all layers are below the thresholds (linear_compute_density_threshold=1e+06): lower these"
-    warning = f"Called: precision='int8' was asked for, but no layer runs in 8 bit: {reason}"
+    warning = f"Called: precision='int8' was asked for, but no layer is quantized: {reason}"
     assert said == ([warning] if precision == "int8" else [])
 
 
@@ -87,6 +87,20 @@ def test_a_function_is_called_by_its_name() -> None:
     with torch.no_grad():
         torch.compile(denoise, backend=oq.onlinequant)(X)
     assert [report.model for report in oq.reports()[-2:]] == ["denoise", "denoise"]
+
+
+def test_a_model_is_called_by_its_class_whatever_its_methods_call_it() -> None:
+    class Net(nn.Module):
+        def __init__(this) -> None:  # noqa: N805
+            super().__init__()
+            this.layer = nn.Linear(16, 16)
+
+        def forward(this, x: torch.Tensor) -> torch.Tensor:  # noqa: N805
+            return this.layer(x)
+
+    with torch.no_grad():
+        compiled(Net().requires_grad_(False))(X)
+    assert oq.reports()[-1].model == "Net"
 
 
 def test_excluding_everything_is_called_that() -> None:

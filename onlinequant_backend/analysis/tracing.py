@@ -308,8 +308,9 @@ def _say_it_is_uncompiled(compilation: dynamo_interface.Compilation) -> None:
 
 
 def _name(compilation: dynamo_interface.Compilation) -> str:
-    if compilation.owner is not None:
-        return type(compilation.owner).__name__
+    module = compilation.root if compilation.owner is None else compilation.owner
+    if module is not None:
+        return type(module).__name__
     # After a graph break, Dynamo makes a function of the rest.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_\d+$", r"\1", compilation.code.co_name)
 

@@ -43,36 +43,42 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="onlinequant", description="A torch.compile backend that runs diffusion UNets in 8 bit, calibrated online."
+        prog="onlinequant", description="A torch.compile backend that quantizes diffusion UNets, calibrated online."
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    command = commands.add_parser("doctor", help="say whether this machine can run in 8 bit, and why")
+    command = commands.add_parser("doctor", help="check whether 8-bit layers can run on this machine, and say why not")
     _add_cache_dir(command)
     command.set_defaults(command=_doctor)
 
     command = commands.add_parser(
         "demo", help="draw pictures with eager, torch.compile and onlinequant on this CPU, in three minutes"
     )
-    command.add_argument("--output", type=Path, default=Path("onlinequant-demo"), metavar="DIR", help="for its files")
-    command.add_argument("--steps", type=_positive, default=20, metavar="N", help="of the sampler, default 20")
+    command.add_argument(
+        "--output", type=Path, default=Path("onlinequant-demo"), metavar="DIR", help="where its files go"
+    )
+    command.add_argument("--steps", type=_positive, default=20, metavar="N", help="steps of the sampler, by default 20")
     command.set_defaults(command=_demo)
 
-    command = commands.add_parser("stats", help="list what is in the cache, or print the statistics of every layer")
+    command = commands.add_parser(
+        "stats", help="list the calibrations in the cache, or print what became of every layer"
+    )
     command.add_argument(
         "path",
         type=Path,
         nargs="?",
         metavar="DIR",
-        help=f"print every {STATS_FILE} below it; may also be one such file",
+        help=f"print every {STATS_FILE} below this folder; also takes one such file, or an exported calibration",
     )
     _add_cache_dir(command)
     command.set_defaults(command=_stats)
 
-    command = commands.add_parser("clear", help="remove what is in the cache: everything, or what is old or too much")
-    command.add_argument("--older-than", type=_amount, metavar="DAYS", help="what was not used for that long")
-    command.add_argument("--max-size", type=_amount, metavar="GB", help="the oldest, until no more than that is left")
+    command = commands.add_parser("clear", help="remove everything in the cache, or only what is old or exceeds a size")
+    command.add_argument("--older-than", type=_amount, metavar="DAYS", help="remove what was not used for so many days")
+    command.add_argument(
+        "--max-size", type=_amount, metavar="GB", help="remove what was used least recently, down to this size"
+    )
     _add_cache_dir(command)
     command.set_defaults(command=_clear)
 
@@ -82,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_cache_dir(command)
     command.set_defaults(command=_export)
 
-    command = commands.add_parser("import", help="take in a calibration that was exported")
+    command = commands.add_parser("import", help="read an exported calibration into the cache")
     command.add_argument("file", type=Path, metavar="FILE")
     _add_cache_dir(command)
     command.set_defaults(command=_import)

@@ -128,9 +128,9 @@ class Report:
 
     def warnings(self) -> list[str]:
         """What is wrong with the result, and what to do."""
-        if self.is_float_unasked():
+        if self.lacks_requested_precision():
             precision = self.config["precision"]
-            return [f"precision={precision!r} was asked for, but no layer runs in 8 bit: {self.phase_reason}"]
+            return [f"precision={precision!r} was asked for, but no layer is quantized: {self.phase_reason}"]
         if self.error is None or self.error < VISIBLE or self.config.get("max_error") is not None:
             return []
         return [
@@ -138,7 +138,7 @@ class Report:
             "to 0.1 say, to keep the most sensitive layers in float"
         ]
 
-    def is_float_unasked(self) -> bool:
+    def lacks_requested_precision(self) -> bool:
         """Whether there are layers and none qualifies, although 8 bit was asked for by name."""
         is_asked = self.config.get("precision") in ("int8", "fp8") and self.phase == "float" and self.decisions
         return bool(is_asked) and not any(decision.quantized for decision in self.decisions)
