@@ -14,7 +14,7 @@ import torch
 
 from onlinequant_backend import OnlineQuantError, onlinequant
 from onlinequant_backend.backend import failures_raised
-from onlinequant_backend.garbage_collection import uncollected
+from onlinequant_backend.garbage_collection import without_garbage_collection
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
 from onlinequant_backend.runtime import SamplingRun, current_run
 from onlinequant_backend.torch_internals import dynamo_interface
@@ -144,7 +144,7 @@ def _tracing_begins(_frame: str) -> None:
     _tracing.trace = trace = contextlib.ExitStack()
     call: _Call | None = getattr(_tracing, "call", None)
     if call is not None:  # or else it is not ours
-        call.enter_context(uncollected())
+        call.enter_context(without_garbage_collection())
     if is_listened_to():
         trace.enter_context(Progress("tracing the model"))
 

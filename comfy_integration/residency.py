@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.best_effort import going_on
+from onlinequant_backend.best_effort import best_effort
 
 _log = logging.getLogger("onlinequant")
 
@@ -62,7 +62,7 @@ def put_control_net_in_place(control: Any) -> None:
         return
     watch(patcher)
     if _is_dynamic(patcher):
-        with going_on("a ControlNet stays in float, since ComfyUI loads its weights on demand"):
+        with best_effort("a ControlNet stays in float, since ComfyUI loads its weights on demand"):
             known = _twin(patcher)
             watch(known)
             control.control_model_wrapped, control.control_model = known, known.model
@@ -274,7 +274,7 @@ def _after_load(patcher: Any, *_arguments: Any) -> None:
 def _unload_other_copy(model: Any) -> None:
     other = _other_copy(model)
     if other is not None:
-        with going_on("another copy of %s stays on the GPU", type(other).__name__):
+        with best_effort("another copy of %s stays on the GPU", type(other).__name__):
             for loaded in _loaded(other):
                 _unload(loaded)
 

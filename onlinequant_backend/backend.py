@@ -129,9 +129,9 @@ def _analyze(
     resolved: precision.Precision,
     device: torch.device,
 ) -> _Analysis:
-    oddity = fx_utils.oddity(graph_module)
-    if oddity is not None:
-        return _Analysis(graph_module, [], oddity)
+    unsupported_reason = fx_utils.unsupported_reason(graph_module)
+    if unsupported_reason is not None:
+        return _Analysis(graph_module, [], unsupported_reason)
     try:
         analyzed = fx_utils.copy_graph(graph_module)
         parameter_names.name_parameters(analyzed, inputs, tracing.root())

@@ -28,7 +28,7 @@ def forget() -> None:
 
 
 @contextlib.contextmanager
-def going_on(message: str, *arguments: object) -> Iterator[None]:
+def best_effort(message: str, *arguments: object) -> Iterator[None]:
     """A block that any error ends, but that raises none: it becomes a warning that begins with ``message``.
 
     A full disk fails in many places, but is one kind of trouble.

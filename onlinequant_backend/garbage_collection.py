@@ -13,7 +13,7 @@ _was_enabled = False
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def without_garbage_collection() -> Iterator[None]:
     """Nothing is searched for garbage within the block, in no thread.
 
     Tracing SDXL makes millions of objects that nearly all live on. To look at them again and again, and at all that

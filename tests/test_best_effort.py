@@ -31,19 +31,19 @@ def test_who_wants_to_know_is_told_each_time(caplog: pytest.LogCaptureFixture) -
     ],
 )
 def test_an_error_ends_the_block_only(caplog: pytest.LogCaptureFixture, error: Exception, message: str) -> None:
-    with best_effort.going_on("cannot write %s", "there"):
+    with best_effort.best_effort("cannot write %s", "there"):
         raise error
     assert message in caplog.text
 
 
 def test_an_interruption_is_not_held_back() -> None:
-    with pytest.raises(KeyboardInterrupt), best_effort.going_on("cannot write"):
+    with pytest.raises(KeyboardInterrupt), best_effort.best_effort("cannot write"):
         raise KeyboardInterrupt
 
 
 def test_one_kind_of_error_is_one_kind_of_trouble(caplog: pytest.LogCaptureFixture) -> None:
     for number in (28, 28, 30):
         for message in ("cannot write", "cannot lock"):
-            with best_effort.going_on(message):
+            with best_effort.best_effort(message):
                 raise OSError(number, "trouble")
     assert [record.getMessage()[:12] for record in caplog.records] == ["cannot write", "cannot write"]

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from onlinequant_backend.garbage_collection import uncollected
+from onlinequant_backend.garbage_collection import without_garbage_collection
 
 
 def test_it_comes_back_when_the_last_one_is_done() -> None:
-    with uncollected():
-        with uncollected(), ThreadPoolExecutor(1) as pool:
+    with without_garbage_collection():
+        with without_garbage_collection(), ThreadPoolExecutor(1) as pool:
             assert not pool.submit(gc.isenabled).result()
         assert not gc.isenabled()
     assert gc.isenabled()
-    with pytest.raises(KeyError), uncollected():
+    with pytest.raises(KeyError), without_garbage_collection():
         raise KeyError
     assert gc.isenabled()
 
@@ -25,7 +25,7 @@ def test_it_comes_back_when_the_last_one_is_done() -> None:
 def test_what_was_off_before_stays_off() -> None:
     gc.disable()
     try:
-        with uncollected():
+        with without_garbage_collection():
             pass
         assert not gc.isenabled()
     finally:
@@ -45,7 +45,7 @@ def test_what_has_been_made_is_old_afterwards_and_still_collected() -> None:
     gc.collect()
     gc.callbacks.append(note)
     try:
-        with uncollected():
+        with without_garbage_collection():
             kept: list[Any] = [Cycle() for _ in range(50_000)]
         few: list[Any] = [[] for _ in range(100)]
     finally:
@@ -60,7 +60,7 @@ def test_what_has_been_made_is_old_afterwards_and_still_collected() -> None:
 def test_what_the_program_has_frozen_stays_frozen() -> None:
     gc.freeze()
     try:
-        with uncollected():
+        with without_garbage_collection():
             pass
         assert gc.get_freeze_count() > 0
     finally:

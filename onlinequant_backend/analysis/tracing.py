@@ -186,13 +186,12 @@ def root() -> torch.nn.Module | None:
 
 
 def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
-    """To be called by the backend with what it is given: raises what makes Dynamo trace once more if there is a better
-    way."""
+    """Called by the backend with each graph: raises what makes Dynamo trace again where there is a better way."""
     attempt = _attempt()
     if attempt is None:  # Dynamo has no part in this
         return
     attempt.until_traced.close()
-    if fx_utils.oddity(graph_module) is not None:  # the sizes of such tensors are no numbers
+    if fx_utils.unsupported_reason(graph_module) is not None:  # the sizes of such tensors are no numbers
         return
     with contextlib.suppress(TypeError):  # it may be of a kind that nobody can refer to
         _backends[dynamo_interface.innermost_backend(attempt.compilation.backend)] = True

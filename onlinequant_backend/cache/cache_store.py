@@ -30,7 +30,7 @@ from pathlib import Path
 
 import platformdirs
 
-from ..best_effort import going_on, warn_once
+from ..best_effort import best_effort, warn_once
 from . import eviction, listing, locks
 from .atomic_files import (
     TEMPORARY,
@@ -129,7 +129,7 @@ class Cache:
         if self.root is None:
             return None
         for folder in _places(self.root, key):
-            with going_on("cannot read %s", folder):
+            with best_effort("cannot read %s", folder):
                 calibration = _load(self.root, folder)
                 if calibration is not None:
                     return calibration
@@ -153,12 +153,12 @@ class Cache:
         _check_key(key)
         if self.root is None:
             return None
-        with going_on("cannot write to the cache %s", self.root):
+        with best_effort("cannot write to the cache %s", self.root):
             files = {CALIBRATION_FILE: calibration.to_bytes(key), STATS_FILE: stats.encode()}
             if autotuning is not None:
                 files[AUTOTUNING_FILE] = autotuning.encode()
             folder = publish_folder(self.root, ENTRIES, key, files)
-            with going_on("cannot make room in the cache %s", self.root):
+            with best_effort("cannot make room in the cache %s", self.root):
                 eviction.evict(self.root, self._limit, {folder, _inductor_folder(self.root, key), *_in_use})
             return folder / STATS_FILE
         return None
@@ -166,13 +166,13 @@ class Cache:
     def update_stats(self, key: str, stats: str) -> None:
         """Replace the statistics of ``key``, JSON, if it has an entry."""
         if self.root is not None and self.has(key):
-            with going_on("cannot write to the cache %s", self.root), contextlib.suppress(FileNotFoundError):
+            with best_effort("cannot write to the cache %s", self.root), contextlib.suppress(FileNotFoundError):
                 write_atomically(self.root / ENTRIES / key / STATS_FILE, stats)
 
     def load_error(self, key: str) -> float | None:
         """The error of a step that the statistics of ``key`` tell; None if they tell none."""
         if self.root is not None and self.has(key):
-            with going_on("cannot read the cache %s", self.root), contextlib.suppress(FileNotFoundError):
+            with best_effort("cannot read the cache %s", self.root), contextlib.suppress(FileNotFoundError):
                 stats = parse_object(read_file(self.root / ENTRIES / key / STATS_FILE, MAX_BYTES), STATS_FILE)
                 error = stats.get("error")
                 return error if isinstance(error, float) and 0 <= error < math.inf else None
@@ -184,7 +184,7 @@ class Cache:
         _check_key(key)
         if self.root is None:
             return None
-        with going_on("cannot read the cache %s", self.root):
+        with best_effort("cannot read the cache %s", self.root):
             alike = [path for path in eviction.paths(self.root, ENTRIES) if path.name[:16] == key[:16]]
             alike = [path for path in alike if path.name[32:48] == key[32:48]]
             for path in sorted(alike, key=lambda path: path.name != key):
@@ -202,7 +202,7 @@ class Cache:
         _check_key(key)
         if self.root is None:
             return None
-        with going_on("cannot lock the cache %s", self.root):
+        with best_effort("cannot lock the cache %s", self.root):
             lock = locks.acquire(
                 make_private(self.root, LOCKS) / f"{key[:48]}.lock",
                 timeout,
@@ -221,7 +221,7 @@ class Cache:
         _check_key(key)
         if self.root is None:
             return None
-        with going_on("cannot keep compiled code in the cache %s", self.root):
+        with best_effort("cannot keep compiled code in the cache %s", self.root):
             folder = make_private(self.root, INDUCTOR, _inductor_folder(self.root, key).name)
             os.utime(folder)
             if not os.access(folder, os.W_OK | os.X_OK):
@@ -238,7 +238,7 @@ class Cache:
     def entries(self) -> list[EntryInfo]:
         """Every calibration, last used first."""
         if self.root is not None:
-            with going_on("cannot read the cache %s", self.root):
+            with best_effort("cannot read the cache %s", self.root):
                 return listing.entries(self.root)
         return []
 
@@ -248,7 +248,7 @@ class Cache:
         Without either, everything. What another process has locked stays. Returns what was removed.
         """
         if self.root is not None:
-            with going_on("cannot make room in the cache %s", self.root):
+            with best_effort("cannot make room in the cache %s", self.root):
                 return eviction.clear(self.root, older_than_days, max_size_gb)
         return []
 
@@ -314,7 +314,7 @@ def _places(root: Path, key: str) -> Iterator[Path]:
     """Where a calibration for ``key`` may lie, best first."""
     yield root / ENTRIES / key
     used = {}
-    with going_on("cannot read the cache %s", root):
+    with best_effort("cannot read the cache %s", root):
         for path in eviction.paths(root, ENTRIES):
             if path.name.startswith(key[:48]) and path.name != key:
                 with contextlib.suppress(FileNotFoundError):  # removed meanwhile

@@ -11,7 +11,7 @@ import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from . import locks
 from .atomic_files import TEMPORARY, TRASH, delete, directory_size, discard, make_private
 
@@ -112,7 +112,7 @@ def sweep(root: Path) -> None:
 
 def _remove(root: Path, item: Item) -> bool:
     """Remove one item unless it is locked or was used since it was listed; returns whether it is gone."""
-    with going_on("cannot remove %s", item.path), contextlib.ExitStack() as stack:
+    with best_effort("cannot remove %s", item.path), contextlib.ExitStack() as stack:
         for path in _lock_files(root, item):
             # A lock of our own is no less in use, though another thread would be let in.
             lock = None if locks.is_held_here(path) else locks.acquire(path, 0)

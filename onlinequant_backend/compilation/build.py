@@ -126,7 +126,7 @@ def _build(
     with inputs.fake_mode, torch.inference_mode(False):
         for i in moved:
             examples[i] = examples[i].to(device)
-    examples += graph_transport.stand_ins(inputs.fake_mode, extras)
+    examples += graph_transport.fake_tensors(inputs.fake_mode, extras)
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if device.type == "cuda":

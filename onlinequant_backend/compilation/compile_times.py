@@ -8,7 +8,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from ..cache.atomic_files import make_private, read_file, write_atomically
 
 FILE = "compile_times.json"
@@ -40,7 +40,7 @@ class CompileTimes:
         times = self._load()
         times[kind] = [*times.pop(kind, [])[1 - _KEPT :], seconds / nodes]
         latest = dict(list(times.items())[-_MAX_KINDS:])
-        with going_on("cannot write %s", self._path):
+        with best_effort("cannot write %s", self._path):
             make_private(self._path.parent)
             write_atomically(self._path, json.dumps(latest, indent=1) + "\n")
 

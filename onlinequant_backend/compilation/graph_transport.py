@@ -61,7 +61,7 @@ def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
-def stand_ins(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
+def fake_tensors(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
     """``values`` with a fake tensor of its kind for each tensor, the same one where it is given twice."""
     made: dict[int, torch.Tensor] = {}
     # Ordinary tensors, whatever mode this thread is in: it is a part of the keys of AOTAutograd's cache.

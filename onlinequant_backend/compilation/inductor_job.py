@@ -15,7 +15,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from ..cache import source_digest
 from ..kernels.nvidia import precompile
 from ..torch_internals import dynamo_interface, inductor_interface, torch_settings
@@ -99,7 +99,7 @@ def is_refused(job: Job) -> bool:
 def _write(note: Path | None) -> None:
     if note is not None:
         # The directory may have been deleted meanwhile, with all that was compiled.
-        with going_on("cannot write %s", note), contextlib.suppress(FileNotFoundError):
+        with best_effort("cannot write %s", note), contextlib.suppress(FileNotFoundError):
             note.touch()
 
 

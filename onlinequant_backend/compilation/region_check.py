@@ -12,7 +12,7 @@ import torch
 import torch.fx as fx
 import torch.utils._pytree as pytree
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from ..graph import fx_utils
 from ..tensors import relative_error
 
@@ -59,7 +59,7 @@ class Reference:
         if not worst <= _LARGEST_DIFFERENCE:
             raise RuntimeError(f"compiled, they differ by {worst:.2g} from the same operations one by one")
         if self._note is not None:
-            with going_on("cannot write %s", self._note):
+            with best_effort("cannot write %s", self._note):
                 self._note.touch()
 
 

@@ -39,7 +39,7 @@ class FixedInputs:
 
     def __init__(self, arguments: Sequence[Any]) -> None:
         self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
-        self.values = graph_transport.stand_ins(self.fake_mode, arguments)
+        self.values = graph_transport.fake_tensors(self.fake_mode, arguments)
 
 
 def symbolic_sizes(shape_env: ShapeEnv, symbols: Sequence[Symbol]) -> dict[str, int | torch.SymInt]:
@@ -114,7 +114,7 @@ class SymbolicInputs:
         if not isinstance(argument, torch.Tensor):
             return argument
         if not _symbols_of(traced):
-            return graph_transport.stand_ins(self.fake_mode, [argument])[0]
+            return graph_transport.fake_tensors(self.fake_mode, [argument])[0]
         shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
         return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
 

@@ -62,7 +62,7 @@ def is_concrete(value: Any) -> bool:
     return not any(isinstance(number, (torch.SymInt, torch.SymFloat, torch.SymBool)) for number in numbers)
 
 
-def oddity(graph_module: fx.GraphModule) -> str | None:
+def unsupported_reason(graph_module: fx.GraphModule) -> str | None:
     """What among a graph's values is no tensor that our passes and layers know how to handle, or None.
 
     Neither sizes nor the memory of such values can be asked for.

@@ -16,7 +16,7 @@ import torch
 CANARIES = 4
 
 
-def hollow_out(weights: Sequence[torch.Tensor]) -> int:
+def free_values(weights: Sequence[torch.Tensor]) -> int:
     """Let go of the memory of ``weights``; returns their bytes less what the shared buffers take.
 
     Memory that somebody else refers to as well (a state dict, a tied weight) goes on living with them.
@@ -36,7 +36,7 @@ def hollow_out(weights: Sequence[torch.Tensor]) -> int:
     return freed
 
 
-def canaries(weight: torch.Tensor) -> torch.Tensor:
+def sentinel_values(weight: torch.Tensor) -> torch.Tensor:
     """The view of a hollow weight that shows whether it was written to."""
     return weight.detach().as_strided((min(CANARIES, weight.numel()),), (1,))
 

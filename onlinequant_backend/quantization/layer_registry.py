@@ -11,7 +11,7 @@ import torch
 from .. import fork_locks
 from ..kernels.formats import Format
 from .layer_state import Layer
-from .weight_identity import StandIn, stand_in
+from .weight_identity import WeakKey, weak_key
 
 if TYPE_CHECKING:
     from ..graph.conv_geometry import ConvGeometry
@@ -21,7 +21,7 @@ class LayerRegistry:
     """Every layer of this process, by weight and by what its state depends on."""
 
     def __init__(self) -> None:
-        self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[StandIn, dict[int, Layer]]] = {}
+        self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[WeakKey, dict[int, Layer]]] = {}
         self._lock = fork_locks.lock()  # models may run in threads of their own
 
     def layer(
@@ -38,7 +38,7 @@ class LayerRegistry:
         gets a new one."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
-            layers = self._layers_of(kind).setdefault(stand_in(weight), {})
+            layers = self._layers_of(kind).setdefault(weak_key(weight), {})
             if old is not None and any(layer is old for layer in layers.values()):
                 return old  # so many layers before it had this weight as well
             if place not in layers:
@@ -49,7 +49,7 @@ class LayerRegistry:
     def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
         """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
         with self._lock:
-            layers = self._layers_of(layer.kind).get(stand_in(weight), {})
+            layers = self._layers_of(layer.kind).get(weak_key(weight), {})
             return layer if any(each is layer for each in layers.values()) else layers.get(place, layer)
 
     def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
@@ -57,18 +57,18 @@ class LayerRegistry:
         with self._lock:
             layers = self._layers_of(layer.kind)
             parted: dict[int, Layer] = {}
-            for number, each in {**layers.get(stand_in(weight), {}), place: layer}.items():
+            for number, each in {**layers.get(weak_key(weight), {}), place: layer}.items():
                 parted[number] = each.parted(next(iter(parted.values()), None))
-            layers[stand_in(weight)] = parted
+            layers[weak_key(weight)] = parted
             return parted[place]
 
-    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[StandIn, dict[int, Layer]]:
+    def _layers_of(self, kind: tuple[Any, ...]) -> MutableMapping[WeakKey, dict[int, Layer]]:
         return self._layers.setdefault(kind, weakref.WeakKeyDictionary())
 
     def forget_weights(self, weights: Sequence[torch.Tensor]) -> int:
         """Mark the 8-bit copies of ``weights`` as stale; returns how many there were."""
         with self._lock:
-            given = list(map(stand_in, weights))
+            given = list(map(weak_key, weights))
             known = [layers[weight] for layers in self._layers.values() for weight in given if weight in layers]
             found = {layer.copy for places in known for layer in places.values()}
         for copy in found:

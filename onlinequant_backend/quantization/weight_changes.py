@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..tensors import sample
-from .freed_weights import canaries
+from .freed_weights import sentinel_values
 
 if TYPE_CHECKING:
     from ..kernels.nvidia import snapshot
@@ -47,7 +47,7 @@ class Snapshot:
         self._pointers = list(map(_pointer_of, weights))
         alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
         for weight, is_freed in zip(weights, freed, strict=True):
-            view = canaries(weight) if is_freed else _sample_view(weight)
+            view = sentinel_values(weight) if is_freed else _sample_view(weight)
             alike.setdefault((weight.dtype, weight.device), []).append(view)
         with torch.inference_mode(False):
             self._samples = [_Samples(views) for (_, device), views in alike.items() if device.type != "cuda"]

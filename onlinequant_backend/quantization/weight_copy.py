@@ -18,7 +18,7 @@ from ..errors import FreedWeightsError
 from ..kernels.formats import Format
 from ..kernels.provider import provider_of
 from .weight_changes import Stamp
-from .weight_identity import weakly
+from .weight_identity import weak_reference
 from .weight_quantization import quantize_weight, scale_of
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ class Copy:
         if self.source is not weight:
             known = [former for former in (*self._former, self._source) if former() is not None]
             self._former = list({id(former()): former for former in known if former() is not weight}.values())
-            self._source = weakly(weight)
+            self._source = weak_reference(weight)
 
     def _renew(self) -> None:
         if self.merged is not None:
@@ -207,7 +207,7 @@ class Copy:
 
     def restamp(self, weight: torch.Tensor) -> None:
         """Take ``weight`` as it is now for what this was made of."""
-        self._source = weakly(weight)
+        self._source = weak_reference(weight)
         self._stamp = Stamp.of(weight)
 
     def check_not_freed(self) -> None:

@@ -16,7 +16,7 @@ import torch
 from ..torch_internals import weak_references
 
 
-class StandIn:
+class WeakKey:
     """Lives for as long as one tensor, whatever that is swapped with; call it for the tensor.
 
     It has the only weak reference to the tensor that this package makes.
@@ -32,20 +32,20 @@ class StandIn:
         return found
 
 
-_stand_ins: dict[int, StandIn] = {}
+_weak_keys: dict[int, WeakKey] = {}
 
 
-def stand_in(tensor: torch.Tensor) -> StandIn:
+def weak_key(tensor: torch.Tensor) -> WeakKey:
     """The one for ``tensor``: always the same."""
-    known = _stand_ins.get(id(tensor))
+    known = _weak_keys.get(id(tensor))
     if known is None:
-        known = _stand_ins.setdefault(id(tensor), StandIn(tensor))  # another thread may have been first
+        known = _weak_keys.setdefault(id(tensor), WeakKey(tensor))  # another thread may have been first
     return known
 
 
-def weakly(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
+def weak_reference(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
     """Like ``weakref.ref(tensor)``."""
-    reference = weakref.ref(stand_in(tensor))
+    reference = weakref.ref(weak_key(tensor))
 
     def found() -> torch.Tensor | None:
         known = reference()
@@ -55,4 +55,4 @@ def weakly(tensor: torch.Tensor) -> Callable[[], torch.Tensor | None]:
 
 
 def _forget(identity: int, _reference: object) -> None:
-    _stand_ins.pop(identity, None)
+    _weak_keys.pop(identity, None)

@@ -20,13 +20,13 @@ import torch
 
 from ..tensors import getter
 from .calibrated_layers import CalibratedLayers
-from .freed_weights import hollow_out
+from .freed_weights import free_values
 from .layer_registry import known_layers
 from .layer_state import Layer
 from .merged_weight import MergedWeight, merged_weight
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
-from .weight_identity import stand_in
+from .weight_identity import weak_key
 
 
 class Releasable(Protocol):
@@ -82,7 +82,7 @@ class WeightSet(CalibratedLayers):
         self._candidates = candidates
         self._together = together
         self._guards = {
-            name: weakref.ref(stand_in(parameter), self._expire)
+            name: weakref.ref(weak_key(parameter), self._expire)
             for name, parameter in zip(names, parameters, strict=True)
         }
         self._left = len(self._guards)
@@ -104,7 +104,7 @@ class WeightSet(CalibratedLayers):
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
         """How many of these parameters, by qualified name, are in this set under the same name."""
         return sum(
-            name in self._guards and self._guards[name]() is stand_in(weight) for name, weight in parameters.items()
+            name in self._guards and self._guards[name]() is weak_key(weight) for name, weight in parameters.items()
         )
 
     def has_any_of(self, ids: Set[int]) -> bool:
@@ -235,7 +235,7 @@ class WeightSet(CalibratedLayers):
             for i in self.selection
             if not self.layers[i].copy.freed and self._candidates[i] not in in_float
         }
-        freed = hollow_out(list({id(weight): weight for weight in full.values()}.values()))
+        freed = free_values(list({id(weight): weight for weight in full.values()}.values()))
         for copy, weight in full.items():
             copy.freed = True
             copy.restamp(weight)

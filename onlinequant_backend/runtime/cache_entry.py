@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..analysis import graph_key
-from ..best_effort import going_on, warn_once
+from ..best_effort import best_effort, warn_once
 from ..cache.cache_store import Cache
 from ..cache.calibration_file import Calibration
 from ..cache.locks import Lock
@@ -83,7 +83,7 @@ class Entry:
     def save_error(self, report: Report, error: float) -> None:
         """Have the saved statistics tell the error of a step."""
         kept = dataclasses.replace(report, error=error, key=self.key)
-        with going_on("cannot save the statistics"):
+        with best_effort("cannot save the statistics"):
             self._cache.update_stats(self.key, _json(kept))
 
     def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
@@ -99,7 +99,7 @@ class Entry:
         report.stats_path = None
         if known and fingerprint == weights:
             report.key = self.key
-            with going_on("cannot save the calibration"):
+            with best_effort("cannot save the calibration"):
                 path = self._cache.publish(self.key, self._calibration(layers, report), _json(report), autotuning)
                 report.stats_path = None if path is None else str(path)
         # Also where calibrating was begun at another size, whose graph may never be called again.

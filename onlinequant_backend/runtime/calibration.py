@@ -64,7 +64,7 @@ class Calibration:
         with contextlib.ExitStack() as locks:
             for lock in (self._states.lock, state.layers[0].lock):
                 # Another graph of this model may be about to be compiled in the background, which takes its time.
-                if not lock.acquire(blocking=not self._finisher.may_work_aside()):
+                if not lock.acquire(blocking=not self._finisher.may_use_background()):
                     return self._run_float(args)
                 locks.callback(lock.release)
             if state.selection is not None:
@@ -74,9 +74,9 @@ class Calibration:
             if not state.is_calibrated():
                 return self._observe(args, parameters, state)
             # Quick are another set of weights, for which there is no compile, and what another process has left.
-            is_quick = self._compiler.graphs.known or self._compiler.is_left(state, parameters)
-            if self._finisher.may_work_aside() and not is_quick:
-                self._finisher.finish_aside(args)
+            is_quick = self._compiler.graphs.known or self._compiler.is_cached(state, parameters)
+            if self._finisher.may_use_background() and not is_quick:
+                self._finisher.finish_in_background(args)
                 return self._run_float(args)
             self._selector.select(args, parameters, state)
             return self.run(args, parameters, state) if state.selection is None else None
@@ -103,7 +103,9 @@ class Calibration:
         if run is not None and run.is_observed:
             self._report.calibration_steps = run.steps
             self._observer.show_progress(run.step, run.steps)
-            finish = self._finisher.finish_aside if self._finisher.may_work_aside() else self._finisher.finish
+            finish = (
+                self._finisher.finish_in_background if self._finisher.may_use_background() else self._finisher.finish
+            )
             run.at_end((self, state), functools.partial(finish, args))
             is_last = False
         else:

@@ -162,14 +162,14 @@ def _bounds(x: torch.Tensor) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def lost(result: Any) -> list[torch.Tensor]:
+def nonfinite_masks(result: Any) -> list[torch.Tensor]:
     """Which floats in the tensors of a result are not finite, tensor by tensor."""
     return [~torch.isfinite(tensor) for tensor in _floats(result)]
 
 
-def is_alike(lost: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    """Whether the same is lost in two results."""
-    return len(lost) == len(other) and all(map(torch.equal, lost, other))
+def are_same_masks(masks: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
+    """Whether two results have the same values that are not finite."""
+    return len(masks) == len(other) and all(map(torch.equal, masks, other))
 
 
 def _floats(result: Any) -> list[torch.Tensor]:

@@ -34,7 +34,7 @@ _FAR = 2
 _ADDED = 0.01
 
 
-class Watch:
+class DriftWatch:
     """Watches one graph.
 
     ``keep_error`` is told what the error of a step is with which weights.
@@ -47,10 +47,11 @@ class Watch:
         self._traced = traced
         self._report = traced.report
         self._errors: weakref.WeakKeyDictionary[WeightState, float] = weakref.WeakKeyDictionary()
-        self._changed: weakref.WeakSet[WeightState] = (
-            weakref.WeakSet()
-        )  # whose ranges have, since the error was measured
-        self._lost: list[torch.Tensor] = []  # where the float result was not finite either, the last time it was asked
+        # Those whose ranges have changed since the error was measured.
+        self._changed: weakref.WeakSet[WeightState] = weakref.WeakSet()
+        self._nonfinite: list[
+            torch.Tensor
+        ] = []  # where the float result was not finite either, the last time it was asked
         self._said = False
         self._extents = drift.Extents(traced.inputs.others)
 
@@ -78,9 +79,13 @@ class Watch:
             if weights in self._changed and weights.are_coarse(seen):  # for a range that larger inputs have widened
                 self._changed.discard(weights)
                 weights.is_compared = False
-        is_lost = looks and not drift.is_finite(result) and not drift.is_alike(drift.lost(result), self._lost)
-        if drifted or is_lost:
-            return self._follow(compiled, args, weights, drifted, is_lost, result)
+        is_nonfinite = (
+            looks
+            and not drift.is_finite(result)
+            and not drift.are_same_masks(drift.nonfinite_masks(result), self._nonfinite)
+        )
+        if drifted or is_nonfinite:
+            return self._follow(compiled, args, weights, drifted, is_nonfinite, result)
         if not weights.is_compared and not is_capturing:
             self._compare(args, weights, result)
         return result, True
@@ -110,11 +115,11 @@ class Watch:
         args: Sequence[Any],
         weights: WeightState,
         drifted: Mapping[int, clip_counting.Seen],
-        is_lost: bool,
+        is_nonfinite: bool,
         result: Any,
     ) -> tuple[Any, bool]:
         """Change ranges, in place, so that nothing is compiled again, and do the call anew. As for ``run``."""
-        if is_lost and not self._said:
+        if is_nonfinite and not self._said:
             self._said = True
             _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
         ways: list[tuple[Callable[[], Any], bool]] = [
@@ -131,7 +136,7 @@ class Watch:
                     break
                 except Exception:  # out of memory, say
                     _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
-        self._lost = [] if drift.is_finite(result) else drift.lost(result)
+        self._nonfinite = [] if drift.is_finite(result) else drift.nonfinite_masks(result)
         return result, is_in_8_bit
 
     def _may_run_float(self, weights: WeightState) -> bool:

@@ -56,7 +56,7 @@ class Finisher:
         with turn(self._traced.device) if self.is_busy() else contextlib.nullcontext():
             return self._traced.module(*args)
 
-    def may_work_aside(self) -> bool:
+    def may_use_background(self) -> bool:
         """Whether another thread may compile for a call like this one."""
         config = self._traced.config
         if not config.compile_in_background or config.free_float_weights or not self._traced.may_repeat:
@@ -64,7 +64,7 @@ class Finisher:
         # Belongs to a thread and is compiled in.
         return not torch.is_autocast_enabled(self._traced.device.type)
 
-    def finish_aside(self, args: Sequence[Any]) -> None:
+    def finish_in_background(self, args: Sequence[Any]) -> None:
         """``finish`` in another thread; calls are in float until that is done."""
         if self._failures.gave_up:
             return

@@ -16,14 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import fork_locks
 from ..analysis import graph_key
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from ..compilation.build import build
 from ..compilation.compile_times import CompileTimes
 from ..compilation.compiled_graph import CompiledGraph
 from ..compilation.cuda_graphs import lane_of
 from ..compilation.graph_memory import allocates_in_graph
 from ..compilation.inductor_job import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
-from ..garbage_collection import uncollected
+from ..garbage_collection import without_garbage_collection
 from ..progress import Progress
 from ..report.phases import Phase
 from ..tensors import plain_tensors
@@ -102,7 +102,7 @@ class GraphCompiler:
                 state.schedule.restart()
             return self.graphs.make(key, args, state)
 
-    def is_left(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> bool:
+    def is_cached(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
         entry = self._states.entry(state, parameters)
         is_timed = self._traced.device.type != "cuda" or self._traced.config.selection == "density"
@@ -113,7 +113,7 @@ class GraphCompiler:
         entry = self._states.entry(state, self._traced.inputs.take_parameters(args))
         if not self._states.cache.has_compiled(entry.key):
             return  # neither wait for whoever is about to make it
-        with self._states.lock, uncollected():
+        with self._states.lock, without_garbage_collection():
             self._loads = True
             try:
                 self.get(key, args, state)
@@ -122,7 +122,7 @@ class GraphCompiler:
             finally:
                 self._loads = False
 
-    def settle(
+    def publish_result(
         self, result: Standing, parameters: Sequence[torch.Tensor], state: WeightState, is_compiled: bool = True
     ) -> None:
         """Keep what was found out, and say how calls run from now on. ``is_compiled``: now, which the log mentions."""
@@ -151,7 +151,7 @@ class GraphCompiler:
         parameters = self._traced.inputs.take_parameters(args)
         if not state.selection and self._traced.config.compile_in_background:
             unselected = InFloat(f"no layer was selected: {self._most_common_reason()}")
-            self.settle((Phase.FLOAT, unselected.reason), parameters, state)
+            self.publish_result((Phase.FLOAT, unselected.reason), parameters, state)
             return unselected
         before = self._report.copy()
         self._enter_compiling()
@@ -176,7 +176,7 @@ class GraphCompiler:
                 raise
             compiled = InFloat(self._failures.record(error))
             result = Phase.FLOAT, compiled.reason
-        self.settle(result, parameters, state)
+        self.publish_result(result, parameters, state)
         if isinstance(compiled, CompiledGraph) and self._traced.config.free_float_weights:
             freed = state.free(parameters)
             _log.info("freed %.2f GB of float weights that have 8-bit copies", freed / 1e9)
@@ -238,7 +238,7 @@ class GraphCompiler:
             return
         start = time.perf_counter()
         with (
-            going_on("the first calls in 8 bit are slow"),
+            best_effort("the first calls in 8 bit are slow"),
             torch.no_grad(),
             inductor_interface.tuned_in_turns(lambda: turn(device)),
         ):

@@ -18,7 +18,7 @@ from ..report.phases import Phase
 from ..torch_internals import dynamo_interface
 from .calibration import Calibration
 from .compiled_graphs import InFloat
-from .drift_watch import Watch
+from .drift_watch import DriftWatch
 from .failures import CallersError, Failures
 from .finisher import Finisher
 from .graph_compiler import GraphCompiler, standing
@@ -54,7 +54,7 @@ class QuantizedGraph:
         self._calibration = Calibration(
             self._states, self._failures, self._compiler, observer, self._selector, self._finisher
         )
-        self._watch = Watch(traced, self._keep_error)
+        self._watch = DriftWatch(traced, self._keep_error)
 
     def __call__(self, *args: Any) -> Any:
         run = current_run()
@@ -131,10 +131,10 @@ class QuantizedGraph:
         known = graphs.known.get(key)
         if known is not None:
             return known
-        if self._finisher.may_work_aside() and graphs.needs_build(key, args, state):
+        if self._finisher.may_use_background() and graphs.needs_build(key, args, state):
             self._compiler.load(key, args, state)
             if key not in graphs.known:
-                self._finisher.finish_aside(args)
+                self._finisher.finish_in_background(args)
                 return None
         return self._compiler.get(key, args, state)
 

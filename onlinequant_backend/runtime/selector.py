@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..report.phases import Phase
-from ..selection.layer_choice import Choice
+from ..selection.layer_choice import LayerChoice
 from .graph_compiler import GraphCompiler, standing
 from .weight_state import WeightState, WeightStates
 
@@ -24,7 +24,7 @@ class Selector:
         self._states = states
         self._traced = states.traced
         self._compiler = compiler
-        self._choice = Choice(states.traced)
+        self._choice = LayerChoice(states.traced)
 
     def select(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> None:
         """Quantize the selected layers' weights. If another checkpoint was loaded since the last observed call, none
@@ -47,7 +47,7 @@ class Selector:
         if not state.is_calibrated_for(state.fingerprint(parameters), traced.operations):
             state.schedule.restart()
         if self._compiler.graphs.known and state.entry is not None:  # no compile will follow, which would publish it
-            self._compiler.settle(standing(state), parameters, state, is_compiled=False)
+            self._compiler.publish_result(standing(state), parameters, state, is_compiled=False)
 
     def follow(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
         """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""

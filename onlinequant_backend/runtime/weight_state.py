@@ -16,7 +16,7 @@ from ..kernels.clip_counting import Seen
 from ..quantization.layer_registry import known_layers
 from ..quantization.layer_state import Layer
 from ..quantization.weight_changes import addresses_and_versions
-from ..quantization.weight_identity import stand_in
+from ..quantization.weight_identity import weak_key
 from ..quantization.weight_set import WeightSet, places
 from ..report.report import Report
 from ..selection import layer_timing
@@ -206,7 +206,7 @@ class WeightStates:
             key = graph_key.entry_key(traced.module, traced.infos, state.fingerprint(parameters), *how)
             traced.report.key = key
             entry = state.entry = Entry(self.cache, key, traced.infos, traced.config.lock_timeout, traced.operations)
-            weakref.finalize(stand_in(parameters[0]), entry.release).atexit = False  # the model was dropped
+            weakref.finalize(weak_key(parameters[0]), entry.release).atexit = False  # the model was dropped
         return state.entry
 
     def publish(self, state: WeightState, parameters: Sequence[torch.Tensor], report: Report) -> None:

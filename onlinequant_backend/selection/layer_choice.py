@@ -17,7 +17,7 @@ from .sensitivity import estimate_by_gradient, over_budget
 _log = logging.getLogger("onlinequant")
 
 
-class Choice:
+class LayerChoice:
     """The choice for one graph: what ``LayerInfo.quantized`` and ``reason`` of each layer say.
 
     Attributes:

@@ -14,7 +14,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 from ..compilation.compile_process import IDLE, done_elsewhere
 from ..graph import LayerInfo, fx_utils, layer_reads
 from ..kernels.formats import Format
@@ -190,7 +190,7 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
     if tiles:
         with Progress("compiling kernels", len(tiles)) as progress:
             is_done = False
-            with going_on("the other process cannot compile kernels"):
+            with best_effort("the other process cannot compile kernels"):
                 is_done = done_elsewhere(compile_tiles, tiles, format, device, idle=IDLE)
             if not is_done:
                 compile_tiles(tiles, format, device, progress.advance)

@@ -14,7 +14,7 @@ from unittest import mock
 
 from torch._inductor import cpu_vec_isa
 
-from ..best_effort import going_on
+from ..best_effort import best_effort
 
 
 def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
@@ -34,7 +34,7 @@ def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
             return True
         works = bool(ask(instructions, code))
         if works:
-            with going_on("cannot write %s", note):
+            with best_effort("cannot write %s", note):
                 note.touch()
         return works
 

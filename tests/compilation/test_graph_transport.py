@@ -232,7 +232,7 @@ def _kind(value: Any) -> str:
 def test_a_stand_in_is_of_the_same_kind(tensor: torch.Tensor, mode: Callable[[], Any]) -> None:
     fake_mode = FakeTensorMode()
     with mode():
-        (made,) = graph_transport.stand_ins(fake_mode, [tensor])
+        (made,) = graph_transport.fake_tensors(fake_mode, [tensor])
         arrived = graph_transport.loads(graph_transport.dumps(tensor), fake_mode, {})
     for one in (made, arrived):
         assert isinstance(one, FakeTensor) and one.fake_mode is fake_mode

@@ -10,7 +10,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.errors import FreedWeightsError
-from onlinequant_backend.quantization.freed_weights import CANARIES, hollow_out
+from onlinequant_backend.quantization.freed_weights import CANARIES, free_values
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.small import CLOSE, X, compiled
 from tests.helpers.tiny import Net, net, noise, relative_error
@@ -41,12 +41,12 @@ def test_a_hollow_weight_keeps_all_but_its_memory(layout: str) -> None:
         weight.data = weight.data.transpose(0, 1)
     other = nn.Parameter(noise(4, 4), requires_grad=False)
     before = (id(weight), weight.shape, weight.stride(), weight.dtype, weight._version)
-    freed = hollow_out([weight, other])
+    freed = free_values([weight, other])
     assert (id(weight), weight.shape, weight.stride(), weight.dtype, weight._version) == before
     assert weight.isnan().sum() == weight.numel() - CANARIES
     assert weight.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
     assert freed == other.nbytes
-    assert hollow_out([]) == 0
+    assert free_values([]) == 0
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.quantization.weight_identity import stand_in
+from onlinequant_backend.quantization.weight_identity import weak_key
 from tests.helpers.small import CLOSE, X, compiled, small
 from tests.helpers.tiny import noise, relative_error
 
@@ -28,9 +28,9 @@ def swapping() -> Iterator[None]:
 
 def test_it_is_one_and_dies_with_its_tensor() -> None:
     tensor, died = noise(4), []
-    known = weakref.ref(stand_in(tensor), died.append)
-    assert known() is stand_in(tensor) is not stand_in(noise(4))
-    assert stand_in(tensor)() is tensor
+    known = weakref.ref(weak_key(tensor), died.append)
+    assert known() is weak_key(tensor) is not weak_key(noise(4))
+    assert weak_key(tensor)() is tensor
     del tensor
     gc.collect()
     assert known() is None and len(died) == 1
@@ -41,21 +41,21 @@ def test_it_is_one_and_dies_with_its_tensor() -> None:
 def test_it_stays_with_a_tensor_that_is_swapped(also_the_other: bool, swap: Callable[..., None]) -> None:
     """Whether the function is looked up in torch now, or was before the first weak reference."""
     tensor, other = (nn.Parameter(noise(4, seed=seed)) for seed in (1, 2))
-    known = stand_in(tensor)
+    known = weak_key(tensor)
     if also_the_other:
-        assert stand_in(other) is not known
+        assert weak_key(other) is not known
     expected = other.detach().clone()
     swap(tensor, other)
     assert torch.equal(tensor, expected)
-    assert stand_in(tensor) is known and known() is tensor
+    assert weak_key(tensor) is known and known() is tensor
 
 
 def test_what_torch_does_not_swap_for_others_is_as_before() -> None:
     tensor, other = noise(4), noise(4)
-    known, theirs = stand_in(tensor), weakref.ref(tensor)
+    known, theirs = weak_key(tensor), weakref.ref(tensor)
     with pytest.raises(RuntimeError, match="weakref"):
         torch.utils.swap_tensors(tensor, other)
-    assert theirs() is known() is stand_in(tensor)() is tensor
+    assert theirs() is known() is weak_key(tensor)() is tensor
 
 
 @torch.no_grad()
@@ -104,8 +104,8 @@ def test_a_model_that_was_dropped_is_forgotten() -> None:
     step = compiled(model)
     for _ in range(3):
         step(X)
-    stand_ins = [weakref.ref(stand_in(parameter)) for parameter in model.parameters()]
+    weak_keys = [weakref.ref(weak_key(parameter)) for parameter in model.parameters()]
     del model, step
     torch._dynamo.reset()
     gc.collect()
-    assert not any(reference() for reference in (*known, *stand_ins))
+    assert not any(reference() for reference in (*known, *weak_keys))

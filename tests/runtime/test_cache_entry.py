@@ -22,7 +22,7 @@ from onlinequant_backend.cache import calibration_file
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
-from onlinequant_backend.runtime.drift_watch import Watch
+from onlinequant_backend.runtime.drift_watch import DriftWatch
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import (
     CLOSE,
@@ -71,7 +71,7 @@ def test_the_next_process_knows_the_error_of_a_step(monkeypatch: pytest.MonkeyPa
     assert made.stats_path is not None and made.error is not None
     assert oq.Report.load(made.stats_path).error == made.error
     forget_everything()
-    monkeypatch.setattr(Watch, "_compare", lambda *_: None)  # it would measure that again
+    monkeypatch.setattr(DriftWatch, "_compare", lambda *_: None)  # it would measure that again
     found = run(small())
     assert found.stats_path is not None
     assert found.error == oq.Report.load(found.stats_path).error == made.error

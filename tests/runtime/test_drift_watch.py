@@ -18,7 +18,7 @@ from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.report.report import VISIBLE
 from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
-from onlinequant_backend.runtime.drift_watch import Watch
+from onlinequant_backend.runtime.drift_watch import DriftWatch
 from onlinequant_backend.runtime.weight_state import WeightState
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, compiled, forget_everything, small
@@ -190,8 +190,8 @@ def test_where_the_memory_is_too_small_for_float_ranges_are_doubled_until_they_f
     def fail(*_arguments: object) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(Watch, "_observe", fail)
-    monkeypatch.setattr(Watch, "_run_float", fail)
+    monkeypatch.setattr(DriftWatch, "_observe", fail)
+    monkeypatch.setattr(DriftWatch, "_run_float", fail)
     for _ in range(3):
         assert 0 < relative_error(step(4 * X), expected) < 2 * CLOSE
     assert oq.reports()[-1].widened["conv_in"] == pytest.approx(4)
@@ -320,7 +320,7 @@ def test_a_model_that_is_not_finite_in_float_either_is_left_alone(
     model.conv_out.bias[0] = torch.nan
     step = started(model)
     assert step(X)[:, 0].isnan().all()
-    monkeypatch.setattr(Watch, "_follow", None)  # it fails if it is asked for again
+    monkeypatch.setattr(DriftWatch, "_follow", None)  # it fails if it is asked for again
     assert step(X)[:, 0].isnan().all()
     assert 0 < relative_error(step(X)[:, 1:], model(X)[:, 1:]) < CLOSE
     assert not caplog.records[1:]
@@ -483,7 +483,7 @@ def test_a_step_that_another_process_has_compared_is_not_done_in_float_again(
     forget_everything()
     monkeypatch.setattr(Entry, "load_error", lambda _: known)
     compared: list[float] = []
-    monkeypatch.setattr(Watch, "_compare", lambda *_: compared.append(1))
+    monkeypatch.setattr(DriftWatch, "_compare", lambda *_: compared.append(1))
     step = compiled(net())
     assert 0 < relative_error(step(X), net()(X)) < CLOSE
     assert (len(compared), oq.reports()[-1].error) == (known != 0.01, known)

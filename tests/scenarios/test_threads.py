@@ -18,7 +18,7 @@ import onlinequant_backend as oq
 from onlinequant_backend.compilation.compiled_graph import CompiledGraph
 from onlinequant_backend.quantization import weight_set
 from onlinequant_backend.quantization.weight_set import WeightSet
-from onlinequant_backend.runtime.drift_watch import Watch
+from onlinequant_backend.runtime.drift_watch import DriftWatch
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.small import CLOSE, X, compiled
 from tests.helpers.threads import at_once
@@ -142,7 +142,7 @@ def test_a_model_whose_copies_are_released_meanwhile(inductor: EagerInductor) ->
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("where", [(WeightSet, "begin_check"), (Watch, "run"), (CompiledGraph, "_taken")])
+@pytest.mark.parametrize("where", [(WeightSet, "begin_check"), (DriftWatch, "run"), (CompiledGraph, "_taken")])
 def test_copies_that_are_released_in_the_middle_of_a_call(
     where: tuple[type, str], inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
