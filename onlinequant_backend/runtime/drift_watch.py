@@ -49,9 +49,8 @@ class DriftWatch:
         self._errors: weakref.WeakKeyDictionary[WeightState, float] = weakref.WeakKeyDictionary()
         # Those whose ranges have changed since the error was measured.
         self._changed: weakref.WeakSet[WeightState] = weakref.WeakSet()
-        self._nonfinite: list[
-            torch.Tensor
-        ] = []  # where the float result was not finite either, the last time it was asked
+        # Where the float result was not finite either, when it was last computed.
+        self._nonfinite: list[torch.Tensor] = []
         self._said = False
         self._extents = drift.Extents(traced.inputs.others)
 
