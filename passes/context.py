@@ -47,11 +47,11 @@ class PassContext:
 
     @property
     def kernels(self) -> Provider:
-        """Who computes in the graph's format on its device."""
+        """The provider of the graph's format on its device."""
         return provider_of(self.precision.format, self.device)
 
     def has_kernel(self, op: str, weight: Sequence[int] = ()) -> bool:
-        """Whether one kernel computes a fused ``op``; ``weight``: the shape of that of a layer."""
+        """Whether there is a kernel for a fused ``op``; ``weight``: the shape of its weight, if that matters."""
         reason = self.kernels.lacks(op, self.precision.format, self.device, weight)
         if reason is not None:
             _log.debug("%s is not fused: %s", op, reason)

@@ -1,8 +1,8 @@
 """The kernels behind the ops of ``onlinequant_backend.ops``, one provider for each vendor.
 
-A provider (``provider.PROVIDERS``) answers, by a tensor's own device, which formats and ops it has and why not. The ops
-hand kernels their operands as ``Operands``, so that a new op is a row of ``ops``, an oracle in ``reference``, and a
-function of ``cpu`` and of ``nvidia.operators``. Importing this imports no Triton.
+A provider (``provider.PROVIDERS``) answers which formats and ops there are on a tensor's device, or why not. The ops
+hand kernels their operands as ``Operands``. A new op is a row in ``ops``, an oracle in ``reference``, and a function in
+``cpu`` and in ``nvidia.operators``. Importing this imports no Triton.
 """
 
 from .formats import Format

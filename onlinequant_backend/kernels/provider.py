@@ -1,4 +1,4 @@
-"""Who computes in 8 bit on a device: one provider for each vendor, all of which answer the same questions."""
+"""Which kernels there are for a device: one provider for each vendor, all of which answer the same questions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .nvidia.provider import Nvidia
 
 
 class Provider(Protocol):
-    """The kernels for one kind of device, and what is known of it. All else asks this instead of a device's type."""
+    """The kernels for one kind of device, and what depends on it. Other code asks this, not for a device's type."""
 
     @property
     def devices(self) -> str:
@@ -58,7 +58,8 @@ class Provider(Protocol):
         """What tells devices apart that may need other code."""
 
     def lacks(self, op: str, format: Format, device: torch.device, weight: Sequence[int] = ()) -> str | None:
-        """Why no kernel computes ``op`` at one go, for weights of this shape; None if one does."""
+        """Why no single kernel computes ``op``, for weights of this shape; None if one does. ``op``: of ``ops``, or an
+        operand of one, as "channel_add"."""
 
     def least_density(self, kind: str) -> float:
         """FLOPs per byte from which a layer of this kind, "conv" or "linear", gains by 8 bit."""
@@ -90,7 +91,7 @@ def why_none(device: torch.device) -> str:
 
 
 def provider_of(format: Format, device: torch.device) -> Provider:
-    """Who computes in a format on a device. Where nobody does, so that all stays in float, what is known of the device
-    comes from its first provider, or that of a CPU."""
+    """The provider of a format on a device. A graph in float may have none: then it is the device's first one, or a
+    CPU's."""
     here = providers_for(device) or providers_for(torch.device("cpu"))
     return next((provider for provider in here if format in provider.formats), here[0])

@@ -39,7 +39,6 @@ _POINTWISE = (
     *(operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, "mul"),
 )
 
-
 _known: dict[tuple[Gpu, str], Timing] = {}
 _compiled: set[tuple[Gpu, str]] = set()  # shapes whose kernels are
 _CURRENT = torch.device("cuda")
