@@ -78,14 +78,14 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     options = parser.parse_args()
     step, args = ready_callable(options.weights, options.width)
-    weights = next(iter(step._sets.values()))
-    parameters = step._parameters(args)
+    parameters = step._traced.inputs.take_parameters(args)
+    weights = step._states.of(parameters)
     traffic = torch.zeros(20_000_000)
     rows: dict[str, Callable[[], Any]] = {
         "one whole call": lambda: step(*args),
-        "  same parameters": lambda: step._set(parameters),
+        "  same parameters": lambda: step._states.of(parameters),
         "  same values": lambda: weights.is_current(parameters),
-        "  same shapes": lambda: step._compiled.key(args, weights),
+        "  same shapes": lambda: step._compiler.graphs.key(args, weights),
     }
     table = Table(title=f"Overhead of one call with {options.weights} 8-bit weights, microseconds")
     for heading in ("", "all values in cache", "cold"):

@@ -72,20 +72,20 @@ def watched() -> Parts:
     from onlinequant_backend.analysis import traced_graph
     from onlinequant_backend.compilation import build, region_check
     from onlinequant_backend.quantization import layer_state, weight_set
-    from onlinequant_backend.runtime import cache_entry, quantized_graph
+    from onlinequant_backend.runtime import cache_entry, weight_state
     from onlinequant_backend.selection import layer_choice, layer_timing
-    from onlinequant_backend.torch_internals import dynamo_interface
+    from onlinequant_backend.torch_internals import inductor_interface
 
     parts = Parts()
     owners: dict[str, list[tuple[Any, str]]] = {
-        "cache lookup": [(quantized_graph.QuantizedGraph, "_entry"), (cache_entry.Entry, "restore")],
-        "cache writing": [(quantized_graph.QuantizedGraph, "_publish")],
+        "cache lookup": [(weight_state.WeightStates, "entry"), (cache_entry.Entry, "restore")],
+        "cache writing": [(weight_state.WeightStates, "publish")],
         "passes": [(module, "run_passes") for module in (backend, build, layer_choice, traced_graph)],
         "weights": [(weight_set.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
         "kernels ahead": [(layer_timing, "compile_ahead")],
         "timing": [(layer_timing, "measure")],
         "sensitivity": [(layer_state.Layer, "measure_sensitivity")],
-        "Inductor": [(dynamo_interface, "compile_fx")],
+        "Inductor": [(inductor_interface, "compile_fx")],
         "comparing": [(region_check.Reference, "__init__"), (region_check.Reference, "check")],
     }
     for part, functions in owners.items():

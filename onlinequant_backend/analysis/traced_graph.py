@@ -12,6 +12,7 @@ from ..config import QuantConfig
 from ..graph import LayerInfo, fx_utils, layer_nodes
 from ..graph.graph_inputs import GraphInputs
 from ..kernels.precision import Precision
+from ..kernels.provider import Provider, provider_of
 from ..passes import OBSERVE, PassContext, run_passes
 from ..report.report import Report
 from ..torch_internals import torch_settings
@@ -42,6 +43,11 @@ class TracedGraph:
     def inputs(self) -> GraphInputs:
         """Its inputs, classified."""
         return GraphInputs.of(self.module)
+
+    @functools.cached_property
+    def provider(self) -> Provider:
+        """The kernels that its 8-bit ops run."""
+        return provider_of(self.precision.format, self.device)
 
     @functools.cached_property
     def infos(self) -> list[LayerInfo]:

@@ -129,7 +129,7 @@ def _build(
     examples += graph_transport.fake_tensors(inputs.fake_mode, extras)
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
-    if device.type == "cuda":
+    if traced.provider.captures_graphs:
         # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
         options.setdefault("realize_reads_threshold", 1)
         options["triton.cudagraphs"] = False  # ours take their place

@@ -53,7 +53,7 @@ class Finisher:
         """The float result of a call."""
         for state in self._states:
             state.check_not_freed(self._traced.inputs.take_parameters(args))
-        with turn(self._traced.device) if self.is_busy() else contextlib.nullcontext():
+        with turn(self._traced) if self.is_busy() else contextlib.nullcontext():
             return self._traced.module(*args)
 
     def may_use_background(self) -> bool:

@@ -16,6 +16,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import fork_locks
 from ..analysis import graph_key
+from ..analysis.traced_graph import TracedGraph
 from ..best_effort import best_effort
 from ..compilation.build import build
 from ..compilation.compile_times import CompileTimes
@@ -48,9 +49,9 @@ def standing(state: WeightState) -> Standing:
     return _QUANTIZED if state.selection else _UNSELECTED
 
 
-def turn(device: torch.device) -> contextlib.AbstractContextManager[None]:
+def turn(traced: TracedGraph) -> contextlib.AbstractContextManager[None]:
     """The GPU for this thread alone, while it times layers or needs memory that another step would need as well."""
-    return lane_of(device).turn() if device.type == "cuda" else contextlib.nullcontext()
+    return lane_of(traced.device).turn() if traced.provider.captures_graphs else contextlib.nullcontext()
 
 
 def places(parameters: Sequence[torch.Tensor]) -> _Places:
@@ -105,8 +106,8 @@ class GraphCompiler:
     def is_cached(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
         entry = self._states.entry(state, parameters)
-        is_timed = self._traced.device.type != "cuda" or self._traced.config.selection == "density"
-        return bool(is_timed or entry.load_autotuning()) and self._states.cache.has_compiled(entry.key)
+        needs_no_times = self._traced.config.selection == "density" or not self._traced.provider.times_layers
+        return bool(needs_no_times or entry.load_autotuning()) and self._states.cache.has_compiled(entry.key)
 
     def load(self, key: Key, args: Sequence[Any], state: WeightState) -> None:
         """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
@@ -205,7 +206,7 @@ class GraphCompiler:
         try:
             doing = "loading from the cache" if self._loads else "compiling"
             with contextlib.ExitStack() as stack:
-                with turn(self._traced.device):  # no step in float has changed them
+                with turn(self._traced):  # no step in float has changed them
                     stack.enter_context(torch_settings.held_settings())
                 stack.enter_context(Progress(doing, expected=times.expected(f"{how} {source}", nodes)))
                 directory = cache.inductor_directory(key)
@@ -233,14 +234,13 @@ class GraphCompiler:
         Inductor measures which configuration of a kernel is the fastest, for which it must have the GPU for itself.
         CUDA graphs are captured where others may use the allocator meanwhile.
         """
-        device = self._traced.device
-        if device.type != "cuda":
+        if not self._traced.provider.captures_graphs:
             return
         start = time.perf_counter()
         with (
             best_effort("the first calls in 8 bit are slow"),
             torch.no_grad(),
-            inductor_interface.tuned_in_turns(lambda: turn(device)),
+            inductor_interface.tuned_in_turns(lambda: turn(self._traced)),
         ):
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, state)

@@ -32,10 +32,10 @@ class Observer:
         parameters = traced.inputs.take_parameters(args)
         candidates = [index for index, info in enumerate(traced.infos) if info.quantized]
         state.check_not_freed(parameters)
-        if is_last and traced.device.type == "cuda":  # it calls the kernels of every layer
+        if is_last and traced.provider.captures_graphs:  # it calls the kernels of every layer
             layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
             give_back_freed_memory(traced.device)  # before the copies, which stay, come to lie in it
-        alone = turn(traced.device) if self._compiler.background is not None else contextlib.nullcontext()
+        alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
         room = state.room(parameters, candidates) if is_last else contextlib.nullcontext()  # their errors are measured
         with alone, torch.no_grad(), room:

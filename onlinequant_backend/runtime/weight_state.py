@@ -212,8 +212,8 @@ class WeightStates:
     def publish(self, state: WeightState, parameters: Sequence[torch.Tensor], report: Report) -> None:
         """Save what was found out about a set, with ``report``."""
         traced = self.traced
-        is_gpu = traced.device.type == "cuda"
-        autotuning = layer_timing.dump(traced.module, traced.precision.format) if is_gpu else None
+        is_timed = traced.provider.times_layers
+        autotuning = layer_timing.dump(traced.module, traced.precision.format, traced.device) if is_timed else None
         self.entry(state, parameters).publish(state.layers, state.fingerprint(parameters), report, autotuning)
         named = traced.inputs.named_parameters(parameters)
         for other in list(self._all):  # of weights that were in the model while it was observed

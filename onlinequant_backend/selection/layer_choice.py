@@ -51,7 +51,7 @@ class LayerChoice:
             device=self._traced.device,
         )
         if context.measures_speed:
-            layer_timing.restore(load_autotuning())
+            layer_timing.restore(load_autotuning(), self._traced.device)
             slow = layer_timing.measure(self._traced.module, self._traced.precision.format, self._traced.device)
             context.unusable = {**slow, **context.unusable}
         run_passes(self._traced.module, SELECT, context)
