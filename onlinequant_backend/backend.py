@@ -13,14 +13,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx as fx
 
-from . import progress
+from . import exclusion, progress
 from .analysis import graph_key, tracing
 from .analysis.traced_graph import TracedGraph
 from .best_effort import warn_once
 from .cache import cache_store
 from .config import QuantConfig
-from .errors import OnlineQuantError
-from .graph import LayerInfo, exclusion, fx_utils, layer_nodes, operations, parameter_names
+from .graph import LayerInfo, fx_utils, layer_nodes, operations, parameter_names
 from .kernels import precision
 from .passes import ANALYZE, PassContext, run_passes
 from .report import NodeDecision, report
@@ -43,7 +42,6 @@ def failures_raised() -> Iterator[None]:
         _are_failures_raised.reset(token)
 
 
-@dynamo_interface.errors_unwrapped(OnlineQuantError)
 def onlinequant(
     graph_module: fx.GraphModule,
     example_inputs: Sequence[Any],

@@ -7,7 +7,8 @@ import torch
 import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from onlinequant_backend.graph import exclusion, fx_utils
+from onlinequant_backend import exclusion
+from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.graph.aliasing import Memory
 from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.graph.layer_info import (

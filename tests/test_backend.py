@@ -72,7 +72,7 @@ def test_8_bit_that_was_asked_for_by_name_and_not_had_is_a_warning(
     assert oq.reports()[-1].phase == "float"
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     reason = "all layers are below the thresholds (linear_compute_density_threshold=1e+06): lower these"
-    warning = f"Called: precision='int8' was asked for, but no layer is quantized: {reason}"
+    warning = f"Called: precision='int8' was asked for, but no layer of this graph is quantized: {reason}"
     assert said == ([warning] if precision == "int8" else [])
 
 

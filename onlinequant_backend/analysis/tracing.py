@@ -162,7 +162,7 @@ _frames: MutableMapping[Any, dict[Hashable, _Frames]] = WeakIdKeyDictionary()
 def follow(backend: Callable[..., Any]) -> None:
     """From now on, what Dynamo compiles for ``backend`` is traced as this module says."""
     _backends[backend] = True
-    dynamo_interface.around_compilations(_compile)
+    dynamo_interface.around_compilations(_compile, shown=OnlineQuantError)
 
 
 def _attempt() -> _Attempt | None:
@@ -273,7 +273,7 @@ def _compile(compilation: dynamo_interface.Compilation, trace: Callable[[], _T])
         attempt = _Attempt(compilation, frame, way)
         try:
             return attempt(trace)
-        except (OnlineQuantError, BackendCompilerFailed):
+        except BackendCompilerFailed:
             raise
         except _AnotherWay as reason:
             if attempt.way is Way.OWN:  # the first graph, of a model that is to be "dynamic"

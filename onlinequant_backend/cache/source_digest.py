@@ -17,6 +17,7 @@ COUNTED = (
     "cache.calibration_file",
     "compilation",
     "config",
+    "exclusion",
     "graph",
     "kernels",
     "ops",

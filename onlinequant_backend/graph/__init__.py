@@ -2,7 +2,7 @@
 
 ``layer_info`` is what the passes note about a convolution or a linear layer. ``fx_utils`` copies graphs and handles
 their nodes and inputs. Each of the other modules answers one question about a graph: which values share memory, which
-layers an option excludes, which parts repeat, which sizes vary.
+parts repeat, which sizes vary.
 """
 
 from .conv_geometry import ConvGeometry

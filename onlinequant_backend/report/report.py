@@ -11,10 +11,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from .. import errors, fork_locks
+from .. import errors, exclusion, fork_locks
 from ..cache.atomic_files import read_where_told, write_where_told
 from ..cache.calibration_file import MAX_BYTES
-from ..graph import exclusion
 from .decision import KINDS, NodeDecision
 from .phases import SHOWN, TRANSITIONS, Phase
 from .schema import NUMBER, OPTIONAL_NUMBER, Types, checked
@@ -130,7 +129,9 @@ class Report:
         """What is wrong with the result, and what to do."""
         if self.lacks_requested_precision():
             precision = self.config["precision"]
-            return [f"precision={precision!r} was asked for, but no layer is quantized: {self.phase_reason}"]
+            return [
+                f"precision={precision!r} was asked for, but no layer of this graph is quantized: {self.phase_reason}"
+            ]
         if self.error is None or self.error < VISIBLE or self.config.get("max_error") is not None:
             return []
         return [
@@ -139,9 +140,11 @@ class Report:
         ]
 
     def lacks_requested_precision(self) -> bool:
-        """Whether there are layers and none qualifies, although 8 bit was asked for by name."""
-        is_asked = self.config.get("precision") in ("int8", "fp8") and self.phase == "float" and self.decisions
-        return bool(is_asked) and not any(decision.quantized for decision in self.decisions)
+        """Whether no layer qualifies, beside those that ``exclude`` names, although 8 bit was asked for by name."""
+        if self.config.get("precision") not in ("int8", "fp8") or self.phase != "float":
+            return False
+        wanted = [decision for decision in self.decisions if not decision.reason.startswith("excluded by ")]
+        return bool(wanted) and not any(decision.quantized for decision in wanted)
 
     def copy(self) -> Report:
         """The report as it is now, which stays so."""

@@ -19,7 +19,7 @@ import torch._refs
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
 from torch._dynamo.eval_frame import OptimizeContext
-from torch._dynamo.exc import ShortenTraceback
+from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback
 from torch._dynamo.variables import builder
 from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
@@ -32,22 +32,6 @@ class UnwrappedError(ShortenTraceback):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, first_useful_frame=None)
-
-
-@contextlib.contextmanager
-def errors_unwrapped(kind: type[Exception]) -> Iterator[None]:
-    """Make each error of ``kind`` that the block raises an ``UnwrappedError`` as well; it is still of its own class.
-
-    As a base class, ``UnwrappedError`` would make whatever defines such errors import torch.
-    """
-    try:
-        yield
-    except kind as error:
-        if isinstance(error, UnwrappedError):
-            raise
-        known = type(error)
-        unwrapped = type(known.__name__, (UnwrappedError, known), {"__module__": known.__module__})
-        raise unwrapped(*error.args).with_traceback(error.__traceback__) from error.__cause__
 
 
 # What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
@@ -89,9 +73,12 @@ class Compilation:
         return self.owner if found is None else found
 
 
-def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]) -> None:
+def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any], shown: type[Exception]) -> None:
     """Have ``handler(compilation, compile)`` called instead of each of Dynamo's compilations from now on: it calls
-    ``compile``, more than once if it wants to, and returns what that returns. Dynamo holds ``compile_lock`` then."""
+    ``compile``, more than once if it wants to, and returns what that returns. Dynamo holds ``compile_lock`` then.
+
+    ``shown``: errors of a backend that reach the user as they are, instead of within a ``BackendCompilerFailed``.
+    """
     original = convert_frame._compile
     names = inspect.signature(original)
 
@@ -106,7 +93,12 @@ def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]
             is_first=given["compile_id"].frame_compile_id == 0,
             scope={"L": given["locals"], "G": given["globals"]},
         )
-        return handler(compilation, lambda: original(*args, **kwargs))
+        try:
+            return handler(compilation, lambda: original(*args, **kwargs))
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, shown):
+                raise failure.inner_exception from failure.inner_exception.__cause__
+            raise
 
     convert_frame._compile = compile_frame
 

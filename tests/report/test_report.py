@@ -221,9 +221,10 @@ def test_8_bit_that_was_asked_for_by_name_and_not_had_is_a_warning(precision: st
         changes = {"phase": phase, "phase_reason": "too small", "config": {"precision": precision}}
         return made(decisions=[*decisions], **changes).warnings()
 
-    warning = f"precision={precision!r} was asked for, but no layer is quantized: too small"
+    warning = f"precision={precision!r} was asked for, but no layer of this graph is quantized: too small"
     assert warnings(decision(quantized=False)) == ([warning] if precision in ("int8", "fp8") else [])
     assert warnings() == []  # a part of a model without layers
+    assert warnings(decision(quantized=False, reason="excluded by '*'")) == []
     assert warnings(decision(quantized=True)) == []  # it could not be compiled, which is said elsewhere
     assert warnings(decision(quantized=False), phase="calibrating") == []
 

@@ -214,7 +214,7 @@ def test_a_forged_calibration_is_made_again(
     whole = cache.load(key)
     assert whole is not None
     with monkeypatch.context() as patch:
-        patch.setattr(calibration_file, "_check", lambda calibration: None)
+        patch.setattr(calibration_file, "check", lambda calibration: None)
         cache.publish(key, forge(whole, **changes), "{}")
     forget_everything()
     assert outcome(run(small(), options={"calibration_method": method})) == MADE

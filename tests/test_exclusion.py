@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend.graph import exclusion
+from onlinequant_backend import exclusion
 from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, Net, net, noise, relative_error
 
