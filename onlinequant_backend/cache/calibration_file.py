@@ -19,8 +19,6 @@ import struct
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from .calibration_checks import LEAST_FACTOR as LEAST_FACTOR
-from .calibration_checks import LEAST_SCALE as LEAST_SCALE
 from .calibration_checks import MAX_LAYERS, InvalidEntryError, check, short
 
 # The files of an entry.
@@ -220,12 +218,9 @@ def _number(name: str) -> _Column:
 
 
 _NONE = (math.nan,) * 3
-# In the order of the file. A new field is one row here, and a new VERSION.
+# In the order of the file. A new number is a line in LayerCalibration, anything else a row here too; and a new VERSION.
 _COLUMNS = (
-    _number("minimum"),
-    _number("maximum"),
-    _number("lowest_peak"),
-    _number("clipped"),
+    *(_number(field.name) for field in dataclasses.fields(LayerCalibration) if field.type == "float"),
     _Column("qparams", 3, lambda layer: layer.qparams or _NONE, lambda values, given: values if given[0] else None),
     _Column(
         "sensitivity",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from ..cache.calibration_file import LEAST_SCALE
+from ..cache.calibration_checks import LEAST_SCALE
 from ..kernels.clip_counting import FEW
 from ..kernels.formats import Format
 

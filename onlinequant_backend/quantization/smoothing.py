@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from ..cache.calibration_file import LEAST_FACTOR
+from ..cache.calibration_checks import LEAST_FACTOR
 
 # A channel stands out if its largest magnitude is so many times that of the median channel.
 OUTLIER = 8.0

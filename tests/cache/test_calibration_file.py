@@ -15,8 +15,8 @@ import pytest
 import safetensors
 
 from onlinequant_backend.cache import calibration_file
+from onlinequant_backend.cache.calibration_checks import LEAST_SCALE
 from onlinequant_backend.cache.calibration_file import (
-    LEAST_SCALE,
     Calibration,
     InvalidEntryError,
     LayerCalibration,
