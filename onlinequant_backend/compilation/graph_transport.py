@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass, transfor
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
+from .. import ops as ops  # registers the ops that the graphs are made of, in a process that has just started
 from ..graph import fx_utils
 from ..torch_internals import dynamo_interface
 

@@ -125,7 +125,8 @@ def test_what_it_compiles_is_found(process: CompileProcess) -> None:
 def test_after_a_restart_the_first_call_is_in_8_bit(tmp_path: Path) -> None:
     """Also for another size, for which Dynamo traces first."""
     sizes = (tuple(X.shape), tuple(WIDE.shape))
-    options: dict[str, Any] = {"model": "small", "inductor": True, **ASIDE}
+    # Without drift checks: those of the second size move ranges, and then pictures are not the same to the last bit.
+    options: dict[str, Any] = {"model": "small", "inductor": True, "drift_check_every": 0, **ASIDE}
     with ModelProcess(tmp_path / "cache", **options) as first:
         for size in sizes:
             while (answer := first.ask("call", *size))["phase"] != "quantized":
