@@ -91,7 +91,7 @@ class Finisher:
         self._background.start(run, conclude, self._traced.device)
 
     def finish(self, args: Sequence[Any], background: BackgroundWork | None = None) -> None:
-        """Observe, select and compile. With ``background``, callers' errors are not raised, and the model may be
+        """Observe, select and compile. With ``background``, no OnlineQuantError is raised, and the model may be
         moved."""
         parameters = self._traced.inputs.take_parameters(args)
         try:
