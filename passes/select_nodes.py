@@ -30,7 +30,7 @@ _BLOCK_LENGTH = 32
 _LITTLE_WORK = 0.05
 # Tensor methods that only rearrange values.
 _ARRANGEMENTS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
-_NOT_WORTH_IT = "quick, but its error would be the whole picture's"
+_NOT_WORTH_IT = "cheap, but would cause most of the image's error"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
