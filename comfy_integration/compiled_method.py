@@ -1,4 +1,4 @@
-"""A method of a model that runs through the backend for as long as a call takes, and in float where that fails."""
+"""A method of a model that is replaced by a compiled one for the duration of each call, and runs in float on errors."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ from onlinequant_backend.torch_internals import dynamo_interface
 
 _log = logging.getLogger("onlinequant")
 
-# Of one model with all the options, patches and ControlNets that it meets. Dynamo stops at 8, after which it leaves
-# everything in float without a word.
+# For one model with all its options, patches and ControlNets. Dynamo's default limit is 8, beyond which all calls run
+# in float without a message.
 _MOST_GRAPHS = 64
 
 _tracing = threading.local()
 
-# Each model's own copy of a method's function, by what it was copied from.
+# Each model's own copy of a method's function, by the original function.
 _copies: weakref.WeakKeyDictionary[torch.nn.Module, dict[types.FunctionType, types.FunctionType]]
 _copies = weakref.WeakKeyDictionary()
-# Those of models that are gone, by their kind: Dynamo has traced them already for the next one, as ComfyUI loads a
-# checkpoint anew whenever another one was in its place.
+# Copies of deleted models, by kind: the next model reuses what Dynamo has traced, since ComfyUI loads a checkpoint
+# again whenever another one took its place.
 _left: dict[Hashable, list[types.FunctionType]] = {}
 _MOST_LEFT = 2  # of a kind
 
-# Runs in a row that may fail before the next ones are left alone: each attempt may cost a trace.
+# The number of failed runs in a row after which no more attempts are made: each may cost a trace.
 _MOST_FAILURES = 3
 
 
 class CompiledMethod:
-    """What one node has compiled.
-
-    Models are shared with other nodes, which must not notice: the method is put in place for each call alone.
+    """The compiled method of one node. Models are shared with other nodes, which must not be affected: the method is
+    replaced only during each call.
 
     Attributes:
-        trouble: why the last call, or what came after the last run, went on in float; None if nothing went wrong.
+        trouble: why the last call, or the compile after the last run, failed and calls run in float; None if nothing
+            failed.
     """
 
     def __init__(self, options: Mapping[str, Any], listener: Listener) -> None:
@@ -59,7 +59,7 @@ class CompiledMethod:
 
     @contextlib.contextmanager
     def in_place(self, module: torch.nn.Module, name: str) -> Iterator[None]:
-        """Within the block, ``module.name`` is compiled; afterwards it is what it was before."""
+        """Within the block, ``module.name`` is compiled; restores the original afterwards."""
         self._notice_run()
         if self.trouble is not None:
             yield
@@ -76,7 +76,7 @@ class CompiledMethod:
                 setattr(module, name, before)
 
     def _notice_run(self) -> None:
-        """Where a sampling run begins, what failed in the last one is tried again: it may have been passing."""
+        """At the start of a sampling run, retry what failed in the last one: the error may have been temporary."""
         run = current_run()
         if run is None or self._run() is run:
             return
@@ -87,19 +87,19 @@ class CompiledMethod:
             self.trouble = None
 
     def fail(self, error: Exception) -> None:
-        """Go on in float for the rest of the run, and say why."""
-        # A mistake in the settings stays one.
+        """Continue in float for the rest of the run, and report the reason."""
+        # An error in the settings does not go away by a retry.
         self._failures = _MOST_FAILURES if isinstance(error, OnlineQuantError) else self._failures + 1
         again = "tried again at the next run" if self._failures < _MOST_FAILURES else "not tried again"
         self.trouble = f"in float, since it failed ({again}): {error}"
-        trace = None if isinstance(error, OnlineQuantError) else error  # a mistake of the user's says all by itself
-        _log.warning("onlinequant failed, so the model goes on in float: %s", error, exc_info=trace)
+        trace = None if isinstance(error, OnlineQuantError) else error  # a user's error needs no traceback
+        _log.warning("onlinequant failed, so the model continues in float: %s", error, exc_info=trace)
         self._listener(Update(self.trouble))
 
     def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
-        """``original`` through the backend; as it is, until the run ends, where that fails."""
+        """``original`` run through the backend; if that fails, ``original`` itself until the run ends."""
         if original != self._original:
-            # With equal options, Dynamo takes the graphs that it has. A dict of its own, since torch may change it.
+            # With equal options, Dynamo reuses its graphs. A new dict, since torch may change it.
             dynamo_interface.watch_compilations(_tracing_begins, _tracing_ends)
             self._compiled = torch.compile(_with_own_code(original), backend=onlinequant, options=dict(self._options))
             self._original = original
@@ -114,7 +114,7 @@ class CompiledMethod:
                     return compiled(*args, **kwargs)
             except Exception as error:
                 _tracing_ends("")
-                # If this fails as well, it is no fault of ours, and ComfyUI's to deal with.
+                # If this fails as well, the error is the model's, and ComfyUI handles it.
                 result = original(*args, **kwargs)
                 self.fail(error)
                 return result
@@ -123,7 +123,7 @@ class CompiledMethod:
 
 
 class _Call(contextlib.ExitStack):
-    """A call that may trace, of a method of ``model``. It is closed when it is over."""
+    """A call of a method of ``model`` during which Dynamo may trace; closed at its end."""
 
     def __init__(self, model: object) -> None:
         super().__init__()
@@ -140,10 +140,10 @@ def _tracing_may_begin(method: Callable[..., Any]) -> Iterator[None]:
 
 
 def _tracing_begins(_frame: str) -> None:
-    """Dynamo traces a model, for which everybody has to wait: some 20 seconds for SDXL."""
+    """Show progress while Dynamo traces a model, which blocks sampling: about 20 seconds for SDXL."""
     _tracing.trace = trace = contextlib.ExitStack()
     call: _Call | None = getattr(_tracing, "call", None)
-    if call is not None:  # or else it is not ours
+    if call is not None:  # else the trace is not for this package
         call.enter_context(without_garbage_collection())
     if is_listened_to():
         trace.enter_context(Progress("tracing the model"))
@@ -156,10 +156,8 @@ def _tracing_ends(_frame: str) -> None:
 
 
 def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
-    """The same method with a code object of its own, always the same one for a model.
-
-    Dynamo keeps graphs by code object, and all of ComfyUI's UNets share one. It would check the guards of each
-    checkpoint's graphs at every call.
+    """The method with a code object of its own, always the same one for a model. Dynamo keeps graphs per code object,
+    and all of ComfyUI's UNets share one: it would check the guards of every checkpoint's graphs at every call.
     """
     function, model = getattr(method, "__func__", None), getattr(method, "__self__", None)
     if not isinstance(function, types.FunctionType) or not isinstance(model, torch.nn.Module) or _holds(function):
@@ -168,7 +166,7 @@ def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
     if function not in copies:
         kind = function, type(model), tuple((name, x.shape, x.dtype) for name, x in model.named_parameters())
         has_hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-        left = [] if has_hooks else _left.setdefault(kind, [])  # Dynamo does not ask about hooks
+        left = [] if has_hooks else _left.setdefault(kind, [])  # Dynamo does not guard on hooks
         copies[function] = left.pop() if left else _copied(function)
         if not has_hooks:
             weakref.finalize(model, _leave, left, copies[function]).atexit = False
@@ -176,7 +174,8 @@ def _with_own_code(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _holds(function: types.FunctionType) -> bool:
-    """Whether a function refers to more than classes, as one that another node has put in place may to the model."""
+    """Whether a function references objects other than classes, such as one from another node that references the
+    model."""
     return any(not isinstance(cell.cell_contents, type) for cell in function.__closure__ or ())
 
 

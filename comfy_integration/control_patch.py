@@ -1,4 +1,4 @@
-"""The same for a ControlNet: a copy whose network runs through the backend."""
+"""The hook for a ControlNet: a copy whose network runs through the backend."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from .residency import put_control_net_in_place
 
 
 def quantize_control_net(control_net: Any, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> Any:
-    """A copy of a ``ControlNet`` that runs in 8 bit; ``control_net`` stays as it is. See ``quantize_model``.
-
-    Those without a network that stays (a T2I adapter runs once, a control LoRA makes one for each run) remain in float,
-    and ``listener`` is told.
+    """A copy of a ``ControlNet`` that runs quantized; ``control_net`` is not changed. See ``quantize_model``. Those
+    without a permanent network (a T2I adapter runs once, a control LoRA makes one for each run) stay in float, which is
+    reported to ``listener``.
     """
     copy = control_net.copy()
     if not isinstance(getattr(control_net, "control_model", None), nn.Module):
@@ -32,13 +31,13 @@ def quantize_control_net(control_net: Any, options: Mapping[str, Any], whole_run
 
 
 class ControlHook:
-    """Goes with a ControlNet object from copy to copy: each node that applies one makes a copy."""
+    """The hook of a ControlNet object and all its copies: each node that applies one makes a copy."""
 
     def __init__(self, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> None:
         self._whole_run = whole_run
         self._listener = listener
         self._method = CompiledMethod(options, listener)
-        # The run that is going on if the model itself is in float, and the schedule that it is known by.
+        # The current run if the model itself is in float, and the schedule that identifies it.
         self._own_run: tuple[SamplingRun, Any] | None = None
 
     def attach(self, control: Any) -> Any:
@@ -70,7 +69,7 @@ class ControlHook:
             yield
 
     def _next_step(self, schedule: Any) -> SamplingRun:
-        """The run with this schedule, one step later if it is known."""
+        """The run with this schedule, advanced by one step if it is known."""
         if self._own_run is None or self._own_run[1] is not schedule:
             steps = 1 if schedule is None else len(schedule) - 1
             self._own_run = SamplingRun(steps), schedule
@@ -80,7 +79,7 @@ class ControlHook:
         return self._own_run[0]
 
     def _end_own_run(self) -> None:
-        """ComfyUI cleans up after a sampling run, unless it was broken off."""
+        """End the run when ComfyUI cleans up, which it does after every run that was not interrupted."""
         own, self._own_run = self._own_run, None
         if own is None:
             return

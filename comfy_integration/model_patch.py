@@ -1,6 +1,5 @@
-"""The hook: a clone of a ComfyUI model whose denoiser runs through the backend while it samples.
-
-ComfyUI's own modules are not needed here, so that this can be tested without them.
+"""The hook: a clone of a ComfyUI model whose denoiser runs through the backend while it samples. Does not import
+ComfyUI's modules, so that it can be tested without them.
 """
 
 from __future__ import annotations
@@ -17,16 +16,16 @@ from .compiled_method import CompiledMethod
 from .record import Record, record_of
 from .residency import clone_in_place
 
-# Where ComfyUI's own TorchCompileModel keeps its wrapper as well: a model has one, that of the last node that compiles.
+# The key that ComfyUI's own TorchCompileModel uses as well: a model has one wrapper, that of the last such node.
 APPLY_MODEL, KEY = "apply_model", "torch.compile"
 SAMPLER_SAMPLE, OWN_KEY = "sampler_sample", "onlinequant"
 
 
 def quantize_model(model: Any, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> Any:
-    """A clone of a ``ModelPatcher`` that samples in 8 bit; ``model`` stays as it is.
+    """A clone of a ``ModelPatcher`` that samples with 8-bit layers; ``model`` is not changed.
 
     ``options``: of the backend. ``whole_run``: observe all calls of one sampling run, however many, instead of
-    ``calibration_steps``. ``listener`` is told how far it has come.
+    ``calibration_steps``. ``listener`` gets updates of the progress.
     """
     clone = clone_in_place(model)
     hook = ModelHook(options, whole_run, listener)
@@ -37,7 +36,7 @@ def quantize_model(model: Any, options: Mapping[str, Any], whole_run: bool, list
 
 
 def record_of_model(model: Any) -> Record | None:
-    """What was seen of the denoiser of a model that ``quantize_model`` returned; None for any other model."""
+    """The record of the denoiser of a model that ``quantize_model`` returned; None for any other model."""
     for hook in model.get_wrappers(APPLY_MODEL, KEY):
         if isinstance(hook, ModelHook):
             return hook.record(model.model.diffusion_model)
@@ -45,30 +44,29 @@ def record_of_model(model: Any) -> Record | None:
 
 
 class ModelHook:
-    """What ComfyUI calls around each call of a model, and its ``sample`` around each sampling run.
-
-    Only what is inside the denoiser's own wrappers is compiled, so that these (caches that skip steps, say) may do what
-    no graph can.
+    """The wrapper that ComfyUI calls around each call of a model, and its ``sample`` around each sampling run. Only the
+    code inside the denoiser's own wrappers is compiled, so that these (for example caches that skip steps) may do what
+    a graph cannot.
     """
 
     def __init__(self, options: Mapping[str, Any], whole_run: bool, listener: Listener) -> None:
-        self._options = repr(sorted(options.items()))  # what a record is found by, at every call
+        self._options = repr(sorted(options.items()))  # the key of a record, needed at every call
         self._whole_run = whole_run
         self._listener = listener
         self._method = CompiledMethod(options, listener)
         self._last_record: Record | None = None
 
     def record(self, denoiser: Any) -> Record:
-        """What was seen of a denoiser with these options, by this hook or an earlier one."""
+        """The record of a denoiser with these options, from this hook or an earlier one."""
         return record_of(denoiser, self._options)
 
     def sample(
         self, executor: Any, guider: Any, sigmas: Any, extra_args: Any, callback: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
-        """Around a sampling run: all of its calls are observed, and at its end there is an 8-bit model."""
+        """Around a sampling run: observes all of its calls, and compiles the 8-bit model at its end."""
         run = SamplingRun(len(sigmas) - 1, is_observed=self._whole_run)
         device = getattr(getattr(guider, "model_patcher", None), "load_device", None)
-        give_back_freed_memory(device)  # decoding the last picture has left memory behind
+        give_back_freed_memory(device)  # cached memory from decoding the last image
         with told_to(self._listener), run.current():
             result = executor(guider, sigmas, extra_args, _counting(run, callback), *args, **kwargs)
             try:
@@ -76,7 +74,7 @@ class ModelHook:
             except Exception as error:
                 self._method.fail(error)
             self._say_how_it_stands()
-            trim_graph_memory(device)  # decoding the picture may need it
+            trim_graph_memory(device)  # decoding the image may need it
             return result
 
     def __call__(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +91,7 @@ class ModelHook:
             return executor(*args, **kwargs)
 
     def _say_how_it_stands(self) -> None:
-        """After each run. What went wrong was told when it did."""
+        """Report the state after each run. Errors were reported when they occurred."""
         if self._method.trouble is not None:
             return
         if self._last_record is not None and self._last_record.reports:
@@ -101,7 +99,7 @@ class ModelHook:
 
 
 def _counting(run: SamplingRun, callback: Callable[..., Any] | None) -> Callable[..., Any]:
-    """The sampler's callback after each step, which also tells the run how far it has come."""
+    """The sampler's callback after each step, which also updates the run's step."""
 
     def after_step(step: int, *args: Any) -> Any:
         run.step = min(step + 2, run.steps)  # the next one; ComfyUI counts from 0

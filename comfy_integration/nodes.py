@@ -1,4 +1,4 @@
-"""The nodes as ComfyUI sees them: schemas and glue. Only ComfyUI can import this."""
+"""The nodes' schemas and entry points. Only ComfyUI can import this."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ALIASES = ["quantize", "int8", "fp8", "torch.compile", "speed"]
 
 
 class OnlineQuantModel(io.ComfyNode):
-    """Patches a model so that it samples in 8 bit."""
+    """Patches a model so that it samples with 8-bit layers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -36,9 +36,9 @@ class OnlineQuantModel(io.ComfyNode):
             display_name="OnlineQuant Model",
             category=CATEGORY,
             description=(
-                "Makes a model draw the same picture faster, in 8 bit. The first sampling run is drawn in float and "
-                "observed, then the model is compiled in the background. LoRAs, sizes and prompts may change then. "
-                "Of several nodes that compile one model, such as TorchCompileModel, the last one counts."
+                "Makes a model faster with 8-bit layers. The first sampling run is in float and is "
+                "observed, then the model is compiled in the background. LoRAs, sizes and prompts may change later. "
+                "Of several nodes that compile one model, such as TorchCompileModel, only the last one has an effect."
             ),
             search_aliases=ALIASES,
             inputs=[io.Model.Input("model"), *quantization_inputs(), observe_again_input()],
@@ -58,7 +58,7 @@ class OnlineQuantModel(io.ComfyNode):
 
 
 class OnlineQuantControlNet(io.ComfyNode):
-    """Has a ControlNet run in 8 bit."""
+    """Patches a ControlNet so that it runs with 8-bit layers."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -67,8 +67,8 @@ class OnlineQuantControlNet(io.ComfyNode):
             display_name="OnlineQuant ControlNet",
             category=CATEGORY,
             description=(
-                "Makes a ControlNet run in 8 bit, as OnlineQuant Model does with a model; with or without that node. "
-                "T2I adapters and control LoRAs go on in float."
+                "Runs a ControlNet with 8-bit layers, as OnlineQuant Model does with a model; with or without it. "
+                "T2I adapters and control LoRAs stay in float."
             ),
             search_aliases=ALIASES,
             inputs=[io.ControlNet.Input("control_net"), *quantization_inputs()],
@@ -85,7 +85,7 @@ class OnlineQuantControlNet(io.ComfyNode):
 
 
 class OnlineQuantReport(io.ComfyNode):
-    """Shows what became of a model's layers."""
+    """Shows which of a model's layers are quantized, and how fast it is."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -94,27 +94,27 @@ class OnlineQuantReport(io.ComfyNode):
             display_name="OnlineQuant Report",
             category=CATEGORY,
             description=(
-                "Shows what OnlineQuant Model did: which layers are in 8 bit and why the others are not, how long a "
-                "step takes in float and in 8 bit, and how far the picture is from the one drawn in float."
+                "Shows what OnlineQuant Model did: which layers are quantized and why the others are not, how long a "
+                "step takes in float and quantized, and how much the image differs from the one sampled in float."
             ),
             search_aliases=ALIASES,
             inputs=[
-                io.Model.Input("model", tooltip="What OnlineQuant Model gives."),
+                io.Model.Input("model", tooltip="The output of OnlineQuant Model."),
                 io.MultiType.Input(
                     "picture",
                     types=[io.Latent, io.Image],
                     optional=True,
-                    tooltip="What this model has drawn. Connected, the report comes after the sampling.",
+                    tooltip="An image or latent sampled with this model. If connected, the report runs after sampling.",
                 ),
                 io.MultiType.Input(
                     "reference",
                     types=[io.Latent, io.Image],
                     optional=True,
-                    tooltip="The same drawn in float: same seed, same prompt, without OnlineQuant Model.",
+                    tooltip="The image or latent sampled in float: same seed, same prompt, without OnlineQuant Model.",
                 ),
             ],
             outputs=[
-                io.String.Output("table", tooltip="A row for each layer: in 8 bit or in float, and why."),
+                io.String.Output("table", tooltip="A row for each layer: quantized or in float, and why."),
                 io.Image.Output("chart"),
             ],
             hidden=[io.Hidden.unique_id],
@@ -123,8 +123,8 @@ class OnlineQuantReport(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, **_inputs: Any) -> float:
-        _warm_up()  # asked for before anything is sampled
-        return float("nan")  # never equal to the last one: what it shows changes while its inputs do not
+        _warm_up()  # ComfyUI calls this before it samples
+        return float("nan")  # never equal to the last one: the report changes even if its inputs do not
 
     @classmethod
     def execute(cls, model: Any, picture: Any = None, reference: Any = None) -> io.NodeOutput:
@@ -133,7 +133,7 @@ class OnlineQuantReport(io.ComfyNode):
             raise ValueError("This model does not come from OnlineQuant Model, or another node compiles it after that.")
         difference = None if picture is None or reference is None else _difference(picture, reference)
         _warm_up().join()
-        from . import summary  # not when ComfyUI starts: matplotlib takes its time
+        from . import summary  # not at ComfyUI's start: importing matplotlib takes long
 
         seen = record.snapshot()
         _say(cls.hidden.unique_id, OnlineQuantReport, summary.headline(seen, difference))
@@ -144,7 +144,7 @@ class OnlineQuantReport(io.ComfyNode):
 
 
 class OnlineQuantCompare(io.ComfyNode):
-    """Compares two pictures."""
+    """Compares two images or latents."""
 
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -153,14 +153,14 @@ class OnlineQuantCompare(io.ComfyNode):
             display_name="OnlineQuant Compare",
             category=CATEGORY,
             description=(
-                "How far a picture is from another one: PSNR, SSIM, and both side by side with their difference, "
+                "Compares two images: PSNR, SSIM, and both side by side with their difference, "
                 f"{AMPLIFIED} times amplified. From about 30 dB on, people see no difference."
             ),
             search_aliases=["psnr", "ssim", "difference", "quality"],
             inputs=[
                 io.MultiType.Input("picture", types=[io.Latent, io.Image]),
                 io.MultiType.Input(
-                    "reference", types=[io.Latent, io.Image], tooltip="Of the same kind and size as the picture."
+                    "reference", types=[io.Latent, io.Image], tooltip="An image or latent of the same kind and size."
                 ),
             ],
             outputs=[
@@ -183,21 +183,21 @@ class OnlineQuantCompare(io.ComfyNode):
 
 
 class OnlineQuantExtension(ComfyExtension):
-    """What ``comfy_entrypoint`` gives to ComfyUI."""
+    """The extension that ``comfy_entrypoint`` returns to ComfyUI."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [OnlineQuantModel, OnlineQuantControlNet, OnlineQuantReport, OnlineQuantCompare]
 
 
 def _observe_again(denoiser: Any, record: Record) -> None:
-    """Forget what was observed of a model; it is compiled already, and stays so."""
+    """Discard a model's observations; its compiled graphs stay."""
     if known_sets.observe_again(list(denoiser.parameters())):
         record.start_over()
 
 
 @functools.cache
 def _warm_up() -> threading.Thread:
-    """Have matplotlib ready by the time that a picture is drawn."""
+    """Prepare matplotlib in the background, before a chart is drawn."""
 
     def work() -> None:
         from . import summary
@@ -226,5 +226,5 @@ def _say(node: str, kind: type[io.ComfyNode], text: str) -> None:
 
 @PromptServer.instance.routes.get("/onlinequant/status")
 async def _status(_request: web.Request) -> web.Response:
-    """The texts on all nodes, for a page that was loaded anew."""
+    """The texts on all nodes, for a page that was reloaded."""
     return web.json_response(_statuses.shown())

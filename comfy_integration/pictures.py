@@ -1,4 +1,4 @@
-"""How far a picture is from the one drawn in float, in figures and to look at. Images or latents, as in ComfyUI."""
+"""Compares an image or latent with a reference: PSNR, SSIM and an image of the difference."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 
 from onlinequant_backend.report.image_quality import psnr, ssim
 
-# Differences of a good 8-bit picture are too faint to see.
+# Without amplification, differences of a good quantized image are not visible.
 AMPLIFIED = 5
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """PSNR in dB and SSIM of a picture, and [N, H, 3 W, 3] in [0, 1]: reference, picture and amplified difference."""
+    """PSNR in dB and SSIM of an image, and [N, H, 3 W, 3] in [0, 1]: reference, image and amplified difference."""
 
     psnr: float
     ssim: float
@@ -27,8 +27,8 @@ class Comparison:
 
 
 def compare(picture: Any, reference: Any) -> Comparison:
-    """Of two IMAGEs, [N, H, W, C] in [0, 1], or two LATENTs, {"samples": [N, C, ..., H, W]}, whose range is taken from
-    the reference. Raises ValueError where they are not of one kind and size.
+    """Compare two IMAGEs, [N, H, W, C] in [0, 1], or two LATENTs, {"samples": [N, C, ..., H, W]}, whose range is taken
+    from the reference. Raises ValueError if they differ in kind or size.
     """
     if isinstance(picture, dict) != isinstance(reference, dict):
         raise ValueError("A latent cannot be compared with an image: decode the latent, or connect two of one kind.")
@@ -47,7 +47,7 @@ def compare(picture: Any, reference: Any) -> Comparison:
 
 
 def _channels_first(picture: Any) -> torch.Tensor:
-    """[N, C, H, W] on the CPU; the frames of a video latent count as pictures."""
+    """[N, C, H, W] on the CPU; the frames of a video latent count as images."""
     if not isinstance(picture, dict):
         return picture.detach().float().cpu().movedim(-1, 1)
     samples = picture["samples"].detach().float().cpu()
@@ -55,6 +55,6 @@ def _channels_first(picture: Any) -> torch.Tensor:
 
 
 def _rgb(values: torch.Tensor) -> torch.Tensor:
-    """Three channels of those that there are, in [0, 1]."""
+    """Three of the channels, in [0, 1]."""
     three = values[:, :3] if values.shape[1] >= 3 else values[:, :1].expand(-1, 3, -1, -1)
     return three.clamp(0, 1)

@@ -1,4 +1,4 @@
-"""What was seen of a model while it sampled: which graphs it ran, and how long its steps took."""
+"""The record of a model's sampling runs: the graphs it ran, and the times of its steps."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from torch import nn
 from onlinequant_backend import Report, SamplingRun
 from onlinequant_backend.report.phases import Phase
 
-# Enough steps for a median that a slow one does not move.
+# Enough steps for a median that one slow step does not change.
 _KEPT, _ENOUGH = 200, 4
-# What steps are told apart by. While a graph is compiled or loaded, it runs in float.
+# The kinds of steps. While a graph is compiled or loaded, steps run in float.
 FLOAT, OBSERVED, QUANTIZED = "float", "calibrating", "quantized"
-_TRACED = "traced"  # a step in which Dynamo did, which takes longer than any other
+_TRACED = "traced"  # a step during which Dynamo traced, which takes longer than any other
 
 
 @dataclasses.dataclass(frozen=True)
 class Pace:
-    """How long a step takes.
+    """The time of a step.
 
     Attributes:
         milliseconds: the median.
-        steps: how many there were.
+        steps: the number of measured steps.
     """
 
     milliseconds: float
@@ -38,11 +38,11 @@ class Pace:
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """A record as it was at one moment: whatever is said of a model is made of one, so that nothing contradicts.
+    """A record at one moment: everything shown of a model comes from one snapshot, so that it is consistent.
 
     Attributes:
-        reports: copies, of every graph that took part in the sampling runs, a ControlNet's too.
-        paces: of steps in ``FLOAT``, ``OBSERVED`` and ``QUANTIZED``, as far as they were seen at the last step's size.
+        reports: copies of the reports of every graph that ran in the sampling runs, including a ControlNet's.
+        paces: of steps in ``FLOAT``, ``OBSERVED`` and ``QUANTIZED``, as far as measured at the last step's size.
     """
 
     reports: tuple[Report, ...]
@@ -50,19 +50,20 @@ class Snapshot:
 
     @property
     def gain(self) -> float | None:
-        """How many times faster a step in 8 bit is than the fastest kind of step in float; None before enough are seen,
-        for the first ones of a process are slow."""
+        """The speedup of a quantized step over the fastest kind of float step; None before enough steps were measured,
+        since the first ones of a process are slow."""
         known = {kind: pace.milliseconds for kind, pace in self.paces.items() if pace.steps >= _ENOUGH}
         floats = [known[kind] for kind in (FLOAT, OBSERVED) if kind in known]
         return min(floats) / known[QUANTIZED] if floats and QUANTIZED in known else None
 
     def summaries(self) -> list[str]:
-        """A line for each graph, without those that say the same, and what is gained."""
+        """A line for each graph, without duplicates, and the speedup."""
         lines = [*dict.fromkeys(report.summary() for report in self.reports), *self.warnings()]
         return lines if self.gain is None else [*lines, f"{self.gain:.2g}x"]
 
     def warnings(self) -> list[str]:
-        """What the user should know of: a large error, and patterns of ``exclude`` that match in none of the graphs."""
+        """Warnings for the user: a large error, and patterns of ``exclude`` that match no layer in any of the
+        graphs."""
         errors = [warning for report in self.reports for warning in report.warnings()]
         unmatched = [report.unmatched() for report in self.reports] or [[]]
         patterns = [pattern for pattern in unmatched[0] if all(pattern in each for each in unmatched)]
@@ -70,10 +71,10 @@ class Snapshot:
 
 
 class Record:
-    """Of one denoiser with one set of options, for as long as the process runs.
+    """The record of one denoiser with one set of options, which lasts until the process exits.
 
     Attributes:
-        reports: of every graph that took part in its sampling runs, a ControlNet's too.
+        reports: of every graph that ran in its sampling runs, including a ControlNet's.
     """
 
     def __init__(self) -> None:
@@ -81,15 +82,14 @@ class Record:
         self._lock = threading.Lock()
         self._seconds: dict[tuple[Hashable, str], deque[float]] = {}
         self._size: Hashable = None  # of the last step
-        self._step: _Step | None = None  # the one that is going on
-        self._asked: int | None = None  # how often to observe again
+        self._step: _Step | None = None  # the current one
+        self._asked: int | None = None  # the last value of observe_again
 
     @contextlib.contextmanager
     def call(self, run: SamplingRun, size: Hashable = None) -> Iterator[None]:
-        """Around each call of the denoiser in a run; ``size``: of what it is given, for other sizes take other times.
-
-        What is timed is from one step's first call to that of the next: samplers look at each result, so a GPU cannot
-        fall behind, and nothing waits for it on our account.
+        """Around each call of the denoiser in a run; ``size``: of its inputs, since times depend on it. Measures the
+        time between the first calls of consecutive steps: samplers read each result, so the GPU cannot lag behind, and
+        no synchronization is added.
         """
         now, step = time.perf_counter(), self._step
         if step is None or not step.is_now(run):
@@ -106,18 +106,18 @@ class Record:
                     step.kinds.add(_TRACED)
 
     def is_to_observe_again(self, number: int) -> bool:
-        """Whether this number, of times that the user has asked for it, is another than the last one."""
+        """Whether ``number``, the value of the ``observe_again`` widget, differs from the last one."""
         last, self._asked = self._asked, number
         return last is not None and last != number
 
     def start_over(self) -> None:
-        """What was compiled stays, and is not used until the model was observed again."""
+        """Have the model observed again; keeps the compiled graphs, which are not used until then."""
         for report in self.reports:
             report.enter(Phase.OBSERVING, "asked to observe again")
             report.calls_observed = 0
 
     def snapshot(self) -> Snapshot:
-        """What was seen until now."""
+        """A snapshot of the record."""
         with self._lock:
             times = {kind: self._seconds.get((self._size, kind)) for kind in (FLOAT, OBSERVED, QUANTIZED)}
             paces = {kind: Pace(1e3 * statistics.median(each), len(each)) for kind, each in times.items() if each}
@@ -128,7 +128,7 @@ class Record:
         return self.snapshot().summaries()
 
     def _add(self, step: _Step, seconds: float) -> None:
-        """A step during which it was traced, or changed over, does not count."""
+        """Add the time of a step, unless Dynamo traced or the kind of step changed during it."""
         with self._lock:
             self._size = step.size
             if len(step.kinds) == 1:
@@ -137,7 +137,7 @@ class Record:
 
 
 class _Step:
-    """A step of a run, whose calls of the denoiser may be several."""
+    """A step of a run, which may call the denoiser several times."""
 
     def __init__(self, run: SamplingRun, begun: float, size: Hashable) -> None:
         self.run = weakref.ref(run)
@@ -158,5 +158,5 @@ _records: weakref.WeakKeyDictionary[nn.Module, dict[str, Record]] = weakref.Weak
 
 
 def record_of(denoiser: nn.Module, options: str) -> Record:
-    """The record of a denoiser with these options, as text; it outlives the nodes, which a new LoRA makes anew."""
+    """The record of a denoiser with these options, as text; it outlives the nodes, which run again for a new LoRA."""
     return _records.setdefault(denoiser, {}).setdefault(options, Record())

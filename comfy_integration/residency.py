@@ -1,11 +1,10 @@
-"""How a model in 8 bit and ComfyUI's memory management get along.
+"""Makes quantized models work with ComfyUI's memory management. ComfyUI loads the weights of most models on demand
+("dynamic VRAM"), which compiled graphs do not support. So a model gets a *twin*, a copy whose weights are all loaded:
+one for the lifetime of the model, with any LoRAs. Only one of the two is on the GPU at a time. A model that ComfyUI
+unloads loses its 8-bit copies and CUDA graphs as well.
 
-ComfyUI loads the weights of most models on demand ("dynamic VRAM"), which no compiled graph can do with. So a model
-gets a *twin*, the same one with its weights in place: one for as long as the model lives, whatever LoRAs come and go.
-Of the two only one is on the GPU. What ComfyUI unloads loses its 8-bit copies and CUDA graphs as well.
-
-Everything of ComfyUI's that is not there, or is other than expected, is left alone. Nothing of it is imported, so that
-this can be tested without it.
+Parts of ComfyUI that are missing or not as expected are not used. ComfyUI is not imported, so that this can be tested
+without it.
 """
 
 from __future__ import annotations
@@ -31,19 +30,19 @@ _log = logging.getLogger("onlinequant")
 
 # ComfyUI's ``CallbacksMP``; every clone of a patcher has its callbacks, too.
 ON_LOAD, ON_DETACH, KEY = "on_load_after", "on_detach_after", "onlinequant"
-_EVERYTHING = 1e30  # bytes, as ComfyUI says it
+_EVERYTHING = 1e30  # bytes; ComfyUI's value for all memory
 
-# A patcher of each model's twin that nobody samples with. It stands for the twin when no clone is left, and it knows
-# nothing of the model, which it would keep alive.
+# For each model, a patcher of its twin that is not used for sampling. It represents the twin when no clone is left, and
+# has no reference to the model, which it would keep alive.
 _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _originals: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-# Bytes of each model's own weights, and of its 8-bit copies when last seen.
+# The bytes of each model's own weights, and of its 8-bit copies at the last check.
 _own_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _copy_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def clone_in_place(model: Any) -> Any:
-    """A clone of a ``ModelPatcher`` whose weights are all where the model runs, if ComfyUI can do that.
+    """A clone of a ``ModelPatcher`` whose weights are all on the device on which the model runs, if possible.
 
     Clones of one model share one copy of it: its own, or that of its twin.
     """
@@ -56,7 +55,8 @@ def clone_in_place(model: Any) -> Any:
 
 
 def put_control_net_in_place(control: Any) -> None:
-    """Have a ``ControlNet``, a copy of our own, run its network with all weights where it runs: that of its twin."""
+    """Have a ``ControlNet``, which must be this package's copy, run its twin's network, with all weights on its
+    device."""
     patcher = getattr(control, "control_model_wrapped", None)
     if patcher is None:
         return
@@ -68,8 +68,8 @@ def put_control_net_in_place(control: Any) -> None:
             control.control_model_wrapped, control.control_model = known, known.model
 
 
-# The attributes of modules that ComfyUI's patchers leave behind; they set them again. ``device`` is one of the model
-# itself, and of parts of some models their own.
+# The attributes that ComfyUI's patchers set on modules, and set again when needed. ``device`` is also an attribute of
+# some parts of models.
 _LEFT_BEHIND = re.compile(
     r"_v(_signature)?|_pins?|_pin_state|_prefetch|dynamic_(vbars|pins|patchers)|seed_key"
     r"|(weight|bias)_(lowvram_)?function"
@@ -78,11 +78,11 @@ _LEFT_BEHIND = re.compile(
 
 
 def _twin(patcher: Any) -> Any:
-    """The patcher of a model's twin that stands for it."""
+    """The patcher that represents a model's twin."""
     model = patcher.model
     if model not in _twins:
         for loaded in (patcher, *(loaded.model for loaded in _loaded(model))):
-            loaded.unpatch_model(loaded.offload_device, unpatch_weights=False)  # what the last run has put in places
+            loaded.unpatch_model(loaded.offload_device, unpatch_weights=False)  # patches of the last run
         _unload_dynamic(patcher)  # so that all weights are on the CPU
         twin = _with_same_weights(model, {})
         vars(twin).pop("device", None)
@@ -93,9 +93,8 @@ def _twin(patcher: Any) -> Any:
 
 
 def _with_same_weights(module: nn.Module, known: dict[int, Any]) -> nn.Module:
-    """A copy whose parameters have the same memory, until they are moved, without what ComfyUI's patchers have left.
-
-    ``copy.deepcopy`` would copy pages and pinned memory, which both would free. ``known``: copies of modules and
+    """A copy whose parameters share the memory, until they are moved, without the attributes of ComfyUI's patchers.
+    ``copy.deepcopy`` would copy pages and pinned memory, which both copies would free. ``known``: copies of modules and
     parameters by the originals' ``id``.
     """
     if id(module) not in known:
@@ -111,8 +110,8 @@ def _with_same_weights(module: nn.Module, known: dict[int, Any]) -> nn.Module:
 
 
 def _same(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """A tensor in the same memory. What is loaded on demand is as the file has it, and gets ``dtype`` when it is used;
-    what ComfyUI keeps in 8 bit it converts itself."""
+    """A tensor in the same memory. Weights loaded on demand have the file's dtype, and get ``dtype`` when they are
+    used; ComfyUI itself converts weights that it stores with 8 bits."""
     same = tensor.detach()
     if dtype is not None and type(tensor) in (torch.Tensor, nn.Parameter):
         same = same.to(dtype)
@@ -120,7 +119,7 @@ def _same(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def _of_twin(value: Any, known: dict[int, Any]) -> Any:
-    """What a copy of a module has where the module has ``value``."""
+    """The value of an attribute in the copy of a module whose attribute is ``value``."""
     if isinstance(value, nn.Module):
         return _with_same_weights(value, known)
     if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
@@ -138,7 +137,7 @@ def _of_twin(value: Any, known: dict[int, Any]) -> Any:
 
 
 def watch(patcher: Any) -> None:
-    """Have ComfyUI say when it loads or unloads the model of a ``ModelPatcher``, also through what it is a clone of."""
+    """Register for ComfyUI's loads and unloads of the model of a ``ModelPatcher``, also through its parents."""
     while hasattr(patcher, "add_callback_with_key"):
         for kind, callback in ((ON_LOAD, _after_load), (ON_DETACH, _after_detach)):
             if not patcher.get_callbacks(kind, KEY):
@@ -154,18 +153,19 @@ def _clone_of_twin(model: Any) -> Any:
     try:
         known = _twin(model)
         clone = model.clone(disable_dynamic=True, model_override=known.get_clone_model_override())
-    except Exception as error:  # this version of ComfyUI does it in another way
+    except Exception as error:  # this version of ComfyUI works differently
         _log.warning(
             "this model's layers stay in float, since ComfyUI loads their weights on demand and not in the way that is "
             "known here (%s); start it with --disable-dynamic-vram",
             error,
         )
         return model.clone()
-    # Whom ComfyUI takes a loaded model for when the clone is gone. The model's own patcher stands for another copy.
+    # The patcher to which ComfyUI assigns a loaded model when the clone is deleted. The model's own is for another
+    # copy.
     clone.parent = known
     clone.hook_backup = known.hook_backup
     clone.weight_inplace_update = False  # a LoRA would be written into the original's weights
-    clone.size = 0  # to be asked for again: the original's weights may have another type
+    clone.size = 0  # recomputed on demand: the original's weights may have another dtype
     return clone
 
 
@@ -177,13 +177,13 @@ def _make_resident(patcher: Any) -> None:
 
 @functools.cache
 def _resident(kind: Any) -> Any:
-    """ComfyUI's ``ModelPatcher`` for a model that may be in 8 bit; clones of one are such as well."""
+    """ComfyUI's ``ModelPatcher`` for a model that may be quantized; its clones have the same class."""
 
     class Resident(kind):
         made_resident = True
 
         def model_size(self) -> int:
-            """With the 8-bit copies, so that ComfyUI makes room for them, too."""
+            """Includes the 8-bit copies, so that ComfyUI frees memory for them as well."""
             own = _own_sizes.get(self.model)
             if own is None:
                 own = _own_sizes[self.model] = super().model_size()
@@ -193,8 +193,8 @@ def _resident(kind: Any) -> Any:
             return own + _copy_sizes.get(self.model, 0)
 
         def loaded_size(self) -> int:
-            """The same of what is there."""
-            loaded: int = super().loaded_size()  # of a model that was loaded as a whole it is ``model_size``
+            """As ``model_size``, for the loaded part."""
+            loaded: int = super().loaded_size()  # for a fully loaded model this is ``model_size``
             return min(loaded, _own_sizes.get(self.model, loaded)) + oq.copied_bytes(_module(self))
 
         def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **options: Any) -> Any:
@@ -220,8 +220,8 @@ def _resident(kind: Any) -> Any:
             return super().pin_weight_to_device(key)
 
         def detach(self, *args: Any, **options: Any) -> Any:
-            # ComfyUI loads in inference mode and may unload outside of it: what it then puts back in place of a LoRA's
-            # weights would be ordinary tensors, for which Dynamo traces anew.
+            # ComfyUI loads in inference mode and may unload outside of it: the weights that it then restores after a
+            # LoRA would be ordinary tensors, for which Dynamo traces again.
             is_inference = any(weight.is_inference() for weight in _module(self).parameters())
             with torch.inference_mode() if is_inference else contextlib.nullcontext():
                 return super().detach(*args, **options)
@@ -231,8 +231,8 @@ def _resident(kind: Any) -> Any:
 
 
 def _make_writable(model: Any, *arguments: Any) -> None:
-    """Give a twin's parameters memory of their own, those whose names are among ``arguments`` and that are not on a
-    GPU. They lie in the file, which is mapped to be read alone, and are the original's as well."""
+    """Give a twin's parameters new memory: those whose names are among ``arguments`` and that are not on a GPU. Their
+    memory is the file, which is mapped read-only, and is shared with the original."""
     original = _originals[model]() if model in _originals else None
     for name in arguments:
         if original is not None and isinstance(name, str):
@@ -242,10 +242,9 @@ def _make_writable(model: Any, *arguments: Any) -> None:
 
 
 def _take_patches_off(patcher: Any, extra_memory: float) -> int:
-    """Prepare a loaded model for other LoRAs than it has, leaving on the GPU what no LoRA changes; returns the bytes of
-    the model that are there. ComfyUI itself would move all of it away and back.
-
-    Returns 0, with nothing changed, where that is not what is about to happen.
+    """Prepare a loaded model for other LoRAs, keeping weights that no LoRA changes on the GPU; returns the bytes of the
+    model on the GPU. ComfyUI itself would move the whole model off the GPU and back. Returns 0, and changes nothing, if
+    the LoRAs are not about to change.
     """
     utils, model = sys.modules.get("comfy.utils"), patcher.model
     loaded: int = patcher.loaded_size()
@@ -262,7 +261,7 @@ def _take_patches_off(patcher: Any, extra_memory: float) -> int:
         utils.set_attr_param(model, key, saved.weight)
     for module in modules:
         vars(module).pop("comfy_patched_weights", None)
-    # Now it is as ComfyUI leaves a model that was loaded without LoRAs, but for what is on the CPU.
+    # Now it is in ComfyUI's state for a model loaded without LoRAs, except for the weights on the CPU.
     model.current_weight_patches_uuid, model.model_loaded_weight_memory = None, 0
     return loaded
 
@@ -286,7 +285,7 @@ def _other_copy(model: Any) -> Any:
 
 
 def _loaded(model: Any) -> Iterator[Any]:
-    """ComfyUI's entries of a model that is loaded, but not for the same run."""
+    """ComfyUI's entries of a loaded model, except those for the current run."""
     for loaded in list(getattr(sys.modules.get("comfy.model_management"), "current_loaded_models", ())):
         if loaded.model is not None and loaded.model.model is model and not loaded.currently_used:
             yield loaded
@@ -302,12 +301,12 @@ def _unload(loaded: Any) -> None:
 
 
 def _unload_dynamic(patcher: Any) -> None:
-    # It comes back by itself, the quicker the more of it is still in pinned memory.
+    # It is reloaded on demand, faster if more of it is still in pinned memory.
     patcher.partially_unload(patcher.offload_device, _EVERYTHING)
 
 
 def _after_detach(patcher: Any, unpatch_all: bool = True) -> None:
-    if unpatch_all:  # or else only another clone takes over
+    if unpatch_all:  # otherwise only another clone takes over
         _release(patcher)
 
 
@@ -318,5 +317,5 @@ def _release(patcher: Any) -> None:
 
 
 def _module(patcher: Any) -> Any:
-    """What is compiled: the denoiser, or a ControlNet's network."""
+    """The compiled module: the denoiser, or a ControlNet's network."""
     return getattr(patcher.model, "diffusion_model", patcher.model)

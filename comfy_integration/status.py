@@ -1,4 +1,4 @@
-"""What the nodes say: only what their present settings run may write on them, and a page that was reloaded hears it."""
+"""The texts on the nodes: updates count only for a node's current settings, and reloaded pages get them again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STALE = "new settings, not sampled with yet"
 class Statuses:
     """The text on each node, by its id.
 
-    ``send(text, node)`` shows one in the pages that are open.
+    ``send(text, node)`` shows a text in all open pages.
     """
 
     def __init__(self, send: Callable[[str, str], None]) -> None:
@@ -22,10 +22,9 @@ class Statuses:
         self._shown: dict[str, dict[str, Any]] = {}
 
     def listener(self, node: str, kind: str, settings: Mapping[str, Any], subject: object = None) -> Listener:
-        """A function that shows updates on a node, until another is asked for with other ``settings`` or another
-        ``subject``, the model: a compile that was begun for the old ones may go on for minutes.
-
-        ``kind`` and ``settings``, the values of its widgets, tell the node from another workflow's of the same id.
+        """A function that shows updates on a node, until a listener for other ``settings`` or another ``subject``, the
+        model, replaces it: a compile for the old ones may continue for minutes. ``kind`` and ``settings``, the values
+        of its widgets, distinguish the node from another workflow's with the same id.
         """
         mine = kind, dict(settings), id(subject)
         if self._current.get(node, mine) != mine:
@@ -39,7 +38,7 @@ class Statuses:
         return listen
 
     def shown(self) -> list[dict[str, Any]]:
-        """What every node shows, as JSON-ready data: "node", "type", "settings" and "text"."""
+        """The texts of all nodes as JSON-ready data: "node", "type", "settings" and "text"."""
         return list(self._shown.values())
 
     def _show(self, node: str, kind: str, settings: Mapping[str, Any], text: str) -> None:

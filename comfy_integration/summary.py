@@ -1,4 +1,4 @@
-"""What the Report node shows of a snapshot of a model: a line, a text table and a chart."""
+"""The outputs of the Report node for a snapshot of a model: a line, a text table and a chart."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _HEIGHT, _SPEEDS, _LAYERS = 715, 325, 975  # pixels: of both panels, and their w
 
 
 def speed(snapshot: Snapshot) -> str:
-    """One line: how long a step took in each way, over how many steps, and what is gained."""
+    """One line: the times of each kind of step, their numbers, and the speedup."""
     parts = [
         f"{name}: {_milliseconds(pace)}, {_steps(pace)}"
         for kind, name in _KINDS.items()
@@ -43,19 +43,19 @@ def speed(snapshot: Snapshot) -> str:
 def table(snapshot: Snapshot, difference: str | None) -> str:
     """Speed, the difference from the float picture, and every graph's report, in plain text of 120 columns."""
     head = [speed(snapshot), f"the picture against float's: {difference or 'connect both to have them compared'}"]
-    # Whoever looks at this in a browser has no use for a path of the server's.
+    # A path on the server is of no use in a browser.
     reports = [dataclasses.replace(report, stats_path=None) for report in snapshot.reports]
     return "\n\n".join(["\n".join(head), *(report.table() for report in reports)])
 
 
 def headline(snapshot: Snapshot, difference: str | None = None) -> str:
-    """What fits on the node, in one line: it takes room from the chart."""
+    """One line for the node: more would take space from the chart."""
     reports = dict.fromkeys(report.summary() for report in snapshot.reports)
     return " · ".join(filter(None, [*reports, *snapshot.warnings(), speed(snapshot), difference]))
 
 
 def chart(snapshot: Snapshot) -> Image.Image:
-    """The speeds as bars, and the layers of the graph that has most."""
+    """The step times as bars, and the layers of the graph with the most layers."""
     picture = Image.new("RGB", (_SPEEDS + _LAYERS, _HEIGHT), "white")
     _draw_speeds(ImageDraw.Draw(picture), snapshot)
     if snapshot.reports:
@@ -67,13 +67,13 @@ def chart(snapshot: Snapshot) -> Image.Image:
 
 
 def as_image(picture: Image.Image) -> torch.Tensor:
-    """[1, H, W, 3] in [0, 1], as ComfyUI has images."""
+    """An image in ComfyUI's format, [1, H, W, 3] in [0, 1]."""
     return torch.from_numpy(np.asarray(picture, np.float32)[None] / 255)
 
 
 def save(picture: Image.Image, folder: Path) -> str:
-    """Write a PNG into ``folder`` and return its name; a picture that is there already is not written again."""
-    # A palette makes the file a third as large, and it is written in a seventh of the time.
+    """Write a PNG into ``folder`` and return its name; an existing one is not written again."""
+    # With a palette the file has a third of the size and is written in a seventh of the time.
     small = picture.quantize(palette=_palette(), dither=Image.Dither.NONE)
     name = f"onlinequant_report_{hashlib.sha1(small.tobytes(), usedforsecurity=False).hexdigest()}.png"
     if not (folder / name).exists():
@@ -83,7 +83,7 @@ def save(picture: Image.Image, folder: Path) -> str:
 
 
 def warm_up() -> None:
-    """Have matplotlib look for its fonts, and so on, which takes seconds the first time."""
+    """Initialise matplotlib, such as its font cache, which takes seconds the first time."""
     _layers("", "", (), ())
 
 
@@ -91,7 +91,7 @@ def warm_up() -> None:
 def _layers(
     model: str, phase: str, decisions: tuple[NodeDecision, ...], config: tuple[tuple[str, Any], ...]
 ) -> Image.Image:
-    """Kept: to draw hundreds of layers takes half a second, and they seldom change."""
+    """The panel of the layers; cached, since drawing hundreds of layers takes half a second and they seldom change."""
     figure = Figure(figsize=(_LAYERS / _DPI, _HEIGHT / _DPI), dpi=_DPI, layout="constrained")
     canvas = FigureCanvasAgg(figure)
     draw_layers(figure, Report(model, phase=phase, decisions=list(decisions), config=dict(config)))
@@ -100,7 +100,7 @@ def _layers(
 
 
 def _draw_speeds(draw: ImageDraw.ImageDraw, snapshot: Snapshot) -> None:
-    """By hand, which takes a hundredth of the time that matplotlib takes: these change with every picture."""
+    """Draw the step times, which change with every image, without matplotlib: this takes a hundredth of the time."""
     shown: Mapping[str, Pace] = {kind: snapshot.paces[kind] for kind in _KINDS if kind in snapshot.paces}
     gain = "" if snapshot.gain is None else f": {snapshot.gain:.2g}x"
     title = f"a step{gain}" if shown else "not sampled with yet"
@@ -137,5 +137,5 @@ def _palette() -> Image.Image:
 
 @functools.cache
 def _font(size: int, style: str = "") -> ImageFont.FreeTypeFont:
-    """Matplotlib's own, as in the other panel."""
+    """Matplotlib's font, as in the other panel."""
     return ImageFont.truetype(Path(matplotlib.get_data_path(), "fonts", "ttf", f"DejaVuSans{style}.ttf"), size)

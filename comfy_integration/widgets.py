@@ -1,4 +1,4 @@
-"""The widgets of the nodes that quantize, and what their values mean to the backend. Only ComfyUI can import this."""
+"""The widgets of the nodes that quantize, and the backend options for their values. Only ComfyUI can import this."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .presets import CUSTOM, PRESETS
 
 
 def quantization_inputs() -> list[io.Input]:
-    """The widgets of the two nodes that quantize. All may be missing in a workflow, as in those from before there
-    were presets: then a node goes by the values that it has."""
+    """The widgets of the two nodes that quantize. All may be missing in a workflow, such as one from before presets
+    existed: then a node uses the values that it has."""
     return [
         io.Combo.Input(
             "preset",
@@ -24,8 +24,8 @@ def quantization_inputs() -> list[io.Input]:
             default=next(iter(PRESETS)),
             optional=True,
             extra_dict={"presets": PRESETS},
-            tooltip="fast: all layers that gain go into 8 bit. faithful: the most sensitive tenth stays in float, "
-            "which halves the error. custom: as the other widgets say, which the first two fill in.",
+            tooltip="fast: all layers that become faster are quantized. faithful: the most sensitive tenth stays in "
+            "float, which halves the error. custom: the values of the other widgets, which the other presets fill in.",
         ),
         _percentage("quantized_conv_percentage", "convolutions"),
         _percentage("quantized_linear_percentage", "linear layers"),
@@ -36,7 +36,7 @@ def quantization_inputs() -> list[io.Input]:
             options=["auto", "fp8", "int8", "float"],
             default="auto",
             optional=True,
-            tooltip="The 8-bit format; auto takes what the device is fast at, float where there is nothing.",
+            tooltip="The 8-bit format; auto is the fastest format of the device, float if it has no 8-bit kernels.",
         ),
         io.Int.Input(
             "calibration_steps",
@@ -45,8 +45,8 @@ def quantization_inputs() -> list[io.Input]:
             max=1000,
             optional=True,
             advanced=True,
-            tooltip="How many calls of the model are observed in float before the change to 8 bit. "
-            "0: all steps of the first sampling run, however many.",
+            tooltip="The number of calls of the model that are observed in float before it is quantized. "
+            "0: all steps of the first sampling run.",
         ),
         io.Combo.Input(
             "selection",
@@ -54,8 +54,8 @@ def quantization_inputs() -> list[io.Input]:
             default="auto",
             optional=True,
             advanced=True,
-            tooltip="What decides among the layers that the thresholds leave. measured: each is timed (CUDA only); "
-            "density: all go into 8 bit; auto: measured on CUDA.",
+            tooltip="How to select among the layers above the thresholds. measured: by timing each (CUDA only); "
+            "density: all are quantized; auto: measured on CUDA.",
         ),
         io.String.Input(
             "exclude",
@@ -63,8 +63,8 @@ def quantization_inputs() -> list[io.Input]:
             placeholder="*.ff.net.2, *.proj_out",
             optional=True,
             advanced=True,
-            tooltip="Names of layers that stay in float, separated by commas; * stands for anything. "
-            "OnlineQuant Report has the names.",
+            tooltip="Names of layers that stay in float, separated by commas; * matches any text. "
+            "OnlineQuant Report shows the names.",
         ),
         io.Combo.Input(
             "cuda_graphs",
@@ -72,15 +72,15 @@ def quantization_inputs() -> list[io.Input]:
             default="auto",
             optional=True,
             advanced=True,
-            tooltip="Replay a whole step as one CUDA graph, where there is CUDA.",
+            tooltip="Replay a whole step as one CUDA graph, on CUDA devices.",
         ),
         io.Boolean.Input(
             "compile_in_background",
             default=True,
             optional=True,
             advanced=True,
-            tooltip="Sampling goes on in float until the 8-bit model is compiled, and then changes over, in the middle "
-            "of a run if need be. Off: the first run waits for the compile at its end.",
+            tooltip="Sampling continues in float until the 8-bit model is compiled, then switches to it, even in the "
+            "middle of a run. Off: the first run waits at its end for the compile.",
         ),
     ]
 
@@ -93,7 +93,7 @@ def observe_again_input() -> io.Int.Input:
         max=1_000_000,
         optional=True,
         advanced=True,
-        tooltip="Count up to have the next run observed anew, for instance after prompts that are quite different.",
+        tooltip="Increase this to observe the next run again, for instance for very different prompts.",
     )
 
 
@@ -105,7 +105,7 @@ def _percentage(name: str, layers: str) -> io.Int.Input:
         max=100,
         step=1,
         optional=True,
-        tooltip=f"Share of the {layers} that go into 8 bit, least sensitive first. 0 is none.",
+        tooltip=f"Percentage of the {layers} that are quantized, least sensitive first. 0 is none.",
     )
 
 
@@ -119,7 +119,7 @@ def _threshold(name: str, layer: str) -> io.Int.Input:
         optional=True,
         advanced=True,
         tooltip=f"{layer} with fewer FLOPs per byte than this stays in float. 0 is automatic: GPUs time each layer and "
-        "keep in float what gains too little; on CPUs it is 20.",
+        "keep those in float that gain too little; on CPUs it is 20.",
     )
 
 
@@ -136,7 +136,7 @@ def understood(
     observe_again: int = 0,
     **options: Any,
 ) -> tuple[dict[str, Any], bool, int]:
-    """What the widgets hold: the backend's options, whether a whole run is observed, and ``observe_again``."""
+    """The widgets' values: the backend's options, whether a whole run is observed, and ``observe_again``."""
     values = {
         "quantized_conv_percentage": quantized_conv_percentage,
         "quantized_linear_percentage": quantized_linear_percentage,
@@ -159,7 +159,7 @@ def understood(
 
 
 def _cache_directory() -> str | None:
-    """A folder of ComfyUI's that is not reachable over HTTP; None where the environment names another one."""
+    """A folder of ComfyUI's that is not reachable over HTTP; None if the environment names another one."""
     if any(map(os.environ.get, ENVIRONMENT_VARIABLES)) or not hasattr(folder_paths, "get_system_user_directory"):
         return None
     directory: str = folder_paths.get_system_user_directory("onlinequant")

@@ -1,4 +1,4 @@
-"""The Dynamo backend: name and measure the layers, decide, observe, rewrite to 8 bit, compile with Inductor."""
+"""The Dynamo backend: name and measure the layers, decide, observe, rewrite to 8-bit ops, compile with Inductor."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _are_failures_raised: contextvars.ContextVar[bool] = contextvars.ContextVar("onl
 
 @contextlib.contextmanager
 def failures_raised() -> Iterator[None]:
-    """Within the block, a graph that cannot be analysed raises, for whoever tries again later; else it stays float."""
+    """Within the block, a failed analysis raises, for callers that retry; outside it the graph stays in float."""
     token = _are_failures_raised.set(True)
     try:
         yield
@@ -52,8 +52,8 @@ def onlinequant(
 ) -> Callable[..., Any]:
     """The backend behind ``torch.compile(model, backend="onlinequant", options={...})``.
 
-    ``options`` are the fields of ``QuantConfig``. Raises a child of ``OnlineQuantError`` for options that are wrong;
-    whatever else stands in the way of 8 bit leaves the graph in float, with a reason in ``reports()``.
+    ``options`` are the fields of ``QuantConfig``. Raises a subclass of ``OnlineQuantError`` for invalid options. Any
+    other obstacle to quantization leaves the graph in float, with the reason in ``reports()``.
     """
     config = QuantConfig.from_options(options, mode)
     tracing.is_traced(graph_module, config.shapes)
@@ -84,7 +84,8 @@ def onlinequant(
         else:
             _log.info("%s stays in float: %s", entry.model, reason)
         progress.tell(entry.summary(), is_result=bool(infos))
-        # Whoever does not want to wait for 8 bit does not for float either; within torch.func Inductor raises.
+        # A user who does not wait for the quantized graph does not wait for float either; in torch.func Inductor
+        # raises.
         if config.compile_in_background or dynamo_interface.is_transforming():
             return _as_it_is(graph_module, entry)
         with tracing.compiled_as_traced():
@@ -93,7 +94,7 @@ def onlinequant(
             )
     store = cache_store.Cache.open(config.cache_dir, config.cache_size_limit)
     if not is_known_elsewhere:
-        _log.info("%s: nothing is kept in the cache, since it calls functions that are in this process alone", model)
+        _log.info("%s: nothing is cached, since the graph calls functions of this process only", model)
         store = cache_store.Cache(None, config.cache_size_limit)
     entry.enter(Phase.OBSERVING, "observing in float")
     quantized = QuantizedGraph(TracedGraph(analyzed, config, resolved, device, entry), store)
@@ -103,14 +104,14 @@ def onlinequant(
 
 
 class _Analysis(NamedTuple):
-    """What is found out about a graph.
+    """The result of analysing a graph.
 
     Attributes:
         module: a copy of the graph whose layers are known.
         infos: its layers.
         reason: why it stays in float; None if it does not.
         identity: see ``graph_key.identity``.
-        is_known_elsewhere: whether its operations are the same in another process.
+        is_known_elsewhere: whether another process can identify its operations, so that they may be cached.
     """
 
     module: fx.GraphModule
@@ -140,15 +141,15 @@ def _analyze(
             return _Analysis(analyzed, infos, reason)
         identity = graph_key.identity(analyzed, config, resolved, device)
         return _Analysis(analyzed, infos, None, identity, not operations.is_of_this_process(analyzed))
-    except Exception as error:  # whatever a graph may hold, torch can compile it
+    except Exception as error:  # torch can compile the graph even where the analysis fails
         if _are_failures_raised.get():
             raise
-        _log.exception("onlinequant failed, so the model goes on in float")
+        _log.exception("onlinequant failed, so the model continues in float")
         return _Analysis(graph_module, [], f"it failed: {type(error).__name__}: {error}")
 
 
 def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:
-    """Say once which patterns of ``exclude`` mean no layer, be it in another graph of the model."""
+    """Warn once of patterns of ``exclude`` that match no layer in any graph of the model so far."""
     model = tracing.root()
     names = {info.name for info in infos}.union(() if model is None else (name for name, _ in model.named_modules()))
     for pattern in exclusion.unmatched(patterns, names):
@@ -158,7 +159,7 @@ def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:
 
 
 def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..., Any]:
-    """The graph, uncompiled, which says where it takes part."""
+    """The graph, not compiled, as a callable that records its calls in the current sampling run."""
 
     def run(*args: Any) -> Any:
         current = current_run()
@@ -190,13 +191,13 @@ def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs
 
 
 def _most_common(infos: Sequence[LayerInfo]) -> list[str]:
-    """Why layers stay in float, the three most frequent reasons."""
+    """The three most frequent reasons why layers stay in float."""
     reasons = Counter(f"{info.kind} layers: {re.sub(r'density [^ ]+', 'density', info.reason)}" for info in infos)
     return [f"{count} {reason}" for reason, count in reasons.most_common(3)]
 
 
 def _device(inputs: Sequence[Any]) -> torch.device:
-    """Where most of the graph's inputs live; a UNet's time step may lie elsewhere."""
+    """The device of most of the graph's inputs; a UNet's time step may be on another one."""
     devices = [x.device for x in inputs if isinstance(x, torch.Tensor) and x.dim() > 0]
     return max(set(devices), key=devices.count, default=torch.device("cpu"))
 

@@ -1,4 +1,4 @@
-"""Locks for a process that may be forked: the child has no other threads, so nobody would release theirs there."""
+"""Locks that survive a fork: the child lacks the other threads, so locks that these held would never be released."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def rlock() -> Any:
 
 
 def free(lock: Any) -> None:
-    """Free a lock, in the child of a fork, that a thread has held which is no more."""
+    """Free a lock in the child of a fork, where the thread that held it no longer exists."""
     is_mine = getattr(lock, "_is_owned", lambda: False)()
     if not is_mine:
         lock._at_fork_reinit()
 
 
 def in_child(function: Callable[[], object]) -> None:
-    """Have ``function`` called in each process that is forked from this one, when the locks above are free."""
+    """Register ``function`` to be called in each process forked from this one, after the locks above are free."""
     if hasattr(os, "register_at_fork"):
         os.register_at_fork(after_in_child=function)
 
@@ -43,4 +43,4 @@ def _free_all() -> None:
         free(lock)
 
 
-in_child(_free_all)  # the first to be registered is the first to be called
+in_child(_free_all)  # callbacks are called in the order of registration

@@ -22,12 +22,12 @@ def sample(tensor: torch.Tensor, number: int) -> torch.Tensor:
     return flat[::step]
 
 
-# Channels last, by a tensor's dimensions; others have no such layout.
+# The channels-last format by number of dimensions; other numbers have none.
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
 def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
-    """``operator.itemgetter``, the quickest there is, that gives a tuple for any number of positions."""
+    """As ``operator.itemgetter``, the fastest way, but returns a tuple for any number of positions."""
     if len(positions) > 1:
         return operator.itemgetter(*positions)
     return lambda sequence: tuple(sequence[position] for position in positions)
@@ -45,7 +45,7 @@ def _flat(result: Any) -> torch.Tensor:
 
 
 def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy whose memory is laid out alike, gaps and expanded dimensions included."""
+    """A copy with the same memory layout, including gaps and expanded dimensions."""
     from torch._prims_common import clone_preserve_strides
 
     copy: torch.Tensor = clone_preserve_strides(tensor)
@@ -53,7 +53,7 @@ def clone_preserving_strides(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
-    """``tensor`` itself, or what a quantized one is made of."""
+    """``tensor`` itself, or the plain tensors that a quantized one consists of."""
     if not is_traceable_wrapper_subclass(tensor):
         return [tensor]
     names, _ = tensor.__tensor_flatten__()

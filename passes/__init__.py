@@ -1,7 +1,6 @@
-"""FX passes, one a file. Each is ``(graph_module, context) -> int``, the number of nodes it changed.
-
-The tuples below say which passes run when, and in which order: ``ANALYZE`` on a graph as it was traced, ``OBSERVE`` on
-the copy that is observed, ``SELECT`` when observing is over, and ``REWRITE`` on the copy that is compiled in 8 bit.
+"""FX passes, one per file. Each is ``(graph_module, context) -> int``, the number of nodes it changed. The tuples below
+list the passes of each stage in order: ``ANALYZE`` for a traced graph, ``OBSERVE`` for the copy that is observed,
+``SELECT`` after observing, and ``REWRITE`` for the copy that becomes the 8-bit graph.
 """
 
 from __future__ import annotations

@@ -19,9 +19,8 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
     Before: ``LayerInfo(name, kind, flops=0, bytes=0)``. After, for y = x @ w.T with x [M, K] and w [N, K]:
     ``flops = 2 M N K`` and ``bytes = M K + N K + M N`` elements, each times the size of its dtype.
 
-    A graph with symbolic sizes serves all of them, so there it is the largest shapes that its model was traced at.
-
-    PyTorch's flop counter is no use here: it does not know 8-bit products. Leaves alone what is annotated already.
+    For a graph with symbolic sizes these are the largest shapes that its model was traced at. PyTorch's flop counter
+    cannot be used: it does not know 8-bit products. Does not change layers that are annotated already.
     """
     changed = 0
     for node, info in layer_nodes(graph_module):

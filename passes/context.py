@@ -1,4 +1,4 @@
-"""What a pass is told about the graph that it changes."""
+"""The input of a pass besides the graph: options, layer selection and device."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _log = logging.getLogger("onlinequant")
 
 @dataclasses.dataclass
 class PassContext:
-    """What the passes are told, and what they hand on to each other.
+    """The passes' input and the state that they share.
 
     Attributes:
-        config, precision: the user's options and what the device resolves them to.
+        config, precision: the user's options, and the formats that they resolve to on the device.
         measured: whether the layers' sensitivities have been measured.
-        unusable: by layer name, what observing found that rules a layer out.
-        freed: indices of the layers whose float weight is gone, so that they must be in 8 bit.
+        unusable: by layer name, the reason found by observing why it cannot be quantized.
+        freed: indices of the layers whose float weight was freed, so that they must be quantized.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
-        device: where the graph runs.
+        device: the device on which the graph runs.
         at_largest: each of these layers, by name, at the largest size that its model was traced at.
-        smoothing: what identifies the factors that a layer's input is smoothed by, by the layer's index, if it is.
-        merge: makes one weight of those of several layers, by their indices; returns whether it could.
+        smoothing: by layer index, an identifier of the smoothing factors of its input, if it is smoothed.
+        merge: merges the weights of several layers, by their indices; returns whether that was possible.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
     """
 
@@ -47,18 +47,18 @@ class PassContext:
 
     @property
     def kernels(self) -> Provider:
-        """The provider of the graph's format on its device."""
+        """The provider of kernels for the graph's format on its device."""
         return provider_of(self.precision.format, self.device)
 
     def has_kernel(self, op: str, weight: Sequence[int] = ()) -> bool:
-        """Whether there is a kernel for a fused ``op``; ``weight``: the shape of its weight, if that matters."""
+        """Whether a kernel exists for the fused ``op``; ``weight``: the shape of a layer's weight."""
         reason = self.kernels.lacks(op, self.precision.format, self.device, weight)
         if reason is not None:
             _log.debug("%s is not fused: %s", op, reason)
         return reason is None
 
     def threshold(self, kind: str) -> tuple[float, str]:
-        """The density in FLOPs per byte below which a layer of this kind stays in float, and what that is called."""
+        """The density in FLOPs per byte below which a layer of this kind stays in float, and a description of it."""
         name = f"{kind}_compute_density_threshold"
         given = getattr(self.config, name)
         if given is not None:
@@ -70,18 +70,18 @@ class PassContext:
 
     @property
     def measures_speed(self) -> bool:
-        """Whether layers are selected by measured times, and by their compute density only where a threshold is set."""
+        """Whether layers are selected by measured times, and by compute density only if a threshold is set."""
         return self.kernels.times_layers and self.config.selection != "density"
 
     @property
     def in_regions(self) -> bool:
-        """Whether what the graph does more than once is to be compiled once."""
+        """Whether repeated regions of the graph are to be compiled once."""
         asked = self.config.regional_compilation
         return self.kernels.compiles_regions if asked == "auto" else bool(asked)
 
     @property
     def saturates(self) -> bool:
-        """Whether converting to the activations' dtype limits them."""
+        """Whether converting to the activations' dtype saturates."""
         return self.kernels.saturates(self.precision.format)
 
 

@@ -14,16 +14,16 @@ _DIVISIONS = (operator.truediv, torch.div, torch.true_divide)
 
 
 def drop_identities(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Take away calls that give back what they are given: division by one, and dropout outside of training.
+    """Remove calls that return their input unchanged: division by one, and dropout outside of training.
 
     Before::
 
         %dropout = call_function[target=torch.nn.functional.dropout](args = (%x, 0.0, False, False))
         %div = call_function[target=operator.truediv](args = (%dropout, 1.0))
 
-    After: ``%x`` in their place, so that later passes find what belongs together side by side. Leaves alone in-place
-    calls, divisions of anything but floating-point tensors, and whatever has to be in memory of its own: since that is
-    returned, or since it or ``%x`` is written in place, under any name.
+    After: ``%x`` in their place, so that later passes find patterns without such calls between their nodes. Does not
+        change in-place calls, divisions of tensors that are not floating-point, and results that need memory of their
+        own: those that are returned, and those that, like ``%x`` or any alias, are written in place.
     """
     memory = Memory(graph_module)
     dropped = 0

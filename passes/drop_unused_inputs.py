@@ -9,11 +9,11 @@ from .context import PassContext
 
 
 def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Erase inputs that nothing reads any more, the float weights of 8-bit layers, and the casts between them.
+    """Erase inputs without readers, such as the float weights of 8-bit layers, and the casts of these.
 
-    Before: ``placeholder[l_self_..._weight_]`` with no users. After: gone; the caller sees by name which of its
-    arguments the graph still takes. Leaves every other node alone: Dynamo's graphs may hold in-place calls whose
-    result nobody reads, and sizes that nobody reads are what Inductor's cache checks its guards with.
+    Before: ``placeholder[l_self_..._weight_]`` with no users. After: removed; the caller finds by name which of its
+        arguments the graph still takes. Does not change other nodes: Dynamo's graphs may hold in-place calls whose
+        result has no reader, and Inductor's cache checks its guards with sizes that have no reader.
     """
     unused = [
         node

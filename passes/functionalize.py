@@ -19,20 +19,20 @@ _OUT_OF_PLACE = {
 
 
 def functionalize(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Write into a new tensor instead of into one that the graph itself has made.
+    """Replace in-place operators on tensors that the graph itself created by out-of-place ones.
 
     Before::
 
         %iadd = call_function[target=operator.iadd](args = (%x, %y))
         %cat = call_function[target=torch.cat](args = ([%x, %z],))
 
-    After: the same numbers, in a graph that may be run twice and captured, and whose fusions see what is read::
+    After: the same values, in a graph that can be run twice and captured, and in which fusions see all readers::
 
         %add = call_function[target=operator.add](args = (%x, %y))
         %cat = call_function[target=torch.cat](args = ([%add, %z],))
 
-    Leaves alone what writes into the graph's inputs, what is read later through another view of the same memory, and
-    sums of several dtypes.
+    Does not change writes into the graph's inputs, writes that are read later through another view of the same memory,
+    and sums of several dtypes.
     """
     order = {node: position for position, node in enumerate(graph_module.graph.nodes)}
     memory = Memory(graph_module)
@@ -47,7 +47,7 @@ def functionalize(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _is_private(node: fx.Node, memory: Memory, order: dict[fx.Node, int]) -> bool:
-    """Whether nobody would notice if an in-place operator left what it writes into as it is."""
+    """Whether an in-place operator writes memory of the graph that is not read later through another view."""
     written, value = node.args[0], node.args[1]
     if not isinstance(written, fx.Node) or not isinstance(written.meta.get("example_value"), torch.Tensor):
         return False

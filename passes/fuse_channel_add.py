@@ -16,7 +16,7 @@ _ADDS = (operator.add, torch.add, torch.ops.aten.add.Tensor)
 
 
 def fuse_channel_add(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Add what is one number for each image and channel, a time embedding, inside the 8-bit convolution before it.
+    """Fuse the addition of one number per image and channel, a time embedding, into the preceding 8-bit convolution.
 
     Before::
 
@@ -28,10 +28,10 @@ def fuse_channel_add(graph_module: fx.GraphModule, context: PassContext) -> int:
         %flatten = call_function[target=aten.flatten](args = (%embedding, 1))
         %conv = call_function[target=onlinequant.conv](args = (%x, ..., torch.float16, None, %flatten))
 
-    Leaves alone sums of another shape or dtype, in-place adds, and convolutions whose result somebody else reads, whose
-    bias is written in place, or that run as a matrix product. Residuals stay as well: the convolution's blocks would
-    read them when all else is done, and the GroupNorm that follows reads everything anyway (94 us a convolution of
-    SDXL's became 116 us).
+    Does not change sums of another shape or dtype, in-place adds, and convolutions whose result has other readers,
+    whose bias is written in place, or that run as a matrix product. Residuals are not fused either: the convolution's
+    blocks would read them in their epilogue, and the following GroupNorm reads everything anyway (a convolution of SDXL
+    took 116 us instead of 94 us).
     """
     if not context.has_kernel("channel_add"):
         return 0

@@ -14,7 +14,7 @@ from .context import PassContext
 
 
 def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Multiply by GELU, and quantize for the next layer, inside the 8-bit linear whose result is split in two.
+    """Fuse GEGLU, and the quantization for the next layer, into the 8-bit linear whose result is split in two.
 
     Before::
 
@@ -31,9 +31,9 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
         %quantize = call_function[target=onlinequant.geglu](
             args = (%x, %qparams_0, %weight, %scale, %b, %qparams_1, torch.float8_e4m3fn))
 
-    The wide result never reaches memory. If anything but the quantize node reads ``%mul``, the fused op returns that.
-    Leaves alone what differs: the tanh approximation, more readers of a part, a bias that is written in place,
-    formats without a fused kernel.
+    The wide result is not written to memory. If ``%mul`` has readers besides the quantize node, the fused op returns it
+    instead. Does not change other patterns: the tanh approximation, more readers of a part, a bias that is written in
+    place, formats without a fused kernel.
     """
     if not context.has_kernel("geglu"):
         return 0
@@ -44,7 +44,7 @@ def fuse_geglu(graph_module: fx.GraphModule, context: PassContext) -> int:
         if result is None or not _has_kernel(linear, context):
             continue
         x, qparams, weight, scale, bias, dtype = linear.args
-        if isinstance(bias, fx.Node) and memory.is_written(bias):  # it is read later from now on
+        if isinstance(bias, fx.Node) and memory.is_written(bias):  # the fused op would read it later
             continue
         quantize = _only_user(result)
         if quantize is not None and quantize.target is ops.quantize and not quantize.args[3]:
@@ -67,7 +67,7 @@ def _has_kernel(linear: fx.Node, context: PassContext) -> bool:
 
 
 def _product(linear: fx.Node) -> fx.Node | None:
-    """The product of one half of ``linear`` with GELU of the other, if that is all that becomes of it."""
+    """The product of one half of ``linear`` with GELU of the other, if ``linear`` has no other use."""
     chunk = _only_user(linear)
     if chunk is None or not _is_halving(chunk) or len(chunk.users) != 2:
         return None
@@ -98,7 +98,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _erase_back_to(graph_module: fx.GraphModule, node: Any, stop: Any) -> None:
-    """Erase ``node`` and everything before it that nothing reads any more, as far as ``stop``."""
+    """Erase ``node`` and its producers without readers, back to ``stop``."""
     if not isinstance(node, fx.Node) or node is stop or node.users or node.op == "placeholder":
         return
     read = node.all_input_nodes

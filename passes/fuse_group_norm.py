@@ -12,13 +12,13 @@ from onlinequant_backend.tensors import CHANNELS_LAST
 from .context import PassContext
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# What only orders elements anew, and does that whatever their layout in memory.
+# Ops that only reorder elements, with any memory layout.
 _ORDERINGS = ("contiguous", "flatten", "movedim", "permute", "reshape", "transpose")
 _ORDERING_FUNCTIONS = (torch.flatten, torch.movedim, torch.permute, torch.reshape, torch.transpose)
 
 
 def fuse_group_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Normalize, apply SiLU and quantize in kernels of our own, which read and write channels last.
+    """Fuse GroupNorm, SiLU and quantization into this package's kernels, which read and write channels last.
 
     Before::
 
@@ -34,10 +34,11 @@ def fuse_group_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
         %norm = call_function[target=onlinequant.group_norm](
             args = (%contiguous, 32, %w, %b, 1e-05, True, %qparams, torch.float8_e4m3fn))
 
-    Inductor's kernels for channels-last tensors take several times as long. Before a linear layer, what makes rows of
-    the image (``permute(0, 2, 3, 1)`` and ``reshape``) comes after the op instead, where it moves nothing. Leaves alone
-    norms whose result somebody else reads at any step, of other dimensions than an image's or a video's, and formats
-    without such a kernel. Runs after ``rewrite_linear``, ``rewrite_conv`` and ``drop_identities``.
+    Inductor's kernels for channels-last tensors take several times as long. Before a linear layer, the ops that turn
+    the image into rows (``permute(0, 2, 3, 1)`` and ``reshape``) are moved after the fused op, where they copy nothing.
+    Does not change norms if any intermediate result has other readers, norms of other dimensions than those of images
+    or videos, and formats without such a kernel. Runs after ``rewrite_linear``, ``rewrite_conv`` and
+    ``drop_identities``.
     """
     if not context.has_kernel("group_norm"):
         return 0
@@ -61,7 +62,7 @@ def _has_kernel(norm: fx.Node) -> bool:
 
 
 def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
-    """Fuse ``norm`` with what alone reads it, if that ends in a quantize node."""
+    """Fuse ``norm`` with its chain of only readers, if that ends in a quantize node."""
     user = _only_user(norm)
     silu = user is not None and user.target is torch.nn.functional.silu
     last = user if user is not None and silu else norm
@@ -77,15 +78,15 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node) -> bool:
     x, groups = fx_utils.argument(norm, 0, "input"), fx_utils.argument(norm, 1, "num_groups")
     weight, bias = fx_utils.argument(norm, 2, "weight"), fx_utils.argument(norm, 3, "bias")
     eps = fx_utils.argument(norm, 4, "eps", 1e-5)
-    # Where the norm was, since somebody may write into x before its result is quantized.
+    # At the norm's position, since x may be written in place before the result is quantized.
     with graph_module.graph.inserting_before(norm):
-        # In the graph, so that what computes x writes it like this.
+        # In the graph, so that Inductor has the producer of x write this layout.
         layout: dict[str, Any] = {"memory_format": CHANNELS_LAST[fx_utils.example(x).dim()]}
         x = graph_module.graph.call_function(torch.ops.aten.contiguous.default, (x,), layout)
         args = (x, groups, weight, bias, eps, silu, qparams, dtype)
         result = graph_module.graph.call_function(ops.group_norm, args)
     result.meta = {key: value for key, value in quantize.meta.items() if key != "onlinequant"}
-    # AOTAutograd caches only graphs in which methods are called on what has an example.
+    # AOTAutograd caches only graphs in which methods are called on nodes with an example value.
     result.meta["example_value"] = fx_utils.example(norm).to(dtype)
     if orderings:
         orderings[0].replace_input_with(last, result)

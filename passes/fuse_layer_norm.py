@@ -13,7 +13,7 @@ from onlinequant_backend.torch_internals import dynamo_interface
 from .context import PassContext
 
 _ADDS = (operator.add, torch.add)
-# A row is kept in registers.
+# A row is held in registers.
 _MAX_CHANNELS = 16384
 
 
@@ -34,9 +34,9 @@ def fuse_layer_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
         %add = call_function[target=operator.getitem](args = (%both, 0))
         %quantize = call_function[target=operator.getitem](args = (%both, 1))
 
-    Inductor's kernels for this took two to three times as long in SDXL's step on an H200. Without an add before it
-    the residual is None. Leaves alone norms over more than the last dimension, of very wide rows, whose result somebody
-    else reads, and formats without such a kernel. Runs after ``rewrite_linear``.
+    Inductor's kernels for this took two to three times as long in SDXL's step on an H200. Without a preceding add the
+    residual is None. Does not change norms over more than the last dimension, of very wide rows, or whose result has
+    other readers, and formats without such a kernel. Runs after ``rewrite_linear``.
     """
     if not context.has_kernel("layer_norm"):
         return 0
@@ -51,7 +51,7 @@ def fuse_layer_norm(graph_module: fx.GraphModule, context: PassContext) -> int:
 
 
 def _quantize_after(norm: fx.Node) -> fx.Node | None:
-    """The quantize node that alone reads a LayerNorm over the last dimension."""
+    """The quantize node that is the only reader of a LayerNorm over the last dimension."""
     quantize = next(iter(norm.users)) if len(norm.users) == 1 else None
     if quantize is None or quantize.target is not ops.quantize or quantize.args[3]:
         return None
@@ -65,12 +65,12 @@ def _quantize_after(norm: fx.Node) -> fx.Node | None:
 
 def _fuse(graph_module: fx.GraphModule, norm: fx.Node, quantize: fx.Node, hoist: bool) -> None:
     x = fx_utils.argument(norm, 0, "input")
-    # Where something writes in place, the sum may not be what it was any more when the norm reads it.
+    # In a graph with in-place writes, the sum may have changed by the time the norm reads it.
     terms = _terms(x) if hoist else None
     weight, bias = fx_utils.argument(norm, 2, "weight"), fx_utils.argument(norm, 3, "bias")
     eps = fx_utils.argument(norm, 4, "eps", 1e-5)
     _, qparams, dtype = quantize.args[:3]
-    # Where the sum was, since others may read it before the norm does.
+    # At the sum's position, since it may have readers before the norm.
     with graph_module.graph.inserting_before(norm if terms is None else x):
         first, second = terms or (x, None)
         args = (first, second, weight, bias, eps, qparams, dtype)
@@ -89,7 +89,7 @@ def _fuse(graph_module: fx.GraphModule, norm: fx.Node, quantize: fx.Node, hoist:
 
 
 def _terms(node: Any) -> tuple[fx.Node, fx.Node] | None:
-    """The two tensors of equal shape and dtype that ``node`` is the sum of."""
+    """The two tensors of equal shape and dtype whose sum ``node`` is."""
     if node.target not in _ADDS or len(node.args) != 2 or node.kwargs:
         return None
     a, b = node.args

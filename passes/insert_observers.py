@@ -11,7 +11,7 @@ from .context import PassContext
 
 
 def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Let an observation see the input and output of every layer that may be quantized.
+    """Pass the input and output of every layer that may be quantized to an observation.
 
     Before::
 
@@ -22,9 +22,9 @@ def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
         %linear = call_function[target=torch._C._nn.linear](args = (%x, %w, %b))
         %observe = call_function[target=observe](args = (%onlinequant_observation, 0, 0, %x, %linear, %b))
 
-    ``observe`` returns ``%linear`` as it is, so the graph's result stays exact. Its numbers are the layer's index and
-    that of the first layer that reads the same values, which share what is observed. Leaves layers alone that
-    were ruled out, and layers that are observed already.
+    ``observe`` returns ``%linear`` unchanged, so the graph's result stays exact. Its numbers are the index of the layer
+    and that of the first layer that reads the same values; both share their observations. Does not change layers that
+    cannot be quantized, and layers that are observed already.
     """
     layers = [
         (node, info.index, read)

@@ -16,7 +16,7 @@ _IS_KEPT = "has_float_layout"  # in a node's ``meta``
 
 
 def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Give the graph's outputs the strides that the float graph's have: 8-bit convolutions write channels last.
+    """Give the graph's outputs the strides of the float graph's: 8-bit convolutions write channels last.
 
     Before::
 
@@ -27,12 +27,12 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
         %contiguous = call_function[target=aten.contiguous](args = (%conv,), kwargs = {memory_format: contiguous})
         return (%contiguous,)
 
-    A view of rows of pixels, such as the tokens of a patch embedding, is brought into the order that it has in memory,
-    made contiguous, and brought back.
+    A view of rows of pixels, such as the tokens of a patch embedding, is permuted to memory order, made contiguous, and
+    permuted back.
 
     Dynamo guards on the strides of a graph's inputs, and one graph's output is the next one's input: without this, the
-    swap to 8 bit would make Dynamo compile every later graph again. It costs nothing where the layout is right already.
-    Leaves alone outputs that have gaps or share values.
+    change to the 8-bit graph would recompile every later graph. It costs nothing if the layout is right already. Does
+    not change outputs that have gaps or share values.
     """
     output = graph_module.graph.output_node()
     changed = 0
@@ -43,8 +43,8 @@ def keep_output_layout(graph_module: fx.GraphModule, context: PassContext) -> in
 
 
 def in_float_layout(graph_module: fx.GraphModule, node: fx.Node, before: fx.Node) -> fx.Node | None:
-    """Have ``before`` and all that comes after it read ``node`` in the strides that it has in the float graph; None
-    where there are gaps or values share memory."""
+    """Have ``before`` and all later nodes read ``node`` with the strides that it has in the float graph; None if there
+    are gaps or values share memory."""
     memory_format, order = _layout(node)
     if order is None:
         return None
@@ -69,11 +69,12 @@ def _permuted(graph_module: fx.GraphModule, node: fx.Node, order: Sequence[int])
 
 
 def _layout(node: fx.Node) -> tuple[torch.memory_format, list[int] | None]:
-    """The memory format of an output once its dimensions are in this order; None where there is no such order."""
+    """The memory format of an output after its dimensions are permuted to this order; None if there is no such
+    order."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor) or value.dim() < 2:
         return torch.contiguous_format, None
-    # The traced strides may be symbolic, so ask a tensor of the same strides that has no memory.
+    # The traced strides may be symbolic, so use a meta tensor with concrete ones.
     sizes, strides = ([dynamo_interface.hint(size) for size in numbers] for numbers in (value.shape, value.stride()))
     traced = torch.empty_strided(sizes, strides, dtype=torch.float32, device="meta")
     as_it_is = list(range(value.dim()))

@@ -13,7 +13,7 @@ _IS_KEPT = "has_kept_views"  # in a node's ``meta``
 
 
 def keep_views(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Let a view of an 8-bit layer's result be one where that matters: such layers may write another memory layout.
+    """Keep views of 8-bit layers' results possible where necessary: these layers may write another memory layout.
 
     Before::
 
@@ -32,8 +32,8 @@ def keep_views(graph_module: fx.GraphModule, context: PassContext) -> int:
         %conv_1 = call_function[target=onlinequant.conv](args = (%contiguous, ...))
         %reshape = call_method[target=reshape](args = (%conv_1, 1, -1))
 
-    So is what the graph returns as several tensors in the same memory. Leaves alone what is written and has the same
-    shape under all of its names, as what an activation was written into has.
+    The same is done for results that the graph returns as several tensors in the same memory. Does not change tensors
+    that are written in place and have the same shape in all aliases, such as those that an activation was written into.
     """
     memory = Memory(graph_module)
     changed = 0
@@ -53,7 +53,7 @@ def _is_made_here(node: fx.Node, memory: Memory) -> bool:
 
 
 def _has_views(node: fx.Node, memory: Memory) -> bool:
-    """Whether other values in the memory of ``node`` would be elsewhere if that were laid out in another way."""
+    """Whether the memory of ``node`` has views that another memory layout would change."""
     return memory.returns(node) > 1 or len({_shape(owner) for owner in memory.owners(node)}) > 1
 
 
@@ -65,5 +65,5 @@ def _shape(node: fx.Node) -> tuple[tuple[int, ...], ...]:
 
 
 def _has_sizes(view: fx.Node) -> bool:
-    """Whether a ``view`` is not one of another dtype."""
+    """Whether a ``view`` call is given sizes rather than a dtype."""
     return len(view.args) > 1 and not isinstance(view.args[1], torch.dtype)

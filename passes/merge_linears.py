@@ -14,7 +14,7 @@ from .context import PassContext
 
 
 def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Make one product of 8-bit linears that read the same tensor: q, k and v, and k and v of all cross-attentions.
+    """Merge 8-bit linears that read the same tensor into one product: q, k and v, and k and v of all cross-attentions.
 
     Before::
 
@@ -28,11 +28,11 @@ def merge_linears(graph_module: fx.GraphModule, context: PassContext) -> int:
         %q = call_function[target=operator.getitem](args = (%split, 0))
         %k = call_function[target=operator.getitem](args = (%split, 1))
 
-    One product of many columns fills the GPU where several of few do not, and it starts once. Leaves alone linears that
-    differ in dtype or in whether they have a bias, those with a bias that is computed or written in place, those that
-    the graph returns (Dynamo guards on strides, and these are views now), and any that ``context.merge`` refuses. Runs
-    after ``rewrite_linear``, and before ``keep_views``, since rows of a part do not lie one behind the other; every
-    input of the replaced products that nothing else reads goes.
+    One product with many columns fills the GPU better than several with few, and is one kernel launch. Does not change
+    linears that differ in dtype or in whether they have a bias, those with a bias that is computed or written in place,
+    those that the graph returns (Dynamo guards on strides, and the parts are views), and those that ``context.merge``
+    refuses. Runs after ``rewrite_linear``, and before ``keep_views``, since the rows of a part are not contiguous.
+    Inputs of the replaced products without other readers are removed.
     """
     memory = Memory(graph_module)
     groups: dict[tuple[Any, ...], list[tuple[fx.Node, LayerInfo]]] = {}
@@ -81,7 +81,7 @@ def _merge(
 
 
 def _drop(graph_module: fx.GraphModule, inputs: list[Any], context: PassContext) -> None:
-    """Take away inputs that this rewriting had appended and that nothing reads any more."""
+    """Remove inputs that rewriting appended and that have no readers any more."""
     names = [node.name for node in fx_utils.placeholders(graph_module)][-len(context.extra_inputs) :]
     gone = {node.name for node in inputs if not node.users}
     context.extra_inputs[:] = [

@@ -29,7 +29,7 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
 
     After: the same, with ``meta["onlinequant"] = LayerInfo("down_blocks.0.resnets.0.conv1", "conv", ...)``.
 
-    A weight that is computed inside the graph has no name of its own; its layer takes the module's.
+    A weight that is computed inside the graph has no name; its layer gets the module's.
     """
     named = 0
     names = parameter_names.parameter_names(graph_module)

@@ -16,21 +16,21 @@ from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
 
-# Regions of fewer calls are not worth it, nor are those that save less than this share of the graph's calls.
+# Regions of fewer calls are not outlined, nor those that save less than this share of the graph's calls.
 _LEAST_CALLS, _LEAST_SAVED = 20, 0.02
-# Calls that a tensor across a border counts for: what makes it and what reads it cannot be fused.
+# The cost, in calls, of a tensor that crosses a border: its producer and its readers cannot be fused.
 _CROSSING = 3
 
 
 class _Region(NamedTuple):
-    """``length`` calls, which begin at each of ``starts`` in the order of the graph, all alike."""
+    """Equal runs of ``length`` calls, which begin at each of ``starts`` in graph order."""
 
     length: int
     starts: list[int]
 
 
 def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Make subgraphs of what the graph does more than once, such as its transformer blocks: each is compiled once.
+    """Turn repeated regions, such as transformer blocks, into subgraphs, each of which is compiled once.
 
     Before::
 
@@ -45,8 +45,8 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
         %b = call_function[target=operator.getitem](args = (%call_1, 0))
 
     Regions are equal in every call, constant, shape, stride and dtype, and in how their values depend on each other.
-    Returns how many regions there are. Leaves graphs alone that write in place, have symbolic sizes, or have results in
-    memory that is an input's or another result's. Runs last.
+    Returns the number of regions. Does not change graphs that write in place, have symbolic sizes, or return results
+    that share memory with an input or another result. Runs last.
     """
     if not _may_be_outlined(graph_module, context):
         return 0
@@ -71,12 +71,12 @@ def _calls(graph_module: fx.GraphModule) -> list[fx.Node]:
 
 
 def _best_region(calls: Sequence[fx.Node], least_saved: int) -> _Region | None:
-    """The one that saves most calls."""
+    """The region that saves most calls."""
     numbers: dict[str, int] = {}
     tokens = [numbers.setdefault(_token(call, position), len(numbers)) for position, call in enumerate(calls)]
     best, most = None, least_saved
     for candidate in _candidates(tokens):
-        if _saved(candidate) <= most:  # nor does less of it
+        if _saved(candidate) <= most:  # trimming cannot make it better
             continue
         region = _trimmed(calls, candidate)
         if region.length < _LEAST_CALLS:
@@ -100,7 +100,7 @@ def _saved(region: _Region) -> int:
 def _candidates(tokens: Sequence[int]) -> Iterator[_Region]:
     """Runs that are repeated without overlaps."""
     for longest, positions in repeated_runs(tokens):
-        # What is repeated at once overlaps itself: the period is the region.
+        # Immediate repetitions overlap: the period is the region.
         periods = {after - before for before, after in itertools.pairwise(positions) if after - before < longest}
         for length in {longest, *periods}:
             if length >= _LEAST_CALLS:
@@ -112,8 +112,8 @@ def _candidates(tokens: Sequence[int]) -> Iterator[_Region]:
 
 
 def _trimmed(calls: Sequence[fx.Node], region: _Region) -> _Region:
-    """The region without what would have a tuple cross its border, which only tensors can; of no length if that is in
-    its middle. It may begin with taking tensors out of a tuple, or end with making one."""
+    """The region without calls at its ends because of which a tuple would cross its border, which only tensors can;
+    empty if such a call is in its middle. A region may begin by unpacking a tuple, or end by making one."""
     inside = _inside(calls, region, region.starts[0])
     own = set(inside)
     takes = [any(_is_tuple(node) and node not in own for node in call.all_input_nodes) for call in inside]
@@ -130,17 +130,17 @@ def _trimmed(calls: Sequence[fx.Node], region: _Region) -> _Region:
 
 def _is_tuple(node: fx.Node) -> bool:
     value = _example(node)
-    if value is None:  # what rewriting has added has no example
+    if value is None:  # nodes added by rewriting have no example
         return node.op != "placeholder" and any(user.target is operator.getitem for user in node.users)
     return isinstance(value, (tuple, list))
 
 
 def _token(call: fx.Node, position: int) -> str:
-    """Equal for calls that do the same with tensors of the same kind."""
+    """A string that is equal for calls of the same operation on tensors of the same kind."""
     if "outlined" in call.meta:
         return f"outlined {position}"
     args = fx.map_arg((call.args, call.kwargs), lambda node: _Shown(_kind(node)))
-    # Inputs that rewriting has added have no example.
+    # Inputs added by rewriting have no example.
     info = info_of(call)
     layer = (info.input_shape, info.weight_shape, info.dtype) if info is not None else None
     return f"{call.op} {_target(call)} {args} {_kind(call)} {layer}"
@@ -169,7 +169,7 @@ def _example(node: fx.Node) -> Any:
 
 
 def _crossings(calls: Sequence[fx.Node], region: _Region) -> int:
-    """The tensors that come from a call before the first such region, or are read after it."""
+    """The number of tensors that enter the first such region from earlier calls, or are read after it."""
     inside = _inside(calls, region, region.starts[0])
     return len(list(_read_outside(inside))) + sum(node.op.startswith("call") for node in _inputs(inside))
 
@@ -179,7 +179,7 @@ def _inside(calls: Sequence[fx.Node], region: _Region, start: int) -> Sequence[f
 
 
 def _alike(calls: Sequence[fx.Node], region: _Region) -> _Region:
-    """Those whose values depend on each other in the same way, as most do."""
+    """The region with only those occurrences that have the most common data flow."""
     groups: dict[str, list[int]] = defaultdict(list)
     for start in region.starts:
         groups[_wiring(_inside(calls, region, start))].append(start)
@@ -193,7 +193,7 @@ def _wiring(inside: Sequence[fx.Node]) -> str:
 
 
 def _inputs(inside: Sequence[fx.Node]) -> list[fx.Node]:
-    """What a region reads, in the order in which it does."""
+    """The inputs of a region, in the order of their first use."""
     own = set(inside)
     return list(dict.fromkeys(node for call in inside for node in call.all_input_nodes if node not in own))
 
@@ -229,7 +229,8 @@ def _own(
     result: fx.Node,
     outputs: Sequence[int],
 ) -> fx.Node:
-    """A result in memory of its own: ``invoke_subgraph`` may share none, and Inductor counts a view's offset twice."""
+    """A result in memory of its own: results of ``invoke_subgraph`` must not alias, and Inductor adds a view's offset
+    twice."""
     value = _example(result)
     if not isinstance(value, torch.Tensor):
         return copies[result]

@@ -11,7 +11,7 @@ from .context import PassContext, is_selected
 
 
 def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Give every tensor that 8-bit layers read one quantize node, shared by all its readers (q, k and v).
+    """Insert one quantize node for every tensor that 8-bit layers read, shared by all its readers (q, k and v).
 
     Before::
 
@@ -25,10 +25,10 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
         %q = call_function[target=torch._C._nn.linear](args = (%quantize, %wq))
         %k = call_function[target=torch._C._nn.linear](args = (%quantize, %wk))
 
-    A layer whose input is smoothed reads ``%x * %onlinequant_smoothing_0``, quantized, and shares that with layers of
-    equal factors. The layers are then rewritten by ``rewrite_linear`` and ``rewrite_conv``; only together do they make
-    sense. Convolutions read channels last, linears rows, so the two never share; nor do readers on different sides of
-    a call that writes in place, perhaps into what they read. Leaves float layers alone.
+    A layer with a smoothed input reads ``%x * %onlinequant_smoothing_0``, quantized, and shares it with layers of equal
+    factors. ``rewrite_linear`` and ``rewrite_conv`` must then rewrite the layers; until then the graph is not valid.
+    Convolutions read channels last and linears read rows, so these never share a node; nor do readers on different
+    sides of an in-place write, which may change the tensor. Does not change float layers.
     """
     shared: dict[tuple[fx.Node, int, bool, object], fx.Node] = {}
     for node, info, (x, writes) in layer_reads(graph_module):
@@ -46,7 +46,7 @@ def quantize_inputs(graph_module: fx.GraphModule, context: PassContext) -> int:
                 dtype = context.precision.format.activation
                 args = (source, qparams, dtype, info.kind == "conv", not context.saturates)
                 shared[key] = graph_module.graph.call_function(ops.quantize, args)
-        if node.args:  # not all uses of it, for it may be the bias as well
+        if node.args:  # not all uses of the tensor, which may also be the bias
             node.update_arg(0, shared[key])
         else:
             node.update_kwarg("input", shared[key])

@@ -13,7 +13,8 @@ from .context import PassContext
 def quantized_operands(
     graph_module: fx.GraphModule, node: fx.Node, info: LayerInfo, context: PassContext
 ) -> tuple[Any, ...] | None:
-    """The first operands of an 8-bit op: (xq, qparams, weight, weight_scale, bias); None for a node that stays.
+    """The first operands of an 8-bit op: (xq, qparams, weight, weight_scale, bias); None for a node that stays in
+    float.
 
     Appends the two weight inputs to the graph and to ``context.extra_inputs``.
     """

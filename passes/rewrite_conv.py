@@ -22,7 +22,7 @@ def rewrite_conv(graph_module: fx.GraphModule, context: PassContext) -> int:
             args = (%quantize, %onlinequant_qparams_0, %onlinequant_weight_0, %onlinequant_scale_0, %b,
                     [1, 1], [1, 1], [1, 1], torch.float16))
 
-    Padding given as a string has become numbers. Leaves float convolutions alone.
+    Padding given as a string becomes numbers. Does not change float convolutions.
     """
     rewritten = 0
     for node, info in layer_nodes(graph_module):

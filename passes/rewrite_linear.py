@@ -21,7 +21,7 @@ def rewrite_linear(graph_module: fx.GraphModule, context: PassContext) -> int:
         %y = call_function[target=onlinequant.linear](
             args = (%quantize, %onlinequant_qparams_0, %onlinequant_weight_0, %onlinequant_scale_0, %b, torch.float16))
 
-    The output dtype is the node's, not the weight's: under autocast they differ. Leaves float linears alone.
+    The output dtype is that of the node, not of the weight: under autocast they differ. Does not change float linears.
     """
     rewritten = 0
     for node, info in layer_nodes(graph_module):

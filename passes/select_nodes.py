@@ -25,27 +25,27 @@ from .context import PassContext
 
 _log = logging.getLogger("onlinequant")
 
-# Nodes from the input of a residual block to its end, at most.
+# The most nodes from the input of a residual block to its end.
 _BLOCK_LENGTH = 32
-# The share of a model's operations that its first or last layer may have to stay in float.
+# The largest share of a model's operations with which its first or last layer stays in float.
 _LITTLE_WORK = 0.05
-# Tensor methods that only arrange values anew.
+# Tensor methods that only rearrange values.
 _ARRANGEMENTS = ("flatten", "permute", "reshape", "squeeze", "transpose", "unflatten", "unsqueeze", "view")
-_NOT_WORTH_IT = "quick, but its error would be the whole picture's"
+_NOT_WORTH_IT = "cheap, but would cause most of the image's error"
 _FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def select_nodes(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Decide for every layer whether it runs in 8 bit, and write down why.
+    """Decide for every layer whether it is quantized, and record the reason.
 
     Before: ``LayerInfo(quantized=False, reason="not decided yet")``. After: ``quantized`` and ``reason`` are set, in
     this order: what cannot be quantized, density thresholds, on GPUs measured times, percentages (least sensitive
     first), ``exclude``.
 
-    Runs twice: before observing, when percentages rule nothing out but 0, and again once the sensitivities are
-    measured. The first time numbers all layers that could be quantized (``LayerInfo.index``), wanted or not: they are
-    observed, so that other options and other shapes, at which a layer is denser, find them calibrated. Returns how
-    many decisions changed.
+    Runs twice: before observing, when percentages other than 0 have no effect, and again once the sensitivities are
+    measured. The first run numbers all layers that could be quantized (``LayerInfo.index``), selected or not: all are
+    observed, so that they are calibrated for other options and for other shapes, at which a layer is denser. Returns
+    how many decisions changed.
     """
     before = {info.name: (info.quantized, info.reason) for _, info in layer_nodes(graph_module)}
     memory = Memory(graph_module)
@@ -87,7 +87,7 @@ def _refused_by_options(info: LayerInfo, context: PassContext) -> str | None:
 
 
 def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: PassContext) -> str | None:
-    """What is quick and yet most of the error: with these in float a picture's squared error falls to a tenth or less.
+    """The refusal of cheap layers that cause most of the error: in float they cut an image's squared error to a tenth.
 
     ``work``: floating-point operations of all layers.
     """
@@ -102,7 +102,7 @@ def _refused_for_quality(node: fx.Node, info: LayerInfo, work: int, context: Pas
 
 
 def _is_result(node: fx.Node) -> bool:
-    """Whether a value is one that the model gives, be it in another form or with something written into it."""
+    """Whether a value is a result of the model, possibly rearranged or with values written into it."""
     return any(
         user.op == "output" or ((_is_arranging(user) or fx_utils.writes_in_place(user)) and _is_result(user))
         for user in node.users
@@ -114,14 +114,14 @@ def _is_arranging(node: fx.Node) -> bool:
 
 
 def _is_input(node: fx.Node) -> bool:
-    """Whether a value is one that the model was given, be it in another dtype or form."""
+    """Whether a value is an input of the model, possibly in another dtype or rearranged."""
     while _is_arranging(node) or (node.op == "call_method" and node.target in (*CASTS, "contiguous")):
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 
 
 def _is_shortcut(node: fx.Node, info: LayerInfo) -> bool:
-    """Whether a 1x1 convolution is added to what other layers have made of its own input."""
+    """Whether a 1x1 convolution is added to a value that other layers computed from the same input."""
     if info.kind != "conv" or any(size != 1 for size in info.weight_shape[2:]) or len(node.users) != 1:
         return False
     add = next(iter(node.users))
@@ -132,7 +132,7 @@ def _is_shortcut(node: fx.Node, info: LayerInfo) -> bool:
 
 
 def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
-    """Whether ``source`` is among what ``node`` was computed from, a residual block back at most."""
+    """Whether ``node`` was computed from ``source``, at most one residual block back."""
     seen = {node}
     front = [node]
     for _ in range(_BLOCK_LENGTH):
@@ -158,7 +158,7 @@ def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassCont
 
 
 def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
-    """Why no 8-bit kernel could stand in for this node, or None; fills in a convolution's geometry."""
+    """Why no 8-bit kernel can replace this node, or None; fills in a convolution's geometry."""
     if node.target in TRANSPOSED_TARGETS:
         return "transposed convolutions have no 8-bit kernel"
     parameter = weight_parameter(node)
@@ -167,7 +167,7 @@ def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
     if memory.is_written(parameter):
         return "its weight is written in the graph"
     weight = fx_utils.example(parameter)
-    # ComfyUI's and torchao's, say.
+    # For example those of ComfyUI and torchao.
     if type(weight).__name__ == "QuantizedTensor" or is_traceable_wrapper_subclass(weight):
         return "its weight is quantized already, or a tensor subclass for another reason"
     if not info.output_shape:

@@ -17,7 +17,7 @@ _ACTIVATIONS = (
 
 
 def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int:
-    """Compute an activation of one tensor once, as every residual block does that reads the time embedding.
+    """Compute an activation of a tensor once, such as that of the time embedding, which every residual block computes.
 
     Before::
 
@@ -26,8 +26,9 @@ def share_activations(graph_module: fx.GraphModule, context: PassContext) -> int
         %silu_1 = call_function[target=torch.nn.functional.silu](args = (%temb,))
         %second = call_function[target=torch._C._nn.linear](args = (%silu_1, %w1, %b1))
 
-    After: both linears read ``%silu``, so that they can share a quantized copy and be merged into one product. Leaves
-    alone what is written in place or returned, under any name, or computed on different sides of a write.
+    After: both linears read ``%silu``, so that they can share a quantized copy and be merged into one product. Does not
+        change activations that, like any alias, are written in place or returned, or that are computed on different
+        sides of a write.
     """
     first: dict[Any, fx.Node] = {}
     memory = Memory(graph_module)

@@ -1,13 +1,13 @@
-// What Python cannot do for the nodes: sizes, presets that fill in widgets, old workflows, texts after a reload.
+// The parts of the nodes that need JavaScript: sizes, presets that fill in widgets, old workflows, texts after a reload.
 import { app } from "../../scripts/app.js";
 import { api } from "../../scripts/api.js";
 
-// Pixels, so that texts, tables and pictures can be read.
+// Pixels, so that texts, tables and images are readable.
 const WIDTHS = { OnlineQuantModel: 380, OnlineQuantControlNet: 380, OnlineQuantReport: 720, OnlineQuantCompare: 720 };
 
 const widgetOf = (node, name) => node.widgets?.find((widget) => widget.name === name);
 
-/** Calls `then` after what a widget does of its own accord when its user changes it. */
+/** Calls `then` after a widget's own callback, when the user changes it. */
 function onChange(widget, then) {
   const callback = widget.callback;
   widget.callback = function (...args) {
@@ -17,7 +17,7 @@ function onChange(widget, then) {
   };
 }
 
-/** A preset fills in the widgets that it stands for; who changes one of them leaves it. */
+/** A preset fills in its widgets; changing one of them selects the preset that fits, or "custom". */
 function connectPreset(node) {
   const preset = widgetOf(node, "preset");
   const presets = preset && node.constructor.nodeData?.input?.optional?.preset?.[1]?.presets;
@@ -34,7 +34,7 @@ function connectPreset(node) {
     });
 }
 
-/** A workflow from before there were presets has one value less, the first; its settings are the user's own. */
+/** A workflow from before presets existed lacks the first value; its preset is "custom". */
 function withPreset(saved) {
   const values = saved?.widgets_values;
   return Array.isArray(values) && typeof values[0] === "number"
@@ -42,7 +42,7 @@ function withPreset(saved) {
     : saved;
 }
 
-/** Show again what the server has said of nodes that are still as they were. */
+/** Shows the server's texts again on nodes whose settings have not changed. */
 async function showStatus() {
   const response = await api.fetchApi("/onlinequant/status");
   if (!response.ok) return;

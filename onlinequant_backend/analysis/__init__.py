@@ -1,5 +1,5 @@
-"""One graph as Dynamo has traced it, before anything is observed.
+"""One graph as traced by Dynamo, before observing.
 
-``tracing`` sets Dynamo up so that it makes few graphs for many sizes. ``graph_key`` computes what identifies a graph:
-the key of its cache entry. ``traced_graph`` keeps the graph with all that does not change while it is used.
+``tracing`` sets Dynamo up so that it makes few graphs for many sizes. ``graph_key`` computes the key of a graph's cache
+entry. ``traced_graph`` holds the graph and its constant properties.
 """

@@ -1,12 +1,12 @@
-"""What a cache entry is found by.
+"""The keys of cache entries.
 
 A key is 64 hex digits, four parts of 16 each, so that entries that may share something have equal parts:
 
 ========  ========================================================================================
-portable  the layers with their geometry, what is computed between them, and how they are calibrated: the same on
-          every machine and at every size
+portable  the layers with their geometry, the operations between them, and the calibration options: equal on every
+          machine and at every size
 weights   a fingerprint of the parameters: two checkpoints of one architecture never share an entry
-machine   this package's sources, torch, triton, and what the device can do
+machine   this package's sources, torch, triton, and the device's capabilities
 graph     the FX graph with arguments, shapes, strides and dtypes, autocast, and the options
 ========  ========================================================================================
 
@@ -33,7 +33,8 @@ from ..tensors import plain_tensors, sample
 from ..torch_internals import dynamo_interface, torch_settings
 
 _PART = 16
-# Values of each parameter that its fingerprint reads, evenly spread. Training or merging moves nearly all of them.
+# The number of values, evenly spread, that a fingerprint reads of each parameter. Training or merging changes nearly
+# all of them.
 _SAMPLES = 1024
 
 
@@ -47,8 +48,8 @@ def entry_key(
     state: torch_settings.GlobalState,
     operations_part: str,
 ) -> str:
-    """The key of ``graph_module``, which was traced in this ``state`` and whose ``operations_digest`` this is, with
-    weights of this ``fingerprint``, of which ``infos`` may be quantized."""
+    """The key of ``graph_module``, traced in this ``state``, with its ``operations_digest``, its weights'
+    ``fingerprint``, and the ``infos`` of the layers that may be quantized."""
     return (
         _part(_portable(infos, operations_part, config, precision))
         + weights
@@ -58,7 +59,7 @@ def entry_key(
 
 
 def operations_digest(graph_module: fx.GraphModule) -> str:
-    """16 hex digits of what ``graph_module`` computes: equal at all sizes, and in all processes."""
+    """16 hex digits for the operations of ``graph_module``: equal at all sizes and in all processes."""
     return _part(operations.text(graph_module))
 
 
@@ -68,7 +69,7 @@ def weights_part(key: str) -> str:
 
 
 def machine_part(key: str) -> str:
-    """What is equal in the keys of one machine, with one version of everything."""
+    """The part of a key for the machine and the versions of the software."""
     return key[2 * _PART : 3 * _PART]
 
 
@@ -78,7 +79,7 @@ def _part(text: str) -> str:
 
 def _portable(infos: Sequence[LayerInfo], operations_part: str, config: QuantConfig, precision: Precision) -> str:
     layers = [(info.name, info.kind, info.weight_shape, repr(info.geometry)) for info in infos]
-    # A zero point means nothing where activations are symmetric: int8 on CPUs and on GPUs are calibrated apart.
+    # Symmetric activations have no zero point: int8 on CPUs and on GPUs have separate calibrations.
     stored = str(precision.format.activation)
     how = (precision.name, stored, config.calibration_method, config.calibration_steps, config.sensitivity)
     return json.dumps([layers, operations_part, how])
@@ -92,7 +93,7 @@ def fingerprint(parameters: Mapping[str, torch.Tensor]) -> str:
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} {parameter.stride()}\n".encode())
         for tensor in plain_tensors(parameter):
             samples.setdefault((tensor.dtype, tensor.device), []).append(sample(tensor, _SAMPLES))
-    for views in samples.values():  # one copy from the device for each kind, not one for each parameter
+    for views in samples.values():  # one copy from the device per kind, not per parameter
         digest.update(torch.cat(views).cpu().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:_PART]
 
@@ -120,15 +121,14 @@ def _graph(graph_module: fx.GraphModule, config: QuantConfig, state: torch_setti
 def identity(
     graph_module: fx.GraphModule, config: QuantConfig, precision: Precision, device: torch.device
 ) -> str | None:
-    """Equal for graphs of one process that do the same in the same way; None for one that cannot be compared by text.
-
-    Dynamo traces again when anything changes that the code has looked at, a dict's length, say; it may find the same.
+    """A text that is equal for equal graphs of one process; None for a graph that text does not identify. Dynamo traces
+    again when any guarded value changes, such as a dict's length; the new graph may be equal.
     """
     lines = [repr(config.to_dict()), precision.name, str(device), torch_settings.GlobalState.now().guarded]
     for node in graph_module.graph.nodes:
-        if node.op in ("get_attr", "call_module"):  # values that the text does not show
+        if node.op in ("get_attr", "call_module"):  # the text does not include their values
             return None
-        # As it is, not by its name: functions that one function has made share theirs.
+        # The object, not its name: closures of one function have equal names.
         called = node.target if isinstance(node.target, str) else id(node.target)
         lines.append(f"{node.name} {node.op} {called} {node.args} {node.kwargs}")
         if node.op == "placeholder":
@@ -137,7 +137,7 @@ def identity(
 
 
 def _symbolic(node: fx.Node) -> str:
-    """Unlike ``_layout``, with the names of symbols instead of the sizes that they stand for."""
+    """Unlike ``_layout``, with the names of symbols instead of their values."""
     value = node.meta.get("example_value")
     if not isinstance(value, torch.Tensor):
         return f"{type(value).__name__} {value}"

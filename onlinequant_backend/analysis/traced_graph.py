@@ -1,4 +1,4 @@
-"""One graph as Dynamo has traced it, with all that stays the same for as long as it is used."""
+"""One graph as traced by Dynamo, with its constant properties."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class TracedGraph:
     Attributes:
         module: the graph.
         config: the user's options.
-        precision: what these are on this device.
-        device: where the graph runs.
-        report: what is told of it.
-        state: of the process and the thread when it was traced.
+        precision: the formats to which these resolve on this device.
+        device: the device on which the graph runs.
+        report: the graph's report.
+        state: the state of the process and the thread when it was traced.
     """
 
     module: fx.GraphModule
@@ -51,17 +51,17 @@ class TracedGraph:
 
     @functools.cached_property
     def infos(self) -> list[LayerInfo]:
-        """Its layers that may be in 8 bit, by their indices."""
+        """Its layers that may be quantized, by their indices."""
         return [info for _, info in layer_nodes(self.module) if info.index is not None]
 
     @functools.cached_property
     def operations(self) -> str:
-        """Stands for what it computes; see ``graph_key.operations_digest``."""
+        """Identifies its operations; see ``graph_key.operations_digest``."""
         return graph_key.operations_digest(self.module)
 
     @functools.cached_property
     def may_repeat(self) -> bool:
-        """Whether a call may be done twice: nothing is written in place."""
+        """Whether a call may be repeated: the graph does not write in place."""
         return not any(map(fx_utils.writes_in_place, self.module.graph.nodes))
 
     @functools.cached_property
@@ -71,7 +71,7 @@ class TracedGraph:
 
     @functools.cached_property
     def observed(self) -> fx.GraphModule:
-        """The same with observers; not needed where an earlier process has observed."""
+        """A copy with observers; not needed if an earlier process has observed."""
         observed = fx_utils.copy_graph(self.module)
         run_passes(observed, OBSERVE, PassContext(self.config, self.precision))
         return observed

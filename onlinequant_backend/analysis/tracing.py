@@ -1,9 +1,8 @@
-"""How Dynamo traces what it compiles for this backend: few graphs for many sizes.
-
-Left alone, Dynamo traces again for nearly every new combination of sizes: it makes only those symbolic that it has
-seen change, takes two that happen to be equal for one, and gives a size of 1 a graph of its own. So from a frame's
-second graph on, every size of every input is made symbolic at once. What cannot be traced like that, or not without a
-break or a number that nobody knows, is traced in Dynamo's own way: nothing traces worse than without us.
+"""Controls how Dynamo traces for this backend: few graphs for many sizes. By default, Dynamo traces again for nearly
+every new combination of sizes: it makes only those sizes symbolic that it has seen change, unifies two that happen to
+be equal, and makes a separate graph for a size of 1. So from a frame's second graph on, every size of every input is
+made symbolic at once. A frame that cannot be traced like that, or only with a graph break or an unbacked size, is
+traced in Dynamo's own way: no frame is traced worse than without this package.
 """
 
 from __future__ import annotations
@@ -37,26 +36,26 @@ Layers = MutableMapping[Any, dict[str, LayerInfo]]
 
 
 class Way(enum.IntEnum):
-    """How a frame is traced, in the order in which that is tried: a torch operator may ask whether a size is 1."""
+    """How a frame is traced, in the order of the attempts: a torch operator may check whether a size is 1."""
 
-    ALL_SIZES = 0  # are symbolic, each on its own
-    LARGER_SIZES = 1  # but for those of 1
-    OWN = 2  # Dynamo's
+    ALL_SIZES = 0  # all are symbolic, each with its own symbol
+    LARGER_SIZES = 1  # all but those of 1
+    OWN = 2  # Dynamo's own way
 
 
 class _AnotherWay(dynamo_interface.UnwrappedError):
-    """The frame is to be traced once more."""
+    """Raised to have the frame traced once more."""
 
 
 class _Graph(NamedTuple):
-    """What is kept of a graph that Dynamo has made.
+    """The recorded properties of a graph that Dynamo made.
 
     Attributes:
-        operations: how many it has up to the first break.
-        has_unknown: whether it has numbers that are known only when it runs.
+        operations: the number of its operations up to the first break.
+        has_unknown: whether it has unbacked numbers, which are known only when it runs.
         sizes: of its inputs, by name.
-        values: what it is for alone beside these, such as flags, see ``dynamo_interface.guarded_values``.
-        is_fixed: whether it is for these sizes alone.
+        values: other guarded values, such as flags, see ``dynamo_interface.guarded_values``.
+        is_fixed: whether it is valid for these sizes only.
     """
 
     operations: int
@@ -68,13 +67,13 @@ class _Graph(NamedTuple):
 
 @dataclasses.dataclass
 class _Frame:
-    """What is known of the code that Dynamo compiles for one model.
+    """The tracing state of one code object and one model.
 
     Attributes:
-        seen: the sizes that Dynamo has seen of this model, and of no other one that runs the same code.
+        seen: the sizes that Dynamo has seen for this model, separate from other models that run the same code.
         shapes: the option of this name.
         way: how it is traced from its second graph on.
-        first: its first graph; None if there is none yet.
+        first: its first graph; None before that.
     """
 
     seen: dynamo_interface.SeenSizes = dataclasses.field(default_factory=dynamo_interface.SeenSizes)
@@ -91,11 +90,11 @@ class _Frame:
 
 
 class _Frames:
-    """What is known of one code, for all models that run it with the same options.
+    """The tracing state of one code object, for all models that run it with the same options.
 
     Attributes:
-        fixed: each of its graphs that is for its sizes alone.
-        layers: of each model each layer, by name, at the largest size that it was traced at.
+        fixed: its graphs that are valid for their sizes only.
+        layers: for each model the layers, by name, at the largest size that they were traced at.
     """
 
     def __init__(self) -> None:
@@ -105,8 +104,9 @@ class _Frames:
         self._by_model: MutableMapping[Any, _Frame] = WeakIdKeyDictionary()
 
     def of(self, model: Any) -> _Frame:
-        """That of a model. With as many as take half of Dynamo's graphs, a fixed one and one for all sizes each, all
-        further models have the last one's: else models with a size each would leave none for all sizes."""
+        """The frame of a model. Each model takes two of Dynamo's graphs, a fixed one and one for all sizes. Once the
+        models take half of the limit, further ones share the last frame: otherwise models with one size each would
+        leave no graph for all sizes."""
         if model not in self._by_model:
             if len(self._all) < max(dynamo_interface.most_graphs() // 4, 1):
                 self._all.append(_Frame())
@@ -115,11 +115,11 @@ class _Frames:
 
 
 class _Attempt:
-    """At one compilation, in one way.
+    """An attempt to trace in one way, in one compilation.
 
     Attributes:
-        made_symbolic: whether sizes were, by us, so that this may be why it fails.
-        graph: what the backend was given.
+        made_symbolic: whether this module made sizes symbolic, which may be why the attempt fails.
+        graph: the graph that was passed to the backend.
     """
 
     def __init__(self, compilation: dynamo_interface.Compilation, frame: _Frame | None, way: Way) -> None:
@@ -155,45 +155,45 @@ class _Attempt:
 
 _now = threading.local()
 _backends = WeakIdKeyDictionary()
-# By code and by what torch.compile was given beside the model.
+# By code object and by the arguments of torch.compile other than the model.
 _frames: MutableMapping[Any, dict[Hashable, _Frames]] = WeakIdKeyDictionary()
 
 
 def follow(backend: Callable[..., Any]) -> None:
-    """From now on, what Dynamo compiles for ``backend`` is traced as this module says."""
+    """From now on, trace what Dynamo compiles for ``backend`` as described above."""
     _backends[backend] = True
     dynamo_interface.around_compilations(_compile, shown=OnlineQuantError)
 
 
 def _attempt() -> _Attempt | None:
-    """What this thread has Dynamo do now."""
+    """The current attempt in this thread."""
     return getattr(_now, "attempt", None)
 
 
 def model_name() -> str:
     """Class of the module, or name of the function, that Dynamo is compiling right now; "graph" without Dynamo.
 
-    The graph does not tell: its nodes know the modules below the root only.
+    The graph does not contain it: its nodes only have the modules below the root.
     """
     attempt = _attempt()
     return "graph" if attempt is None else _name(attempt.compilation)
 
 
 def root() -> torch.nn.Module | None:
-    """The model that Dynamo is compiling a part of right now; None where it is not a module."""
+    """The model of which Dynamo is compiling a part right now; None if it is not a module."""
     attempt = _attempt()
     return None if attempt is None else attempt.compilation.root
 
 
 def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
-    """Called by the backend with each graph: raises what makes Dynamo trace again where there is a better way."""
+    """Called by the backend with each graph: raises to have Dynamo trace again if there is a better way."""
     attempt = _attempt()
-    if attempt is None:  # Dynamo has no part in this
+    if attempt is None:  # called without Dynamo
         return
     attempt.until_traced.close()
-    if fx_utils.unsupported_reason(graph_module) is not None:  # the sizes of such tensors are no numbers
+    if fx_utils.unsupported_reason(graph_module) is not None:  # the sizes of such tensors are not numbers
         return
-    with contextlib.suppress(TypeError):  # it may be of a kind that nobody can refer to
+    with contextlib.suppress(TypeError):  # its type may not support weak references
         _backends[dynamo_interface.innermost_backend(attempt.compilation.backend)] = True
     frame = attempt.frame = attempt.frame or _frame(attempt.compilation)
     frame.shapes = shapes_option
@@ -214,8 +214,8 @@ def is_traced(graph_module: fx.GraphModule, shapes_option: str) -> None:
 
 @contextlib.contextmanager
 def compiled_as_traced() -> Iterator[None]:
-    """Within the block the backend compiles what it was given: if that fails with the sizes that were made symbolic,
-    Dynamo traces once more."""
+    """Within the block the backend compiles the graph: if that fails with sizes that were made symbolic, Dynamo traces
+    once more."""
     try:
         yield
     except Exception as error:
@@ -227,7 +227,7 @@ def compiled_as_traced() -> Iterator[None]:
 
 def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
     """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
-    these among them."""
+    including ``infos``."""
     attempt = _attempt()
     known: dict[str, LayerInfo] = {}
     if attempt is not None:
@@ -239,11 +239,11 @@ def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
 
 
 def _leave_to(fixed: _Graph, traced: _Graph) -> None:
-    """Have Dynamo not take the graph that it is tracing, with symbolic sizes, for calls that ``fixed`` is for: what was
-    made last is tried first."""
+    """Keep Dynamo from using the graph that it is tracing, with symbolic sizes, for calls that ``fixed`` is valid for:
+    it tries the latest graph first."""
     are_other_flags = any(traced.values.get(name, value) != value for name, value in fixed.values.items())
-    if are_other_flags or fixed.sizes.keys() - traced.sizes.keys():  # or other modules, such as a LoRA's
-        return  # by itself it is for other calls
+    if are_other_flags or fixed.sizes.keys() - traced.sizes.keys():  # or it has other modules, such as a LoRA's
+        return  # its guards already separate it
     differences: dict[tuple[str, int], torch.SymInt] = {}
     for name in fixed.sizes:
         if len(traced.sizes[name]) != len(fixed.sizes[name]):
@@ -255,12 +255,12 @@ def _leave_to(fixed: _Graph, traced: _Graph) -> None:
             elif size != known:
                 return
     if any(dynamo_interface.hint(size) != known for (_, known), size in differences.items()):
-        # Evaluated, it becomes one of Dynamo's guards.
+        # Evaluating it adds a guard.
         bool(sym_or(*(size != known for (_, known), size in differences.items())))
 
 
 def _compile(compilation: dynamo_interface.Compilation, trace: Callable[[], _T]) -> _T:
-    """Have Dynamo compile a frame, in one way after the other."""
+    """Have Dynamo compile a frame, trying one way after the other."""
     if compilation.is_first:  # also after torch._dynamo.reset()
         _frames.pop(compilation.code, None)
     if not _is_ours(compilation.backend):
@@ -268,7 +268,7 @@ def _compile(compilation: dynamo_interface.Compilation, trace: Callable[[], _T])
     frame = _frame(compilation)
     before = frame.way
     while True:
-        # With gradients it stays in float, and Inductor compiles fewer backward graphs with symbolic sizes.
+        # With gradients the frame stays in float, and Inductor supports fewer backward graphs with symbolic sizes.
         way = Way.OWN if _needs_gradients(compilation) else frame.next_way()
         attempt = _Attempt(compilation, frame, way)
         try:
@@ -276,12 +276,12 @@ def _compile(compilation: dynamo_interface.Compilation, trace: Callable[[], _T])
         except BackendCompilerFailed:
             raise
         except _AnotherWay as reason:
-            if attempt.way is Way.OWN:  # the first graph, of a model that is to be "dynamic"
+            if attempt.way is Way.OWN:  # the first graph of a model with "dynamic" shapes
                 continue
             error: Exception = reason
         except Exception as reason:
             if not attempt.made_symbolic:
-                frame.way = before  # it is no fault of ours, and may be passing
+                frame.way = before  # the error is not from this module, and may be temporary
                 if dynamo_interface.is_traced_too_often(reason):
                     _say_it_is_uncompiled(compilation)
                 raise
@@ -310,7 +310,7 @@ def _name(compilation: dynamo_interface.Compilation) -> str:
     module = compilation.root if compilation.owner is None else compilation.owner
     if module is not None:
         return type(module).__name__
-    # After a graph break, Dynamo makes a function of the rest.
+    # After a graph break, Dynamo makes a function from the rest.
     return re.sub(r"^torch_dynamo_resume_in_(.+)_at_\d+$", r"\1", compilation.code.co_name)
 
 
@@ -322,8 +322,8 @@ def _is_ours(backend: Any) -> bool:
 
 
 def _model(compilation: dynamo_interface.Compilation) -> Any:
-    """What a code is compiled for, the code itself where it is no model's. Not the module that runs it: Dynamo's graphs
-    of a code serve all blocks of a model."""
+    """The model that a code object is compiled for, or the code object itself if there is none. Not the module that
+    runs it: Dynamo's graphs of a code object are shared by all blocks of a model."""
     return compilation.code if compilation.root is None else compilation.root
 
 
@@ -341,7 +341,7 @@ def _described(graph_module: fx.GraphModule, compilation: dynamo_interface.Compi
     tensors = {node: value for node, value in values.items() if isinstance(value, torch.Tensor)}
     kinds = (torch.Tensor, torch.SymInt, torch.SymFloat, torch.SymBool)
     return _Graph(
-        # Those that compute sizes come with symbolic sizes.
+        # Operations on sizes occur only with symbolic sizes.
         operations=sum(node.op.startswith("call_") for node in tensors),
         has_unknown=any(isinstance(value, kinds) and bool(free_unbacked_symbols(value)) for value in values.values()),
         sizes={node.name: value.shape for node, value in tensors.items() if node.op == "placeholder"},

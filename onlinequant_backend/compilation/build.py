@@ -1,4 +1,4 @@
-"""From a selection of layers to a compiled 8-bit graph: rewrite a copy, hand it to Inductor."""
+"""From a selection of layers to a compiled 8-bit graph: rewrites a copy and compiles it with Inductor."""
 
 from __future__ import annotations
 
@@ -47,10 +47,9 @@ def build(
     """Rewrite the selected layers of a copy of the graph and compile it.
 
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
-    caches; None leaves them where they are by default. What it holds may be damaged, so that what fails is tried once
-    more without that. If it turns out that nothing can be written there any more, a temporary directory takes its
-    place. What cannot be compiled in regions is compiled as a whole. ``beforehand`` is called with what will be
-    compiled, and may have another process do so first.
+    caches; None means their default place. Files in it may be damaged, so a failed compile is tried once more in an
+    empty one. If it is no longer writable, a temporary directory is used. A graph that cannot be compiled in regions is
+    compiled as a whole. ``beforehand`` is called with the job, and may have another process compile it first.
     """
 
     def attempt(directory: Path | None) -> CompiledGraph:
@@ -70,7 +69,7 @@ def build(
 
 
 def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: Path | None) -> CompiledGraph:
-    """``attempt(directory)``, or what takes its place where the directory is to blame."""
+    """``attempt(directory)``, or an attempt in another or empty directory if this one may be the cause of an error."""
     held_code = directory is not None and holds_code(directory)
     try:
         return attempt(directory)
@@ -88,7 +87,7 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
             with emptied(directory):
                 return attempt(directory)
         except _JobError:
-            refuse(job)  # it was not damaged
+            refuse(job)  # the directory was not damaged
         except OSError as obstacle:
             _log.info("%s cannot be emptied: %s", directory, obstacle)
         raise
@@ -130,10 +129,10 @@ def _build(
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if traced.provider.captures_graphs:
-        # Else a sum of residuals is added up again, from all of its terms, in each LayerNorm along the way.
+        # Otherwise each LayerNorm computes a sum of residuals again from all of its terms.
         options.setdefault("realize_reads_threshold", 1)
-        options["triton.cudagraphs"] = False  # ours take their place
-        # A quantized tensor's own address says nothing of where its parts are.
+        options["triton.cudagraphs"] = False  # this package's own replace them
+        # The address of a quantized tensor does not show where its parts are.
         have_parts = any(map(is_traceable_wrapper_subclass, examples))
         if config.cuda_graphs and not have_parts and not any(map(fx_utils.writes_in_place, rewritten.graph.nodes)):
             fixed = [*(i in traced.inputs.parameters for i in taken), *(True for _ in extras)]
@@ -166,7 +165,7 @@ def _build(
 
 
 def _is_cpu_number(value: Any) -> bool:
-    """A time step on the CPU, say: a CUDA graph would replay the one that it was captured with."""
+    """For example a time step on the CPU: a CUDA graph would replay the value from its capture."""
     return isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.numel() == 1
 
 
@@ -181,4 +180,4 @@ def _can_be_written(directory: Path) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process ends
+    return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process exits

@@ -1,7 +1,6 @@
-"""Another process that compiles, so that this one goes on sampling: a compile holds Python's lock most of the time.
-
-It leaves what it has compiled in the caches on disk, where this process finds it within seconds. Whatever goes wrong
-costs no more than that: then this process compiles itself.
+"""Compiles in another process, so that this one can continue sampling: a compile holds the GIL most of the time. The
+results are in the caches on disk, from which this process loads them within seconds. If anything fails, this process
+compiles itself.
 """
 
 from __future__ import annotations
@@ -22,10 +21,10 @@ from .. import fork_locks
 from ..torch_internals import torch_settings
 
 _log = logging.getLogger("onlinequant")
-# Seconds without work after which it ends: its start takes some, but it has half a gigabyte of a GPU. This process may
-# time layers that long between two pieces of work.
+# Seconds without work after which it exits: starting it takes some, but it holds half a gigabyte of GPU memory. This
+# process may time layers for that long between two pieces of work.
 IDLE = 30.0
-# The same after the last piece of work, when steps in 8 bit may need that memory.
+# Seconds after the last piece of work, when 8-bit steps may need that memory.
 IDLE_AT_THE_END = 5.0
 
 
@@ -34,20 +33,20 @@ class CompileProcessError(Exception):
 
 
 class WorkFailedError(CompileProcessError):
-    """The other process has tried, and this one would most likely fail as well."""
+    """The other process ran the work and failed; this one would most likely fail as well."""
 
 
 class CompileProcess:
-    """One such process, which is started with the first work and again after its end. It does one thing at a time."""
+    """One such process, which is started for the first work and restarted after its exit. It does one thing at a
+    time."""
 
     def __init__(self) -> None:
         self._lock = fork_locks.lock()
         self._process: subprocess.Popen[bytes] | None = None
 
     def run(self, function: Callable[..., Any], *args: Any, idle: float = IDLE_AT_THE_END) -> Any:
-        """``function(*args)``, done there; both must pickle. Raises CompileProcessError where that fails.
-
-        ``idle``: for how many seconds it waits for more work afterwards.
+        """``function(*args)``, run in that process; both must pickle. Raises CompileProcessError if that fails.
+        ``idle``: the seconds that it waits for more work afterwards.
         """
         try:
             work = pickle.dumps((torch_settings.settings(), function, args, idle))
@@ -55,24 +54,24 @@ class CompileProcess:
             raise CompileProcessError(f"{type(error).__name__}: {error}") from error
         with self._lock:
             try:
-                reply = self._ask(work) or self._ask(work)  # it may have ended just now, with nothing to do
+                reply = self._ask(work) or self._ask(work)  # it may have just exited for lack of work
             except OSError as error:
                 raise CompileProcessError(f"it cannot be started: {error}") from error
         if reply is None:
-            raise CompileProcessError("it has ended without an answer")
+            raise CompileProcessError("it has exited without an answer")
         result, trouble = pickle.loads(reply)
         if trouble is not None:
             raise WorkFailedError(trouble)
         return result
 
     def stop(self) -> None:
-        """End it, whatever it is doing. The next work starts another one."""
+        """Kill the process, also during work. The next work starts another one."""
         process = self._process
         if process is not None:
             process.kill()
 
     def forget(self) -> None:
-        """Leave it to the process that this one was forked from."""
+        """Forget the process in the child of a fork; it belongs to the parent."""
         self._process = None
 
     def _ask(self, work: bytes) -> bytes | None:
@@ -86,15 +85,15 @@ class CompileProcess:
             send(process.stdin, work)
             reply = receive(process.stdout)
         if reply is None:
-            process.kill()  # its pipes are closed a moment before it has ended
+            process.kill()  # its pipes are closed a moment before it has exited
             process.wait()
         return reply
 
     def _close(self) -> None:
-        """Let go of the pipes of one that has ended."""
+        """Close the pipes of a process that has exited."""
         if self._process is not None:
             for pipe in filter(None, (self._process.stdin, self._process.stdout)):
-                with contextlib.suppress(OSError):  # nobody reads the rest
+                with contextlib.suppress(OSError):  # the rest has no reader
                     pipe.close()
 
 
@@ -111,14 +110,14 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _log_lines(stream: IO[bytes]) -> None:
-    """What it says is for whoever looks for a fault; what a user must know comes with its answers."""
+    """Log the process's standard error for debugging; messages for users are part of its answers."""
     with stream:
         for line in stream:
             _log.debug("the process that compiles: %s", line.decode(errors="replace").rstrip())
 
 
 def send(stream: IO[bytes], message: bytes) -> None:
-    """Write a message, with its length before it."""
+    """Write a message, preceded by its length."""
     stream.write(len(message).to_bytes(8, "little") + message)
     stream.flush()
 
@@ -137,7 +136,7 @@ _in_background: contextvars.ContextVar[bool] = contextvars.ContextVar("onlinequa
 
 @contextlib.contextmanager
 def in_background() -> Iterator[None]:
-    """Within the block, this thread works beside others that must not wait for it."""
+    """Within the block, this thread works in the background: others do not wait for it."""
     token = _in_background.set(True)
     try:
         yield
@@ -146,8 +145,8 @@ def in_background() -> Iterator[None]:
 
 
 def done_elsewhere(function: Callable[..., Any], *args: Any, idle: float = IDLE_AT_THE_END) -> bool:
-    """Whether ``function(*args)``, which only fills caches on disk, was done by the other process. Raises
-    WorkFailedError if it has tried. ``idle``: see ``CompileProcess.run``."""
+    """Whether the other process has run ``function(*args)``, which only fills caches on disk. Raises WorkFailedError if
+    it ran and failed. ``idle``: see ``CompileProcess.run``."""
     if not is_wanted():
         return False
     try:
@@ -161,10 +160,10 @@ def done_elsewhere(function: Callable[..., Any], *args: Any, idle: float = IDLE_
 
 
 def is_wanted() -> bool:
-    """Whether the other process is to do what it can: not for a thread that others wait for anyway."""
+    """Whether to use the other process: only for background threads, for which no caller waits."""
     return _in_background.get() and is_possible()
 
 
 def is_possible() -> bool:
-    """Whether there is a Python to start: a program may have it built in."""
+    """Whether there is a Python executable to start: a program may embed the interpreter."""
     return Path(sys.executable or "").name.lower().startswith("python")

@@ -1,4 +1,4 @@
-"""How long compiling took on this machine, kept between runs, so that people can be told how long it will take."""
+"""The times of compiles on this machine, kept between runs, from which progress bars estimate the next one's."""
 
 from __future__ import annotations
 
@@ -12,29 +12,28 @@ from ..best_effort import best_effort
 from ..cache.atomic_files import make_private, read_file, write_atomically
 
 FILE = "compile_times.json"
-_KEPT = 8  # of each kind; what the machine did long ago says little
+_KEPT = 8  # of each kind; old times say little
 _MAX_BYTES = 1_000_000
 _MAX_KINDS = 64
-_MAX_SECONDS = 86400.0  # for one node, which no machine takes: a number that somebody has made up
+_MAX_SECONDS = 86400.0  # for one node; no machine takes that long, so the file was edited
 
 
 class CompileTimes:
-    """Seconds for each node of a graph, by kind of compile: what differs in kind takes different times.
-
-    ``root``: the cache directory; None, or one in which nothing can be written, remembers nothing. What other processes
-    write at the same time may be lost, which costs no more than precision.
+    """Seconds per node of a graph, by kind of compile, since kinds take different times. ``root``: the cache directory;
+    with None, or one that is not writable, nothing is kept. Times that other processes write at the same time may be
+    lost, which only costs precision.
     """
 
     def __init__(self, root: Path | None) -> None:
         self._path = None if root is None else root / FILE
 
     def expected(self, kind: str, nodes: int) -> float | None:
-        """Seconds that a graph of so many ``nodes`` will take; None if there was none of this ``kind`` yet."""
+        """The expected seconds for a graph of this many ``nodes``; None if there is no time of this ``kind`` yet."""
         known = self._load().get(kind)
         return statistics.median(known) * nodes if known else None
 
     def add(self, kind: str, nodes: int, seconds: float) -> None:
-        """Remember a compile that is over."""
+        """Add the time of a finished compile."""
         if self._path is None or not nodes:
             return
         times = self._load()
@@ -45,7 +44,7 @@ class CompileTimes:
             write_atomically(self._path, json.dumps(latest, indent=1) + "\n")
 
     def _load(self) -> dict[str, list[float]]:
-        """Empty where there is no file, or none that can be read: the next compile writes another."""
+        """The times in the file; empty if it does not exist or is not readable: the next compile writes a new one."""
         if self._path is None:
             return {}
         with contextlib.suppress(OSError, ValueError, RecursionError):

@@ -13,14 +13,14 @@ from .compile_process import IDLE, receive, send
 
 
 def main() -> None:
-    """Do what comes in, one thing after the other, until nothing does for a while or the other process is gone."""
-    # Whatever else prints to standard output must not get between the messages.
+    """Run the incoming work, one piece at a time, until none comes for a while or the other process exits."""
+    # Other prints to standard output must not get between the messages.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
     if hasattr(os, "nice"):
-        os.nice(5)  # sampling comes first, and still leaves it a quarter of busy processors
+        os.nice(5)  # sampling has priority; this process still gets a quarter of busy processors
     messages: queue.Queue[bytes] = queue.Queue()
-    # Not ``sys.stdin``: an interpreter that ends wants it back from whoever reads, and aborts.
+    # Not ``sys.stdin``: an interpreter that exits while a thread reads that aborts.
     threading.Thread(target=_read, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
     patience = IDLE
     while True:
@@ -35,11 +35,11 @@ def main() -> None:
 def _read(stream: IO[bytes], messages: queue.Queue[bytes]) -> None:
     while (message := receive(stream)) is not None:
         messages.put(message)
-    os._exit(0)  # in the middle of whatever it is: nobody wants the result any more
+    os._exit(0)  # even in the middle of work: the process that needs the result has exited
 
 
 def _done(work: bytes) -> tuple[bytes, float]:
-    """A pickle of the result, or of what went wrong; and how long to wait for more."""
+    """A pickle of the result or the traceback, and the seconds to wait for more work."""
     patience = IDLE
     try:
         from ..torch_internals import torch_settings

@@ -1,4 +1,4 @@
-"""A compiled 8-bit graph, and what its calls need."""
+"""A compiled 8-bit graph and the inputs of its calls."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from .symbolic_inputs import SymbolicInputs
 
 
 class Prepared(NamedTuple):
-    """A compiled function for one set of weights, the same with counting, and the inputs that rewriting has added, as
-    they were at the set's ``generation``."""
+    """A compiled function for one set of weights, its counting variant, and the inputs that rewriting added, as of the
+    set's ``generation``."""
 
     function: Callable[..., Any]
     counting: CountingCall
@@ -27,17 +27,16 @@ class Prepared(NamedTuple):
     generation: int
 
     def release(self) -> None:
-        """Give back the memory of CUDA graphs."""
+        """Free the memory of CUDA graphs."""
         for call in (self.function, self.counting.run):
             if isinstance(call, GraphedCall):
                 call.release()
 
 
 class CompiledGraph:
-    """One Inductor-compiled 8-bit graph: which of a call's arguments it takes, and which extra inputs.
-
-    ``moved``: positions among what it takes of CPU tensors that are handed over on the GPU. ``graphed``: makes a
-    function that is replayed as a CUDA graph out of the compiled one; None leaves that as it is.
+    """One 8-bit graph compiled by Inductor, with its selection of a call's arguments and its extra inputs. ``moved``:
+    positions among its inputs of CPU tensors that are passed on the GPU. ``graphed``: turns the compiled function into
+    one that is replayed as a CUDA graph; None for no CUDA graph.
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class CompiledGraph:
         return prepared.function(*self._taken(args, weights), *prepared.extras)
 
     def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, Seen]]:
-        """A call that also says what its layers read, see ``CountingCall``."""
+        """A call that also returns the counts of its layers' inputs, see ``CountingCall``."""
         prepared = self.prepare(weights)
         return prepared.counting(*self._taken(args, weights), *prepared.extras)
 
@@ -73,10 +72,10 @@ class CompiledGraph:
         return taken
 
     def prepare(self, weights: WeightSet) -> Prepared:
-        """How this is called with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
+        """The state for calls with ``weights``; raises RuntimeError if its extra inputs cannot be made."""
         known: Any = weights.prepared.get(self)
         if known is None or known.generation != weights.generation:
-            with copies_lock:  # else those that are released meanwhile would stay
+            with copies_lock:  # otherwise copies released meanwhile would stay
                 known = weights.prepared[self] = self._prepared(weights, known)
         return known
 
@@ -84,15 +83,15 @@ class CompiledGraph:
         extras = tuple(weights.extra(what, of) for what, of in self._extra_inputs)
         if known is not None and all(map(operator.is_, extras, known.extras)):
             return known._replace(generation=weights.generation)
-        # A CUDA graph is made for certain addresses, so every set of weights has its own.
+        # A CUDA graph is bound to addresses, so every set of weights has its own.
         function = self.function if self._graphed is None else self._graphed(self.function)
         return Prepared(function, CountingCall(self.function, self._graphed), extras, weights.generation)
 
     @property
     def is_symbolic(self) -> bool:
-        """Whether it may be for other sizes, too."""
+        """Whether it has symbolic sizes."""
         return self._symbolic is not None
 
     def fits(self, args: Sequence[Any], at_least: int = 0) -> bool:
-        """Whether this is for sizes like those of ``args``; see ``SymbolicInputs.fits``."""
+        """Whether it is valid for the sizes of ``args``; see ``SymbolicInputs.fits``."""
         return self._symbolic is None or self._symbolic.fits(args, at_least)

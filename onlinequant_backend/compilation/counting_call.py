@@ -11,12 +11,11 @@ from ..kernels.clip_counting import Seen, counting, seen_in
 
 
 class CountingCall:
-    """A compiled function whose calls also say what its 8-bit layers read.
-
-    ``graphed``: makes a function that is replayed as a CUDA graph out of one that is not; None where there is no GPU.
+    """A compiled function whose calls also return counts of the inputs of its 8-bit layers. ``graphed``: turns a
+    function into one that is replayed as a CUDA graph; None without a GPU.
 
     Attributes:
-        run: what is called, the CUDA graph where there is one.
+        run: the called function, a CUDA graph if there is one.
     """
 
     def __init__(
@@ -26,12 +25,12 @@ class CountingCall:
         self.run = self._counted if graphed is None else graphed(self._counted)
 
     def __call__(self, *args: Any) -> tuple[Any, dict[int, Seen]]:
-        """The result, and what was seen of each quantized tensor by the address of its ``qparams``. Waits for both."""
+        """The result, and the counts of each quantized tensor by the address of its ``qparams``. Waits for both."""
         result, found, lengths = self.run(*args)
         return result, {} if found is None else seen_in(found[0], found[1], lengths)
 
     def _counted(self, *args: Any) -> tuple[Any, tuple[torch.Tensor, torch.Tensor] | None, dict[int, int]]:
-        # All of it is returned: other threads may be calling with other sizes, and replays of a graph run no Python.
+        # Returned rather than stored: other threads may call with other sizes, and graph replays run no Python.
         with counting() as counts:
             result = self._function(*args)
         lengths = {address: len(flags) for address, flags in counts.clipped.items()}

@@ -1,7 +1,6 @@
-"""Replay a compiled function as a CUDA graph: one launch instead of one for each of its hundreds of kernels.
-
-Inductor has CUDA graphs of its own, cudagraph trees. They keep their state in the thread that compiled and fail in any
-other, and ComfyUI calls models from a worker thread; also, they take back the outputs of earlier calls. Hence ours.
+"""Replays a compiled function as a CUDA graph: one launch instead of one for each of its hundreds of kernels.
+Inductor's own CUDA graphs, cudagraph trees, are not used: they keep their state in the thread that compiled and fail in
+any other, but ComfyUI calls models from a worker thread; also, they overwrite the outputs of earlier calls.
 """
 
 from __future__ import annotations
@@ -31,17 +30,17 @@ from .graph_memory import (
 )
 
 _log = logging.getLogger("onlinequant")
-_MOST_CAPTURES = 8  # of one GraphedCall; they share memory for what they compute, but not for their outputs
+_MOST_CAPTURES = 8  # of one GraphedCall; they share memory for intermediate results, but not for outputs
 _MOST_MOVES = 8  # of the weights, without a replay in between
 
 
 class GraphedCall:
     """A compiled function, replayed as a CUDA graph.
 
-    ``fixed`` says of each argument whether its address usually stays, as that of a weight or a scale does. All others
-    are copied into buffers at each call. The first call of each signature runs ``function`` as it is, which compiles
-    and initialises what is lazy and shows what forbids a graph; so a size that is used once costs no capture. The
-    second call captures. Signatures beyond the eight that were used last are forgotten.
+    ``fixed`` tells for each argument whether its address is usually constant, like that of a weight or a scale. All
+    others are copied into buffers at each call. The first call of each signature runs ``function`` directly, which does
+    lazy compilation and initialisation and shows whether a graph is possible; so a size that is used once costs no
+    capture. The second call captures. Only the eight most recently used signatures are kept.
 
     Attributes:
         reason: why the last call had no graph although it was not the first of its signature; None if it had.
@@ -78,7 +77,7 @@ class GraphedCall:
         return self._function(*args) if self._gave_up else self._run_first(signature, args)
 
     def release(self) -> None:
-        """Give back the memory of all captures; the next calls make new ones."""
+        """Free the memory of all captures; the next calls capture again."""
         with self._lane.lock:
             self._lane.wait()  # a replay may still be running there
             self._known.clear()
@@ -93,19 +92,19 @@ class GraphedCall:
         for position in self._varying:
             value = args[position]
             if isinstance(value, torch.Tensor):
-                if value.device != self._lane.device:  # a kernel is launched with a CPU tensor's value
+                if value.device != self._lane.device:  # the value of a CPU tensor would be baked into the launch
                     return f"argument {position} is on {value.device}, not on {self._lane.device}"
             elif not isinstance(value, (int, float, type(None))):
                 return f"argument {position} is of type {type(value).__name__}"
         return None
 
     def _find(self, signature: tuple[Any, ...], addresses: list[int], args: Sequence[Any]) -> _Capture | None:
-        """The capture for a call, made now if this is the second of its signature; None if it must run plainly."""
+        """The capture for a call, made now if this is the second of its signature; None if it must run without one."""
         if addresses != self._addresses:
             self._known.clear()
             self._addresses = addresses
             self._moves += 1
-            if self._moves > _MOST_MOVES:  # offloaded weights come back to another place each time
+            if self._moves > _MOST_MOVES:  # offloaded weights get other addresses each time
                 self._give_up(f"its weights have moved {_MOST_MOVES} times without one replay")
         if signature not in self._known or self._gave_up:
             return None
@@ -121,7 +120,7 @@ class GraphedCall:
         return self._known[signature]
 
     def _run_first(self, signature: tuple[Any, ...], args: Sequence[Any]) -> Any:
-        """The first call of a signature. What it does to its arguments decides whether there can be a graph."""
+        """The first call of a signature. Its effects on the arguments decide whether a graph is possible."""
         inputs = [args[position] for position in self._varying if isinstance(args[position], torch.Tensor)]
         before = [(tensor, _version(tensor), tensor.clone()) for tensor in inputs]
         outputs = self._function(*args)
@@ -139,7 +138,7 @@ class GraphedCall:
         self, args: Sequence[Any], outputs: Any, before: Sequence[tuple[torch.Tensor, int, torch.Tensor]]
     ) -> str | None:
         """Why this function can never have a graph."""
-        # Inductor counts no version for what it writes under no_grad, and inference tensors have none.
+        # Inductor's writes under no_grad do not increment versions, and inference tensors have none.
         if any(_version(tensor) != version or _differs(tensor, copy) for tensor, version, copy in before):
             return "it writes into its arguments"
         results = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, torch.Tensor)]
@@ -147,7 +146,7 @@ class GraphedCall:
             return f"not all of its weights and outputs are on {self._lane.device}"
         storages = {storage_address(arg) for arg in args if isinstance(arg, torch.Tensor)} - {0}  # 0: empty
         if any(storage_address(tensor) in storages for tensor in results):
-            return "an output is a view of an argument"  # and has to stay one, should the caller write into it
+            return "an output is a view of an argument"  # and must stay one, since the caller may write into it
         return None
 
     def _give_up(self, reason: str, level: int = logging.INFO) -> None:
@@ -163,7 +162,7 @@ class GraphedCall:
 
 
 class _Capture:
-    """One captured call: the buffers that it reads, and the memory that it leaves its outputs in."""
+    """One captured call: its input buffers and the memory of its outputs."""
 
     def __init__(self, function: Callable[..., Any], args: Sequence[Any], varying: Sequence[int], lane: _Lane) -> None:
         self._positions = [position for position in varying if isinstance(args[position], torch.Tensor)]
@@ -185,9 +184,8 @@ class _Capture:
 
 
 class _Lane:
-    """What all graphs of a device share: a memory pool, the stream that captures, and whose turn it is.
-
-    In a shared pool one graph's outputs may lie where another one computes, so only one may run at a time.
+    """The state that all graphs of a device share: a memory pool, the capture stream, and a lock. In a shared pool one
+    graph's outputs may overlap another one's intermediate results, so only one may run at a time.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -202,8 +200,8 @@ class _Lane:
 
     @contextlib.contextmanager
     def turn(self) -> Iterator[None]:
-        """Hold the lock while launching; what is launched waits for what the turn before launched on another stream.
-        Within a turn of the same thread this does nothing."""
+        """Hold the lock while launching; the launches wait for those of the previous turn on another stream. Reentrant:
+        within a turn of the same thread this does nothing."""
         if self._holder == threading.get_ident():
             yield
             return
@@ -226,21 +224,21 @@ class _Lane:
         return torch.cuda.is_current_stream_capturing()
 
     def side_stream(self) -> contextlib.AbstractContextManager[Any]:
-        """Memory from this stream is used again by captures only, which begin with a wait for the device."""
+        """Memory allocated on this stream is reused only by captures, which begin with a device synchronization."""
         return torch.cuda.stream(self._stream)
 
     def record(self, run: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        """Capture ``run``: what replays it, and its outputs, which each replay overwrites."""
+        """Capture ``run``; returns a function that replays it, and its outputs, which each replay overwrites."""
         times = [time.perf_counter()]
         if allocates_in_graph():
             run = self._on_own_memory(run)
-        others = list(self._graphs)  # held, because torch refuses a pool whose last graph is gone
+        others = list(self._graphs)  # referenced, because torch refuses a pool whose last graph was deleted
         if not others:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(self.device)
-        torch.cuda.empty_cache()  # during a capture the allocator cannot give back what it keeps
-        # cuBLAS keeps a workspace for each stream. Made in the capture, it must not outlive it, nor come from outside.
+        torch.cuda.empty_cache()  # during a capture the allocator cannot free cached memory
+        # cuBLAS keeps a workspace per stream. It must be allocated in the capture and must not outlive it.
         torch._C._cuda_clearCublasWorkspaces()
         unasked = addresses_not_asked_about() if allocates_in_graph() else contextlib.nullcontext()
         with others_wait_to_synchronize(), unasked, self.side_stream():
@@ -253,7 +251,7 @@ class _Lane:
                 torch._C._cuda_clearCublasWorkspaces()
                 graph.capture_end()
             except BaseException as error:
-                # What was made in the capture is freed in it, before anything else: see ``graph_memory``.
+                # Memory allocated in the capture is freed in it, before anything else: see ``graph_memory``.
                 traceback.clear_frames(error.__traceback__)
                 self._recover(graph)
                 raise
@@ -264,15 +262,14 @@ class _Lane:
         return graph.replay, outputs
 
     def trim(self) -> None:
-        """Give back the memory of graphs that are gone."""
+        """Free the memory of deleted graphs."""
         trim_graph_memory(self.device)
 
     def _on_own_memory(self, run: Callable[[], Any]) -> Callable[[], Any]:
-        """``run`` for an allocator that makes allocations a part of the graph: with outputs that are none of them.
-
-        If anything goes wrong within such a capture, the next tensor to be freed ends the process, and so does one that
-        was made in it and is freed before the first replay. So it is tried first, and refused if it might wait for the
-        GPU, which forbids a capture.
+        """``run`` with outputs that are not allocations of the graph, for an allocator that makes allocations part of
+        it. If anything fails within such a capture, the next freed tensor aborts the process, and so does a tensor of
+        the capture that is freed before the first replay. So ``run`` is tried first, and refused if it may synchronize
+        with the GPU, which is not allowed in a capture.
         """
         with self.side_stream():
             with Waits() as waits:
@@ -290,26 +287,26 @@ class _Lane:
         return run_into_kept
 
     def _recover(self, graph: torch.cuda.CUDAGraph) -> None:
-        """After a failed capture: bring stream, allocator and random generator back into a usable state."""
-        self._graphs.clear()  # so that nothing else is captured into this pool
+        """After a failed capture: restore a usable state of stream, allocator and random generator."""
+        self._graphs.clear()  # so that no other capture uses this pool
         with contextlib.suppress(Exception):
             graph.capture_end()
         with contextlib.suppress(Exception):
-            # Does what capture_end has left undone after an invalid capture, and raises if it has left nothing.
+            # Completes capture_end after an invalid capture, and raises if nothing is left to do.
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
             _broken.append(graph)
             torch._C._cuda_releasePool(self.device.index, self._pool)
         with contextlib.suppress(Exception):
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.synchronize(self.device)
-            # The default generator believes that it is still being captured, until a capture ends well.
+            # The default generator stays in its capturing state until a capture succeeds.
             something, healthy = torch.zeros(1, dtype=torch.float32, device=self.device), torch.cuda.CUDAGraph()
             healthy.capture_begin(capture_error_mode="thread_local")
             something.zero_()
             healthy.capture_end()
 
 
-_broken: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory goes on asking such a graph
+_broken: list[torch.cuda.CUDAGraph] = []  # the allocator of pinned memory still queries such a graph
 _lanes: dict[torch.device, _Lane] = {}
 _lanes_lock = threading.Lock()
 

@@ -1,4 +1,4 @@
-"""The buffers of a captured call: copies of tensors that keep strides and what they share with each other."""
+"""The buffers of a captured call: copies of tensors that keep strides and aliasing."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def storage_address(tensor: torch.Tensor) -> int:
 
 
 def copied(outputs: Any) -> Any:
-    """The same in memory of their own: outputs keep their strides and what they share with each other."""
+    """Copies of the outputs in new memory, with the same strides and the same aliasing among each other."""
     leaves, structure = tree_flatten(outputs)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     copies = {storage_address(tensor): _bytes(tensor).clone().untyped_storage() for tensor in tensors}
@@ -26,7 +26,7 @@ def copied(outputs: Any) -> Any:
 
 
 def copy_storages(outputs: Any, kept: Any) -> None:
-    """Write what ``outputs`` lie in into what ``kept``, copies of outputs of the same function, lie in."""
+    """Copy the storages of ``outputs`` into those of ``kept``, which are copies of outputs of the same function."""
     done = set[int]()
     for source, target in zip(tree_leaves(outputs), tree_leaves(kept), strict=True):
         if isinstance(source, torch.Tensor) and storage_address(target) not in done:
@@ -40,7 +40,7 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def without_repetitions(tensor: torch.Tensor) -> torch.Tensor:
-    """An expanded tensor as it was before: nothing can be copied into one that shows a value twice."""
+    """An expanded tensor as it was before ``expand``: copying into repeated elements is not possible."""
     for dim, (size, stride) in enumerate(zip(tensor.size(), tensor.stride(), strict=True)):
         if stride == 0 and size > 1:
             tensor = tensor.narrow(dim, 0, 1)

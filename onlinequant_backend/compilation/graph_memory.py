@@ -1,12 +1,11 @@
-"""CUDA's own allocator, ``backend:cudaMallocAsync``, which ComfyUI turns on: what is different about its CUDA graphs.
+"""CUDA graphs with CUDA's own allocator, ``backend:cudaMallocAsync``, which ComfyUI turns on. Where torch's allocator
+keeps a pool for a graph, this one makes each allocation and each free within a capture part of the graph. This has two
+consequences. Memory that was allocated in a capture exists only while the graph runs, so the outputs must be elsewhere.
+And freeing such memory fails after a failed capture, or before the first replay; torch frees in destructors, in which
+an error aborts the process. So nothing that may fail must be captured.
 
-Where torch's allocator keeps a pool for a graph, this one makes each allocation and each freeing within a capture a
-part of the graph. Two things follow. Memory that was allocated in a capture exists only while the graph runs, so the
-outputs must lie elsewhere. And freeing such memory fails after a capture that went wrong, or before the first replay;
-torch frees in destructors, in which an error ends the process. So nothing that may go wrong must be captured.
-
-Also, Triton asks the driver about each address that it launches a kernel with, and the driver does not know addresses
-that exist only while the graph runs.
+Also, Triton queries the driver for each pointer argument of a launch, and the driver does not know addresses that exist
+only while the graph runs.
 """
 
 from __future__ import annotations
@@ -27,23 +26,23 @@ from torch.utils._pytree import tree_leaves
 _log = logging.getLogger("onlinequant")
 _patching = threading.RLock()
 
-# Operators of others may do anything, such as wait for the GPU.
+# Other libraries' operators may do anything, such as synchronize with the GPU.
 _KNOWN_OPERATORS = ("aten", "onlinequant", "prims", "inductor")
-# Their results are as long as the values say, or are numbers, so that the GPU must be waited for.
+# The sizes of their results depend on values, or the results are Python numbers, so they synchronize with the GPU.
 _WAITING_TAGS = (torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output)
 
 
 @functools.cache
 def allocates_in_graph() -> bool:
-    """Whether this process uses that allocator. It is chosen before the first tensor, for good."""
+    """Whether this process uses that allocator. It cannot be changed after the first tensor."""
     return torch.cuda.is_available() and torch.cuda.get_allocator_backend() == "cudaMallocAsync"
 
 
 class Waits(TorchDispatchMode):
-    """Within the block, looks for operators that may wait for the GPU.
+    """Within the block, detects operators that may synchronize with the GPU.
 
     Attributes:
-        reason: what was found first; None for nothing.
+        reason: the first one found; None for none.
     """
 
     def __init__(self) -> None:
@@ -61,7 +60,7 @@ class Waits(TorchDispatchMode):
             return f"{func} may wait for the GPU"
         if any(tag in func.tags for tag in _WAITING_TAGS):
             return f"{func} waits for the GPU"
-        # A number in a tensor without dimensions is handed over with the launch; everything else is copied.
+        # A CPU tensor without dimensions is passed by value with the launch; other tensors are copied.
         copied = [x for x in given if isinstance(x, torch.Tensor) and x.dim()]
         made = [x for x in results if isinstance(x, torch.Tensor)]
         if len({tensor.device.type for tensor in (*copied, *made)}) > 1:
@@ -71,8 +70,7 @@ class Waits(TorchDispatchMode):
 
 @contextlib.contextmanager
 def addresses_not_asked_about() -> Iterator[None]:
-    """Within the block, Triton's launchers and Inductor's are given addresses as plain numbers, which they take as they
-    are."""
+    """Within the block, Triton's and Inductor's launchers get addresses as plain numbers, which they do not query."""
     from torch._inductor.runtime import static_triton_launcher
     from triton.backends.nvidia.driver import CudaLauncher
 
@@ -83,7 +81,7 @@ def addresses_not_asked_about() -> Iterator[None]:
         return original_call(self, *_numbers(*args))
 
     with _patching:
-        # Compiled graphs hold on to this function, so that it is changed itself and not replaced.
+        # Compiled graphs hold a reference to this function, so its code is changed rather than the function replaced.
         namespace["_onlinequant_run"] = types.FunctionType(original_code, namespace)
         namespace["_onlinequant_numbers"] = _numbers
         inductors.__code__ = _run_with_numbers.__code__
@@ -100,15 +98,15 @@ def _numbers(*args: Any) -> list[Any]:
 
 
 def _run_with_numbers(self: Any, grid_x: int, grid_y: int, grid_z: int, stream: int, *args: Any) -> None:
-    """The code of Inductor's ``StaticallyLaunchedTritonKernel.run`` meanwhile, among the names of its module."""
+    """The replacement code of Inductor's ``StaticallyLaunchedTritonKernel.run``; it uses the globals of that module."""
     numbers = _onlinequant_numbers(*args)  # type: ignore[name-defined]  # noqa: F821
     _onlinequant_run(self, grid_x, grid_y, grid_z, stream, *numbers)  # type: ignore[name-defined]  # noqa: F821
 
 
 @contextlib.contextmanager
 def others_wait_to_synchronize() -> Iterator[None]:
-    """Within the block, other threads that are about to wait for the whole device wait for its end first: it would make
-    this thread's capture invalid."""
+    """Within the block, other threads that call a device synchronization wait for the end of the block first: it would
+    invalidate this thread's capture."""
     me, done = threading.get_ident(), threading.Event()
 
     def waiting(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -133,8 +131,8 @@ def others_wait_to_synchronize() -> Iterator[None]:
 
 
 def trim_graph_memory(device: torch.device | None) -> None:
-    """Give back what graphs do not use at the moment, which is all while none runs: the driver keeps it for the next
-    one, and torch does not know of it. Nothing happens with another allocator."""
+    """Free the memory that graphs do not use at the moment, which is all of it while none runs: the driver keeps it for
+    the next one, and torch does not track it. Does nothing with another allocator."""
     if device is None or device.type != "cuda" or not allocates_in_graph():
         return
     try:
@@ -148,8 +146,8 @@ def trim_graph_memory(device: torch.device | None) -> None:
 
 
 def give_back_freed_memory(device: torch.device | None) -> None:
-    """Give back what torch keeps of freed tensors: graphs cannot use it, and take as much again from the driver.
-    Nothing happens with another allocator."""
+    """Free the memory of freed tensors that torch caches: graphs cannot use it, and allocate as much again from the
+    driver. Does nothing with another allocator."""
     if device is not None and device.type == "cuda" and allocates_in_graph():
         torch.cuda.empty_cache()
 

@@ -1,8 +1,8 @@
 """FX graphs and the kinds of their inputs as bytes, so that another process can compile them.
 
-A tensor travels as what Inductor looks at: shape, strides, dtype, device and where it starts in its storage. Its values
-stay behind, and a fake tensor stands for it on the other side. ``torch.fx`` pickles a graph as Python source, which
-loses what AOTAutograd reads of its nodes: where an input comes from, and which values are tensors.
+A tensor is serialized as the properties that Inductor uses: shape, strides, dtype, device and storage offset. Its
+values are not transferred; the other process creates a fake tensor. ``torch.fx`` pickles a graph as Python source,
+which loses node metadata that AOTAutograd reads: the sources of inputs, and which values are tensors.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from .. import ops as ops  # registers the ops that the graphs are made of, in a
 from ..graph import fx_utils
 from ..torch_internals import dynamo_interface
 
-# What AOTAutograd reads of a module and of its nodes; the rest of what Dynamo and our passes keep there is of no use
+# The metadata of a module and its nodes that AOTAutograd reads; the rest, from Dynamo and the passes, is not needed
 # once a graph is rewritten.
 _MODULE_META = ("dynamo_compile_id", "dynamo_flat_name_to_original_fqn")
 _STATIC = "_dynamo_static_input_type"
-_MOST_VALUES = 4096  # of a constant, which travels with its values
+_MOST_VALUES = 4096  # of a constant, which is transferred with its values
 
 
 class NotPortableError(Exception):
-    """Something exists in this process alone."""
+    """A value exists only in this process."""
 
 
 def dumps(value: Any) -> bytes:
-    """``value`` as bytes; raises NotPortableError where it holds something that no other process can have."""
+    """``value`` as bytes; raises NotPortableError if it holds an object that other processes cannot have."""
     file = io.BytesIO()
     try:
         _Pickler(file, protocol=pickle.HIGHEST_PROTOCOL).dump(value)
@@ -46,26 +46,26 @@ def dumps(value: Any) -> bytes:
 
 
 def loads(data: bytes, fake_mode: FakeTensorMode, sizes: Mapping[str, int | torch.SymInt]) -> Any:
-    """What ``dumps`` was given. Its tensors are fake, in ``fake_mode``; ``sizes``: its symbols by their names."""
+    """The inverse of ``dumps``. Its tensors are fake, in ``fake_mode``; ``sizes``: its symbols by their names."""
     return _Unpickler(io.BytesIO(data), fake_mode, sizes).load()
 
 
 def standard(module: fx.GraphModule) -> fx.GraphModule:
-    """A copy that comes out alike in every process: the keys of AOTAutograd's cache hold all that is on a module."""
+    """A copy that is equal in every process: the keys of AOTAutograd's cache include all attributes of a module."""
     nodes, constants, meta, sources = _described(module)
     inner = {name: standard(value) if isinstance(value, fx.GraphModule) else value for name, value in constants.items()}
     return _graph_module(nodes, inner, meta, sources)
 
 
 def kind(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """All that Inductor knows of a tensor: shape, strides, offset, dtype and device."""
+    """The properties of a tensor that Inductor uses: shape, strides, offset, dtype and device."""
     return tuple(tensor.shape), tensor.stride(), tensor.storage_offset(), tensor.dtype, tensor.device
 
 
 def fake_tensors(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
-    """``values`` with a fake tensor of its kind for each tensor, the same one where it is given twice."""
+    """``values`` with a fake tensor of its kind for each tensor, the same one for repeated tensors."""
     made: dict[int, torch.Tensor] = {}
-    # Ordinary tensors, whatever mode this thread is in: it is a part of the keys of AOTAutograd's cache.
+    # Ordinary tensors even in inference mode, since the mode is part of the keys of AOTAutograd's cache.
     with fake_mode, torch.inference_mode(False), torch.no_grad():
         for value in values:
             if isinstance(value, torch.Tensor) and id(value) not in made:
@@ -74,7 +74,7 @@ def fake_tensors(fake_mode: FakeTensorMode, values: Sequence[Any]) -> list[Any]:
 
 
 def _fake(tensor: torch.Tensor) -> torch.Tensor:
-    """A fake tensor, or, of a quantized one, say, the same around fake ones."""
+    """A fake tensor, or, for a tensor subclass such as a quantized one, the same subclass around fake tensors."""
     if not is_traceable_wrapper_subclass(tensor):
         return _made(*kind(tensor))
     fake: torch.Tensor = transform_subclass(tensor, lambda _name, part: _fake(part))
@@ -141,7 +141,7 @@ def _operator(_reader: _Unpickler, namespace: str, name: str, overload: str | No
 
 
 class _Reference:
-    """Stands for a node, by its position in the graph."""
+    """A reference to a node by its position in the graph."""
 
     def __init__(self, position: int) -> None:
         self.position = position
@@ -178,7 +178,7 @@ def _described(module: fx.GraphModule) -> tuple[Any, ...]:
 def _meta(node: fx.Node) -> dict[str, Any]:
     meta: dict[str, Any] = {}
     if "example_value" in node.meta:
-        # AOTAutograd asks whether there is one. Those of Dynamo's symbols would mean nothing elsewhere.
+        # AOTAutograd checks whether there is one. Those of Dynamo's symbols have no meaning in other processes.
         value = node.meta["example_value"]
         meta["example_value"] = value if fx_utils.is_concrete(value) else None
     if _STATIC in node.meta.get("tensor_dict", {}):

@@ -1,4 +1,4 @@
-"""One compile by Inductor, the same in the process that wants it and in another one that makes it beforehand."""
+"""One compile by Inductor, identical in the process that needs it and in another one that compiles beforehand."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _log = logging.getLogger("onlinequant")
 
 
 class NotNowError(Exception):
-    """What has not been compiled now may be another time."""
+    """The compile failed now, but may succeed another time."""
 
 
 class ModelMovedError(NotNowError):
-    """What failed would not have if the model had stayed where it was."""
+    """The compile failed because the model was moved."""
 
 
 class NotInCacheError(NotNowError):
-    """It would take long to compile, and whoever asked has no time."""
+    """The compile would take long, and the caller does not wait for it."""
 
 
 class Job(NamedTuple):
-    """What Inductor is given.
+    """The input of one Inductor compile.
 
     Attributes:
         graph: a rewritten graph, as ``graph_transport.standard`` makes it.
         inputs: a fake tensor, a symbolic size or a number for each of its inputs.
         symbols: the symbolic sizes among them.
         options: of Inductor.
-        directory: for its caches; None leaves them where they are by default.
-        device: where the graph runs.
+        directory: for its caches; None means their default place.
+        device: the device on which the graph runs.
         name: a digest of all that the result depends on.
         has_regions: whether the graph has subgraphs that it calls more than once.
     """
@@ -63,7 +63,7 @@ class Job(NamedTuple):
 
 
 def compile_job(job: Job, fake_mode: FakeTensorMode) -> Callable[..., Any]:
-    """Compile, or find the result in the cache. ``fake_mode``: of the inputs."""
+    """Compile, or load the result from the cache. ``fake_mode``: of the inputs."""
     with _compilation(fake_mode, bool(job.symbols)), caches_in(job.directory), precompile.compiling_ahead(job.device):
         try:
             compiled = inductor_interface.compile_fx(job.graph, list(job.inputs), job.options, outside_dynamo=True)
@@ -86,12 +86,12 @@ def holds_code(directory: Path) -> bool:
 
 
 def refuse(job: Job) -> None:
-    """Note that it cannot be compiled: to find that out takes as long as to compile it."""
+    """Record that it cannot be compiled, since a failed compile takes as long as a successful one."""
     _write(_note(job, "refused"))
 
 
 def is_refused(job: Job) -> bool:
-    """Whether any process has noted so."""
+    """Whether any process has recorded that it cannot be compiled."""
     note = _note(job, "refused")
     return note is not None and note.exists()
 
@@ -108,7 +108,7 @@ def _note(job: Job, what: str) -> Path | None:
 
 
 def job_name(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """A digest of what a job's result depends on, this process's settings and this package's sources among it."""
+    """A digest of all that a job's result depends on, including this process's settings and this package's sources."""
     modules = [module for _, module in sorted(graph.named_modules()) if isinstance(module, fx.GraphModule)]
     kinds = [(type(x).__name__, graph_transport.kind(x)) if isinstance(x, torch.Tensor) else str(x) for x in inputs]
     settings = sorted((name, repr(value)) for name, value in options.items()), torch_settings.settings()
@@ -118,7 +118,7 @@ def job_name(graph: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str,
 
 def compile_elsewhere(job: Job) -> bool:
     """Whether another process has compiled it, so that ``compile_job`` will find the result in the cache. Raises
-    WorkFailedError where a graph in regions cannot be compiled."""
+    WorkFailedError if a graph in regions cannot be compiled."""
     if not is_wanted():
         return False
     try:
@@ -144,8 +144,8 @@ def compile_packed(symbols: Sequence[Symbol], data: bytes) -> None:
 
 @contextlib.contextmanager
 def caches_in(directory: Path | None) -> Iterator[None]:
-    """Inductor's caches lie in ``directory``, and know a change of this package's sources: their keys see of our
-    operators no more than the names."""
+    """Within the block, Inductor's caches are in ``directory``, and their keys include this package's sources: by
+    themselves they include only the names of its operators."""
     with inductor_interface.inductor_cache(directory, tag=source_digest.source_digest()):
         yield
 

@@ -1,4 +1,4 @@
-"""Whether Inductor's code for a graph in regions does what the graph does: few others ask Inductor for such graphs."""
+"""Checks that Inductor's code for a graph in regions computes what the graph does: this feature is rarely used."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..best_effort import best_effort
 from ..graph import fx_utils
 from ..tensors import relative_error
 
-# Relative, of each output. Other roundings of floats fall into other steps of 8 bit, so that a step differs by 0.01 or
-# so. Whatever is computed wrongly is off by as much as it is large: this finds it where it is a tenth of an output.
+# Relative, per output. Different float rounding leads to different 8-bit steps, so that results differ by about 0.01. A
+# value that is computed wrongly has an error as large as itself: this detects it if it makes up a tenth of an output.
 _LARGEST_DIFFERENCE = 0.1
 
 
 class Reference:
     """A graph before it is compiled, to be run op by op for the same inputs.
 
-    ``options`` go to Inductor. ``directory`` is that of its caches, where it is noted what was found right, so that it
-    is compared once and not at each start.
+    ``options`` are passed to Inductor. ``directory`` is that of its caches; successful checks are recorded there, so
+    that a graph is compared once and not at each start.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Reference:
     ) -> None:
         self._graph = fx_utils.copy_graph(graph_module)
         for name, region in graph_module.named_children():
-            if isinstance(region, fx.GraphModule):  # Inductor changes these, too
+            if isinstance(region, fx.GraphModule):  # Inductor changes these as well
                 setattr(self._graph, name, fx_utils.copy_graph(region))
         self._inputs = inputs
         digest = _digest(self._graph, inputs, options)
@@ -45,11 +45,11 @@ class Reference:
 
     @torch.no_grad()
     def check(self, compiled: Callable[..., Any]) -> None:
-        """Raise RuntimeError unless ``compiled`` gives what the graph gives."""
+        """Raise RuntimeError unless ``compiled`` gives the same result as the graph."""
         if self._note is not None and self._note.exists():
             return
         expected = pytree.tree_leaves(self._graph(*self._inputs))
-        # Nothing can be said of outputs that are no floats, are nothing but zeros, or are not finite.
+        # Outputs that are not floats, are all zeros, or are not finite cannot be compared.
         known = [i for i, value in enumerate(expected) if _is_float(value) and _is_known(value)]
         if not known:
             return
@@ -72,7 +72,7 @@ def _is_known(value: torch.Tensor) -> bool:
 
 
 def _digest(graph_module: fx.GraphModule, inputs: Sequence[Any], options: Mapping[str, Any]) -> str:
-    """Of all that Inductor's code depends on."""
+    """A digest of all that Inductor's code depends on."""
     modules = [module for _, module in sorted(graph_module.named_modules()) if isinstance(module, fx.GraphModule)]
     code = [str(module.graph) for module in modules]
     like = [(x.shape, x.stride(), x.dtype, x.device) if isinstance(x, torch.Tensor) else type(x) for x in inputs]

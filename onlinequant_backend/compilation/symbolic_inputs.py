@@ -18,14 +18,14 @@ from ..graph import fx_utils
 from ..graph.dynamic_shapes import _symbols_of, broadcast_sizes
 from . import graph_transport
 
-# A batch of one must not make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
-# torch assumes that a size is not 1 wherever it asks which strides matter. With a size of 1 none does, so such a graph
-# nearly always serves it as well; ``QuantizedGraph`` makes sure.
+# A batch of one would make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
+# torch assumes that a size is not 1 wherever it checks which strides matter. For a size of 1 the stride does not
+# matter, so such a graph is nearly always valid for it as well; ``CompiledGraphs`` verifies this.
 SMALLEST = 2
 
 
 class Symbol(NamedTuple):
-    """A symbolic size: its name with Dynamo, the name of its own, and what it was first."""
+    """A symbolic size: its name in Dynamo, its own name, and its first value."""
 
     source: str
     name: str
@@ -57,19 +57,17 @@ def _new_size(shape_env: ShapeEnv, name: str, hint: int) -> torch.SymInt:
 
 
 class SymbolicInputs:
-    """Fake inputs of a graph with symbolic sizes, in a shape environment that belongs to nobody else.
-
-    Dynamo's own environment cannot be used once it has made its guards: what Inductor assumes about sizes must be
-    checked by somebody, and here that is ``fits``.
+    """Fake inputs of a graph with symbolic sizes, in a shape environment of their own. Dynamo's environment cannot be
+    used after it has made its guards: Inductor's assumptions about sizes must be checked, and ``fits`` does so.
 
     Attributes:
-        fake_mode: what the values are fake in.
-        values: for each input of the graph a fake tensor, a symbolic integer, or the argument as it is.
-        symbols: its sizes, from which another process makes the same ones; see ``symbolic_sizes``.
+        fake_mode: the mode of the fake values.
+        values: for each input of the graph a fake tensor, a symbolic integer, or the argument itself.
+        symbols: its sizes, from which another process can make equal ones; see ``symbolic_sizes``.
     """
 
     def __init__(self, graph_module: fx.GraphModule, arguments: Sequence[Any]) -> None:
-        """Stand-ins for the ``arguments`` of a call; what Dynamo has fixed stays fixed."""
+        """Make fake inputs for the ``arguments`` of a call; sizes that Dynamo has fixed stay fixed."""
         self._shape_env = ShapeEnv(duck_shape=False)
         self._guards: str | None = None
         self.fake_mode = FakeTensorMode(shape_env=self._shape_env)
@@ -94,12 +92,12 @@ class SymbolicInputs:
             self.values = [self._fake(*pair) for pair in zip(traced, arguments, strict=True)]
 
     def finish(self) -> None:
-        """Compiling is over: note what it assumed about the sizes."""
+        """Record, after compiling, the assumptions about the sizes."""
         sizes = [size for size in self._sizes.values() if isinstance(size, torch.SymInt)]
         self._guards = self._shape_env.produce_guards_expression(sizes)
 
     def fits(self, arguments: Sequence[Any], at_least: int = 0) -> bool:
-        """Whether what was compiled holds for the sizes of another call, smaller ones counting as ``at_least``."""
+        """Whether the compiled code is valid for the sizes of another call; smaller ones count as ``at_least``."""
         if any(arguments[self._positions[symbol]] != 1 for symbol in self._ones):
             return False
         if self._guards is None:
@@ -119,7 +117,7 @@ class SymbolicInputs:
         return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)
 
     def _own(self, number: int | torch.SymInt) -> int | torch.SymInt:
-        """A size of Dynamo's in terms of our symbols."""
+        """A size of Dynamo's, expressed in this object's symbols."""
         if not isinstance(number, torch.SymInt):
             return number
         result: int | torch.SymInt = sympy_interp(PythonReferenceAnalysis, self._sizes, number.node.expr)

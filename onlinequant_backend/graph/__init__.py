@@ -1,8 +1,8 @@
-"""FX graphs, and what is known of the layers in them: data and pure functions, which run nothing.
+"""FX graphs and the properties of their layers: data and pure functions, which run no graph.
 
-``layer_info`` is what the passes note about a convolution or a linear layer. ``fx_utils`` copies graphs and handles
-their nodes and inputs. Each of the other modules answers one question about a graph: which values share memory, which
-parts repeat, which sizes vary.
+``layer_info`` holds what the passes record about a convolution or a linear layer. ``fx_utils`` copies graphs and
+handles their nodes and inputs. Each of the other modules analyses one property of a graph: which values share memory,
+which parts repeat, which sizes vary.
 """
 
 from .conv_geometry import ConvGeometry

@@ -1,4 +1,4 @@
-"""Which values of a graph share memory, and which memory it writes into: told by storages, not by names of views."""
+"""Which values of a graph share memory, and which memory it writes into, by storages rather than by names of ops."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from . import fx_utils
 
 
 class Memory:
-    """The memory that the values of ``graph_module`` lie in, as Dynamo saw it.
-
-    What a pass has replaced since then still counts as it was, so values may seem to share more than they do.
+    """The memory of the values of ``graph_module``, as traced by Dynamo. Nodes that a pass has replaced since then
+    still count, so values may seem to share more memory than they do.
     """
 
     def __init__(self, graph_module: fx.GraphModule) -> None:
-        self._same: dict[int, int] = {}  # storages that are another one in truth
+        self._same: dict[int, int] = {}  # storages that are in fact another one
         self._owners: dict[int, list[fx.Node]] = {}
         self._written: set[int] = set()
         self._is_anything_written = False
         for node in graph_module.graph.nodes:
-            if fx_utils.is_idle_dropout(node):  # which gives its input as it is, and a fake one a copy
+            if fx_utils.is_idle_dropout(node):  # it returns its input, but a copy for fake tensors
                 self._same.update(zip(storages(node), self._of(node.all_input_nodes[0]), strict=False))
             for storage in self._of(node):
                 self._owners.setdefault(storage, []).append(node)
@@ -35,7 +34,7 @@ class Memory:
         self._returned = Counter(storage for result in results for storage in self._of(result))
 
     def _note_write(self, call: fx.Node) -> None:
-        # Which of its arguments a call writes into, only lists of names would tell.
+        # Only lists of op names would tell which of its arguments a call writes into.
         for node in (call, *call.all_input_nodes):
             self._written |= self._of(node)
             self._is_anything_written |= node is not call and "example_value" not in node.meta
@@ -44,12 +43,12 @@ class Memory:
         return {self._same.get(storage, storage) for storage in storages(node)}
 
     def owners(self, node: fx.Node) -> list[fx.Node]:
-        """The nodes, in order, whose values share memory with that of ``node``, itself among them."""
+        """The nodes, in order, whose values share memory with that of ``node``, including itself."""
         found = {owner: None for storage in self._of(node) for owner in self._owners[storage]}
         return list(found) or [node]
 
     def is_written(self, node: fx.Node) -> bool:
-        """Whether anything is written into the memory of ``node``, under any name and at any time."""
+        """Whether the memory of ``node`` is written in place, through any alias and at any time."""
         return self._is_anything_written or not self._written.isdisjoint(self._of(node))
 
     def returns(self, node: fx.Node) -> int:
@@ -57,7 +56,7 @@ class Memory:
         return sum(self._returned[storage] for storage in self._of(node))
 
     def has_results_in_common(self) -> bool:
-        """Whether somebody who writes into one of the graph's results finds that in another one, or in an input."""
+        """Whether any of the graph's results shares memory with another one or with an input."""
         inputs = ("placeholder", "get_attr")
         return any(
             count > 1 or any(owner.op in inputs for owner in self._owners[storage])
@@ -66,7 +65,7 @@ class Memory:
 
 
 def storages(node: fx.Node) -> Iterator[int]:
-    """What identifies the memory of each tensor that ``node`` gives."""
+    """Identifiers of the storages of the tensors that ``node`` returns."""
     for value in pytree.tree_leaves(node.meta.get("example_value")):
         if isinstance(value, torch.Tensor):
             for tensor in plain_tensors(value):

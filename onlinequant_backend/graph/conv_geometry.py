@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class ConvGeometry(NamedTuple):
-    """Of a convolution, one integer for each spatial dimension."""
+    """Parameters of a convolution, one integer for each spatial dimension."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
@@ -18,7 +18,7 @@ class ConvGeometry(NamedTuple):
         return all(size == 1 for size in (*weight[2:], *self.stride)) and not any(self.padding)
 
     def output_size(self, spatial: Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
-        """The spatial dimensions of the result, of those of the input and of the weight."""
+        """The spatial dimensions of the result, from those of the input and of the weight."""
         return tuple(
             (size + 2 * pad - dil * (taps - 1) - 1) // step + 1
             for size, taps, step, pad, dil in zip(spatial, kernel, *self, strict=True)

@@ -1,4 +1,4 @@
-"""Few compiles for many shapes: the first shape gets a graph of its own, one with symbolic sizes serves the rest."""
+"""Few compiles for many shapes: one graph for the first shape, and one with symbolic sizes for all others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _asked: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def is_first(layer: object) -> bool:
-    """Whether nobody has asked this about the model of ``layer`` before."""
+    """Whether this is the first such call for the model of ``layer``."""
     if layer in _asked:
         return False
     _asked.add(layer)
@@ -40,8 +40,8 @@ def _symbols_of(value: Any) -> set[sympy.Symbol]:
 
 
 def broadcast_sizes(graph_module: fx.GraphModule, arguments: Sequence[Any]) -> frozenset[sympy.Symbol]:
-    """Leading sizes of 1 beside larger ones, one time step for several images, say: those are for being expanded, and
-    must not be taken for a batch like the others."""
+    """Leading sizes of 1 next to larger ones, such as one time step for several images: these are broadcast, and must
+    not be treated as the batch size."""
     traced: list[Any] = [node.meta.get("example_value") for node in fx_utils.placeholders(graph_module)]
     leading = {
         value.shape[0].node.expr: argument.shape[0]

@@ -23,7 +23,7 @@ _IN_PLACE_OPERATORS = frozenset(
     )
 )
 
-# By name, those that draw random numbers: functions, methods and what they are called with an underscore.
+# Names of random functions and methods, and of their in-place variants.
 _RANDOM = re.compile(
     r"(rand|randn|randint|randperm|normal|bernoulli|multinomial|poisson|uniform|exponential|cauchy|geometric|log_normal"
     r"|random|rrelu|gumbel_softmax|(feature_)?(alpha_)?dropout[123]?d?)(_like)?_?"
@@ -42,7 +42,7 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         if hasattr(graph_module, attribute):
             setattr(copy, attribute, getattr(graph_module, attribute))
     for original, node in copies.items():
-        node.meta.pop("grapharg", None)  # refers to the user's tensor, which Dynamo soon does no more
+        node.meta.pop("grapharg", None)  # it references the user's tensor, which Dynamo soon releases
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
     return copy
@@ -54,7 +54,7 @@ def requires_grad(value: Any) -> bool:
 
 
 def is_concrete(value: Any) -> bool:
-    """Whether a value that Dynamo saw, such as a tensor or a tuple of some, has no symbolic size, nor is one."""
+    """Whether a traced value, such as a tensor or a tuple of tensors, neither has a symbolic size nor is one."""
     numbers: list[Any] = []
     for leaf in tree_leaves(value):
         is_tensor = isinstance(leaf, torch.Tensor)
@@ -63,18 +63,17 @@ def is_concrete(value: Any) -> bool:
 
 
 def unsupported_reason(graph_module: fx.GraphModule) -> str | None:
-    """What among a graph's values is no tensor that our passes and layers know how to handle, or None.
-
-    Neither sizes nor the memory of such values can be asked for.
+    """Why a graph holds tensors that the passes and layers do not support, or None. The sizes and storages of such
+    tensors cannot be queried.
     """
     for node in graph_module.graph.nodes:
         for value in tree_leaves(node.meta.get("example_value")):
             if not isinstance(value, torch.Tensor):
                 continue
             if torch._C._functorch.is_functorch_wrapped_tensor(value):
-                return "it holds a transform of torch.func, such as vmap or grad, and 8-bit layers have none"
+                return "it holds a transform of torch.func, such as vmap or grad, which 8-bit layers do not support"
             if value.layout is not torch.strided:
-                return f"it holds nested or sparse tensors ({value.layout}), of which 8-bit layers take none"
+                return f"it holds nested or sparse tensors ({value.layout}), which 8-bit layers do not support"
     return None
 
 
@@ -94,7 +93,7 @@ def is_parameter(node: Any) -> bool:
 
 def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torch.Tensor | None = None) -> fx.Node:
     """Append an input. It looks like a parameter to AOTAutograd: unguarded, with a stable address."""
-    # Dynamo's inputs come first: thousands of them are added, so no search through the whole graph for each.
+    # Dynamo's inputs come first. Thousands of inputs are added, so searching the whole graph for each is too slow.
     first_call = next(node for node in graph_module.graph.nodes if node.op != "placeholder")
     with graph_module.graph.inserting_after(first_call.prev):
         node = graph_module.graph.placeholder(name)
@@ -106,14 +105,14 @@ def add_placeholder(graph_module: fx.GraphModule, name: str, example_value: torc
 
 
 def writes_in_place(node: fx.Node) -> bool:
-    """Whether a call may write into a tensor that it is given."""
+    """Whether a call may write into one of its arguments."""
     name = str(node.target if node.op == "call_method" else getattr(node.target, "__name__", ""))
     is_named_so = name.endswith("_") and not name.endswith("__")
     if node.op == "call_method":
         return is_named_so or name in _IN_PLACE_METHODS
     if node.op != "call_function":
         return False
-    if isinstance(node.target, torch._ops.OpOverload):  # a user's own, too
+    if isinstance(node.target, torch._ops.OpOverload):  # also custom ops
         return bool(node.target._schema.is_mutable)
     if isinstance(node.target, torch._ops.OpOverloadPacket):
         overloads = [getattr(node.target, overload) for overload in node.target.overloads() if "out" not in overload]
@@ -125,7 +124,7 @@ def writes_in_place(node: fx.Node) -> bool:
 
 
 def _bodies(node: fx.Node) -> Iterator[fx.Graph]:
-    """The graphs that a higher-order operator is given, as those of ``torch.cond`` and of checkpoints are."""
+    """The graphs that are arguments of a higher-order operator, such as ``torch.cond`` or checkpointing."""
     for value in node.all_input_nodes:
         body = operator.attrgetter(str(value.target))(value.graph.owning_module) if value.op == "get_attr" else None
         if isinstance(body, fx.GraphModule):
@@ -142,7 +141,7 @@ def _asked_to_write_in_place(node: fx.Node) -> bool:
 
 
 def _given(node: fx.Node, name: str) -> Any:
-    """An argument of a call of a Python function, or its default; None where it has none of this name."""
+    """An argument of a call of a Python function, or its default; None if there is none of this name."""
     parameters = inspect.signature(node.target).parameters  # type: ignore[arg-type]
     if name not in parameters:
         return None
@@ -150,25 +149,25 @@ def _given(node: fx.Node, name: str) -> Any:
 
 
 def is_random(node: fx.Node) -> bool:
-    """Whether a call draws random numbers, so that it gives something else the next time."""
+    """Whether a call draws random numbers, so that its result differs each time."""
     if isinstance(node.target, torch._ops.OpOverload):
         return torch.Tag.nondeterministic_seeded in node.target.tags
     name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
     if not node.op.startswith("call_") or not _RANDOM.fullmatch(str(name)):
         return False
     is_functional = getattr(node.target, "__module__", "").startswith("torch.nn.functional")
-    return not is_functional or _given(node, "training") is not False  # dropout, at most times
+    return not is_functional or _given(node, "training") is not False  # usually dropout
 
 
 def is_idle_dropout(node: fx.Node) -> bool:
-    """Whether a call is a dropout that gives back what it is given."""
+    """Whether a call is a dropout that returns its input."""
     if node.target is not torch.nn.functional.dropout or argument(node, 3, "inplace", False):
         return False
     return argument(node, 1, "p", 0.5) == 0 or not argument(node, 2, "training", True)
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
-    """An argument of a call, wherever it was given."""
+    """An argument of a call, passed by position or by name."""
     if len(node.args) > position:
         return node.args[position]
     return node.kwargs.get(name, default)
@@ -184,7 +183,7 @@ def example(node: fx.Node) -> torch.Tensor:
 def replace_call(
     graph_module: fx.GraphModule, node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]
 ) -> fx.Node:
-    """Replace ``node`` by a call of ``target`` and hand its metadata on; the old node is erased."""
+    """Replace ``node`` by a call of ``target`` with the same metadata; erases the old node."""
     with graph_module.graph.inserting_before(node):
         new = graph_module.graph.call_function(target, args)
     new.meta = dict(node.meta)

@@ -17,17 +17,17 @@ _NUMBERS = (int, float, torch.SymInt, torch.SymFloat)
 
 @dataclass(frozen=True, eq=False)
 class GraphInputs:
-    """What each input is, by its position among a call's arguments.
+    """The kinds of the inputs, by their positions among a call's arguments.
 
     Attributes:
         names: of the graph's placeholders.
         parameters: positions of parameters and buffers.
         parameter_names: their qualified names, in the same order.
         others: positions of all others.
-        numbers: those of the others that are numbers, as tensors without dimensions or as they are.
+        numbers: those of the others that are numbers, either as tensors without dimensions or as Python numbers.
         wrapped_floats: those of the numbers that Dynamo has wrapped into tensors.
-        open_floats: those of the wrapped floats that compiled graphs take as an input, rather than being compiled for.
-        take_parameters: the parameters among a call's arguments.
+        open_floats: those of the wrapped floats that are inputs of compiled graphs rather than constants in them.
+        take_parameters: returns the parameters among a call's arguments.
     """
 
     names: tuple[str, ...]
@@ -60,11 +60,11 @@ class GraphInputs:
         )
 
     def named_parameters(self, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of a call by their qualified names."""
+        """The parameters of a call by their qualified names."""
         return dict(zip(self.parameter_names, parameters, strict=True))
 
     def kept(self, args: Sequence[Any]) -> list[Any]:
-        """A call's arguments for later: the caller may write into what it has passed as soon as the call returns."""
+        """A call's arguments for later use: copies, since the caller may overwrite its tensors after the call."""
         parameters = set(self.parameters)
         return [
             value if i in parameters or not isinstance(value, torch.Tensor) else clone_preserving_strides(value)

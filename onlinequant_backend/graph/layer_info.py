@@ -1,4 +1,4 @@
-"""What the passes know about a conv or linear node: one dataclass under ``node.meta["onlinequant"]``."""
+"""The record of a conv or linear node for the passes: one dataclass under ``node.meta["onlinequant"]``."""
 
 from __future__ import annotations
 
@@ -39,21 +39,21 @@ CASTS = ("to", "float", "half", "bfloat16")
 
 @dataclasses.dataclass
 class LayerInfo:
-    """A conv or linear node on its way through the passes.
+    """A conv or linear node, as the passes describe it.
 
     Attributes:
         name: fully qualified name of the layer.
         kind: "conv" or "linear".
-        weight: name of the graph input that holds the weight; "" where the weight is not an input.
+        weight: name of the graph input that holds the weight; "" if the weight is not an input.
         input_shape, weight_shape, output_shape: sizes at the shapes that Dynamo traced.
         flops: floating-point operations of one call, a multiply-add counting as two.
-        bytes: input, weight and output, each moved once, in their own dtypes.
+        bytes: size of input, weight and output, each moved once, in their own dtypes.
         geometry: of a convolution that could be quantized, else None.
         index: position among the layers that could be quantized, which are observed; None for all others.
-        sensitivity: error that 8 bit costs, once measured.
+        sensitivity: the error of quantizing the layer, once measured.
         dtype: of its output.
-        float_us, quantized_us: microseconds in float and in 8 bit, where they were measured.
-        quantized: whether it runs in 8 bit.
+        float_us, quantized_us: microseconds in float and quantized, if measured.
+        quantized: whether it is quantized.
         reason: why, or why not.
     """
 
@@ -81,13 +81,13 @@ class LayerInfo:
 
     @property
     def error(self) -> float:
-        """The relative error that 8 bit costs; infinite where it is not known."""
+        """The relative error of quantizing the layer; infinite if not known."""
         relative = self.sensitivity.relative if self.sensitivity else math.inf
         return math.inf if math.isnan(relative) else relative
 
 
 def info_of(node: fx.Node) -> LayerInfo | None:
-    """The node's layer, or None for a node that is no conv or linear."""
+    """The node's layer, or None for a node that is neither conv nor linear."""
     info = node.meta.get("onlinequant")
     return info if isinstance(info, LayerInfo) else None
 
@@ -101,9 +101,8 @@ def layer_nodes(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerIn
 
 
 def layer_reads(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerInfo, tuple[Any, int]]]:
-    """Every layer with what it reads: layers of equal reads see the same values, so they can share a quantized copy.
-
-    A read is the input's node and the number of in-place writes before it, any of which may have changed the input.
+    """Every layer with its read: layers with equal reads have the same input values, so they can share a quantized
+    copy. A read is the input's node and the number of earlier in-place writes, any of which may have changed the input.
     """
     writes = 0
     for node in list(graph_module.graph.nodes):
@@ -123,9 +122,8 @@ def weight_parameter(node: fx.Node) -> fx.Node | None:
 
 @dataclasses.dataclass
 class Sensitivity:
-    """How far 8 bit in one layer puts an output from the float one: ``mae``, ``mse``, and ``relative`` to the latter.
-
-    ``of_model``: whether it is the model's output, or else the layer's own.
+    """The error of an output with one layer quantized: ``mae``, ``mse``, and ``relative`` to the float output.
+    ``of_model``: whether it is the model's output rather than the layer's own.
     """
 
     relative: float
@@ -134,5 +132,5 @@ class Sensitivity:
     of_model: bool = False
 
     def __post_init__(self) -> None:
-        # As precise as the cache keeps them, so that decisions do not depend on where a figure comes from.
+        # Rounded as in the cache, so that decisions do not depend on whether a value was measured or loaded.
         self.relative, self.mae, self.mse = (ctypes.c_float(x).value for x in (self.relative, self.mae, self.mse))

@@ -1,4 +1,4 @@
-"""What a graph computes, as text: the same in every process, on every device and at every size of its inputs."""
+"""A graph's operations as text: equal in every process, on every device and at every size of its inputs."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from ..tensors import sample
 from . import parameter_names
 
-# What ``repr`` says of a function or module: true in one process only.
+# The address in the ``repr`` of a function or module, which differs between processes.
 ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 _BUILT_IN = (types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 _OPERATORS = (torch._ops.OpOverload, torch._ops.OpOverloadPacket, torch._ops.HigherOrderOperator)
 _NUMBERS = (int, float, torch.SymInt, torch.SymFloat, torch.SymBool)
-# Calls that are given sizes, one by one or in a list. In other lists are dimensions, indices or values.
+# Calls with sizes as arguments, single or in a list. Lists in other calls hold dimensions, indices or values.
 _TAKE_SIZES = frozenset(
     [
         *(
@@ -41,7 +41,7 @@ _TAKE_SIZES = frozenset(
         *("view", "zeros"),
     ]
 )
-# In a list, and other numbers beside it.
+# Calls with sizes in a list and other numbers outside of it.
 _TAKE_LISTS_OF_SIZES = _TAKE_SIZES | frozenset(
     ["as_strided", "fold", "full", "interpolate", "layer_norm", "new_full", "pad", "rms_norm", "split_with_sizes"]
 )
@@ -50,14 +50,14 @@ _SAMPLES = 1024  # values of a constant
 
 
 def text(graph_module: fx.GraphModule) -> str:
-    """Equal for graphs that do the same with the same parameters, to inputs of whatever sizes: their layers read the
-    same values. What only computes sizes, as in graphs for all sizes, is left out."""
+    """A text that is equal for graphs with the same operations on the same parameters, for inputs of any sizes: their
+    layers read the same values. Excludes calls that only compute sizes, as in graphs for all sizes."""
     return "\n".join(_Writer(graph_module).lines())
 
 
 def is_of_this_process(graph_module: fx.GraphModule) -> bool:
-    """Whether a graph holds what no other process can be sure to have, such as a function that was made by another one:
-    its name says nothing of the values that it has kept."""
+    """Whether a graph holds objects that another process may not have, such as a closure: its name does not identify
+    the values that it captured."""
     return any(
         (node.op == "call_function" and name(node.target) is None)
         or any(map(_is_unknown, tree_leaves((node.args, node.kwargs))))
@@ -72,15 +72,16 @@ def _is_unknown(argument: Any) -> bool:
 
 
 def name(target: Any) -> str | None:
-    """What a function or type is called in every process; None where that leads to something else, or nowhere."""
+    """The name of a function or type, valid in every process; None if that name resolves to another object or to
+    none."""
     if isinstance(target, _OPERATORS):
         return str(target)
     module, qualified = getattr(target, "__module__", None) or "", getattr(target, "__qualname__", None)
     if isinstance(target, _BUILT_IN):
         return f"{module}.{qualified}"
-    if not isinstance(target, (types.FunctionType, type)):  # whatever else can be called may have values of its own
+    if not isinstance(target, (types.FunctionType, type)):  # other callables may hold values
         return None
-    for known_as in (qualified, target.__name__):  # some of torch's functions were given a name after they were made
+    for known_as in (qualified, target.__name__):  # some of torch's functions were renamed after their definition
         found: Any = sys.modules.get(module)
         for part in str(known_as).split("."):
             found = getattr(found, part, None)
@@ -118,7 +119,7 @@ class _Writer:
         return known or ADDRESS.sub("", repr(value))
 
     def _name(self, node: fx.Node) -> str:
-        """Inputs in the order in which they are read: those that are sizes come in between."""
+        """Numbers inputs in the order of their first use, since inputs that are sizes come in between."""
         if node.op == "placeholder" and node not in self._names and not _is_size(node):
             self._names[node] = f"@{self._inputs}"
             self._inputs += 1
@@ -126,7 +127,7 @@ class _Writer:
 
 
 def _is_of_account(node: fx.Node) -> bool:
-    """Whether a call is more than a step of computing a size."""
+    """Whether a call does more than compute a size."""
     return node.op not in ("placeholder", "output") and not _is_size(node)
 
 

@@ -13,15 +13,15 @@ from .fx_utils import is_parameter, placeholders
 
 # Parts of a parameter's source that are Python plumbing, not part of its name in a state dict.
 _PLUMBING = frozenset({"_modules", "_parameters", "_buffers", "__dict__", "_orig_mod", "__self__"})
-# What ``name_parameters`` leaves in a node's ``meta``.
+# The key in a node's ``meta`` that ``name_parameters`` sets.
 _NAME = "qualified_name"
 
 
 def name_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any], root: torch.nn.Module | None) -> None:
     """Give the graph's parameters the names that they have in ``root``.
 
-    Else they are named after how the traced function came to them: after a break, or behind a hook in a layer's
-    ``forward``, that is not from the model's root.
+    Others are named after their source in the traced function, which does not begin at the model's root after a graph
+    break or within a hook of a layer's ``forward``.
     """
     names = {} if root is None else {id(parameter): name for name, parameter in root.named_parameters()}
     for node, argument in zip(placeholders(graph_module), arguments, strict=True):
@@ -30,10 +30,9 @@ def name_parameters(graph_module: fx.GraphModule, arguments: Sequence[Any], root
 
 
 def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
-    """The names of all parameter inputs, no two alike.
-
-    Of one model they are those of ``model.named_parameters()``, as far as ``name_parameters`` knows. Of several, which
-    a function calls, each begins with what its model is called there.
+    """The unique names of all parameter inputs. For one model they are those of ``model.named_parameters()``, as far as
+    ``name_parameters`` finds them. If a function calls several models, each name begins with that of its model in the
+    function.
     """
     nodes = [node for node in placeholders(graph_module) if is_parameter(node)]
     sources = {node: list(_sources(node)) for node in nodes}
@@ -52,7 +51,7 @@ def parameter_names(graph_module: fx.GraphModule) -> dict[fx.Node, str]:
 
 
 def _sources(node: fx.Node) -> Iterator[Any]:
-    """Where Dynamo has an input from: what the function knows first, then what that is asked for, and so on."""
+    """The chain of Dynamo's sources of an input, from the function's variable to the last attribute or item."""
     chain = []
     source = getattr(node, "_dynamo_source", None)
     while source is not None:
@@ -62,7 +61,7 @@ def _sources(node: fx.Node) -> Iterator[Any]:
 
 
 def _called(sources: Sequence[Any]) -> str:
-    """What the traced function calls the object at the beginning of ``sources``; "" where it has no name."""
+    """The traced function's name for the object at the beginning of ``sources``; "" if it has none."""
     first = sources[0] if sources else None
     return str(getattr(first, "local_name", None) or getattr(first, "global_name", None) or "")
 

@@ -1,4 +1,4 @@
-"""Runs of tokens that a sequence has more than once."""
+"""Runs of tokens that occur more than once in a sequence."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import numpy as np
 
 
 def repeated_runs(tokens: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
-    """Every longest run that occurs more than once: its length and, sorted, where it begins.
+    """Every longest run that occurs more than once: its length and its sorted start positions.
 
     "Longest": its occurrences are not all followed by the same token. They may overlap. These are the inner nodes of
-    the suffix tree, read off the suffix array (Abouelhoda, Kurtz, Ohlebusch, "Replacing suffix trees with enhanced
+    the suffix tree, computed from the suffix array (Abouelhoda, Kurtz, Ohlebusch, "Replacing suffix trees with enhanced
     suffix arrays", 2004), fewer than there are tokens.
     """
     order = _suffix_array(tokens)
@@ -27,7 +27,7 @@ def repeated_runs(tokens: Sequence[int]) -> Iterator[tuple[int, list[int]]]:
 
 
 def _suffix_array(tokens: Sequence[int]) -> list[int]:
-    """The positions in the order of the suffixes that begin there, by doubling their prefixes."""
+    """The start positions of the suffixes in sorted order, by prefix doubling."""
     rank = np.unique(np.asarray(tokens, dtype=np.int64), return_inverse=True)[1]
     order, width = np.argsort(rank, kind="stable"), 1
     while len(rank) and rank[order[-1]] < len(rank) - 1:

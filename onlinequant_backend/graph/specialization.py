@@ -1,4 +1,4 @@
-"""A graph for the sizes and numbers of one call."""
+"""Specializes a graph for the sizes and numbers of one call."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any], *, sizes:
     """Bake the numbers among a call's ``arguments`` into the graph, so that it has only concrete shapes.
 
     These are symbolic sizes (Python ints at run time), unless ``sizes`` is False, and, under ``dynamic=True``, Python
-    floats, which Dynamo hands over as 0-d float64 tensors that are only read by ``.item()``.
+    floats, which Dynamo passes as 0-d float64 tensors that are only read by ``.item()``.
     """
     for node, value in zip(placeholders(graph_module), arguments, strict=True):
         if isinstance(value, float) or (isinstance(value, int) and sizes):
             _replace_by_number(node, value)
-            node.meta["example_value"] = value  # no symbol any more
+            node.meta["example_value"] = value  # no longer a symbol
         elif is_wrapped_float(node):
             stays = is_open_float(node)
             for user in list(node.users):
@@ -37,7 +37,7 @@ def specialize(graph_module: fx.GraphModule, arguments: Sequence[Any], *, sizes:
 
 
 def is_wrapped_float(node: fx.Node) -> bool:
-    """Whether an input is a Python float in the clothes of a 0-d float64 tensor."""
+    """Whether an input is a Python float that Dynamo wrapped in a 0-d float64 tensor."""
     value = node.meta.get("example_value")
     return (
         isinstance(value, torch.Tensor)
@@ -53,13 +53,13 @@ _ARITHMETIC = frozenset([operator.mul, operator.truediv, operator.add, operator.
 
 
 def is_open_float(node: fx.Node) -> bool:
-    """Whether a wrapped float, such as a LoRA's strength, is only calculated with, so that it can stay an input."""
+    """Whether a wrapped float, such as a LoRA's strength, is only used in arithmetic, so that it can stay an input."""
     return is_wrapped_float(node) and all(map(_is_calculated_with, node.users))
 
 
 def _is_calculated_with(number: fx.Node) -> bool:
-    """Whether a 0-d float64 tensor gives the same as ``number``: it does not widen a floating-point tensor's dtype,
-    unless that has no dimensions itself."""
+    """Whether a 0-d float64 tensor gives the same result as the Python float ``number``: it does not promote a
+    floating-point tensor's dtype, unless that has no dimensions itself."""
     for user in number.users:
         if _is_filled_with(user, number):
             continue
@@ -72,7 +72,7 @@ def _is_calculated_with(number: fx.Node) -> bool:
 
 
 def _is_filled_with(user: fx.Node, number: fx.Node) -> bool:
-    """Whether a call makes a floating-point tensor all of whose values are ``number``, as of a time step."""
+    """Whether a call fills a floating-point tensor with ``number``, as for a time step."""
     value = _value(user)
     if not isinstance(value, torch.Tensor) or not value.is_floating_point() or len(user.all_input_nodes) > 2:
         return False
@@ -83,7 +83,7 @@ def _is_filled_with(user: fx.Node, number: fx.Node) -> bool:
 
 
 def _multiply_what_it_fills(number: fx.Node) -> None:
-    """Have ones multiplied by ``number``, which is a tensor now, where tensors were filled with it."""
+    """Replace tensors filled with ``number``, which is a tensor now, by its product with ones."""
     for user in list(number.users):
         if _is_filled_with(user, number):
             user.replace_all_uses_with(_ones_times(user, number))
@@ -96,7 +96,7 @@ def _ones_times(filled: fx.Node, number: fx.Node) -> fx.Node:
     graph, value = filled.graph, _value(filled)
     with graph.inserting_before(filled):
         if filled.target is dynamo_interface.tensor_of_numbers:
-            # Of no less than one dimension, else the product would have the number's dtype.
+            # With at least one dimension, else the product would have the number's dtype.
             kwargs = {"dtype": value.dtype, "device": value.device}
             ones = graph.call_function(torch.ones, (tuple(value.shape) or (1,),), kwargs)
             ones.meta["example_value"] = value if value.dim() else value[None]

@@ -1,4 +1,4 @@
-"""The layers of one call of a graph, as far as their calibration is concerned."""
+"""The calibration of the layers of one call of a graph."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ class CalibratedLayers:
     layers: tuple[Layer, ...]
 
     def is_calibrated(self) -> bool:
-        """Whether there is nothing left to observe."""
+        """Whether observing is complete."""
         return all(layer.frozen for layer in self.layers)
 
     def calls(self) -> int:
-        """How many calls every layer that is not calibrated yet has been observed for."""
+        """The number of calls for which every layer that is not calibrated yet has been observed."""
         return min((layer.calls for layer in self.layers if not layer.frozen), default=0)
 
     @contextlib.contextmanager
     def observed_or_not(self) -> Iterator[None]:
-        """A call that fails within the block leaves nothing of what was observed of it."""
+        """Discards the observations of a call that fails within the block."""
         layers = [layer for layer in self.layers if not layer.frozen]
-        kept = {id(layer.observed): layer.observed.copied() for layer in layers}  # some layers share theirs
+        kept = {id(layer.observed): layer.observed.copied() for layer in layers}  # some layers share their ranges
         before = [(kept[id(layer.observed)], layer.smoothing) for layer in layers]
         try:
             yield
@@ -44,17 +44,17 @@ class CalibratedLayers:
             layer.count_call(fingerprint, operations)
 
     def is_calibrated_for(self, fingerprint: str, operations: str) -> bool:
-        """Whether all that was observed was observed with such weights in such a graph."""
+        """Whether every layer was observed with these weights in such a graph only."""
         return all((layer.calibrated_for, layer.calibrated_in) == (fingerprint, operations) for layer in self.layers)
 
     def freeze(self) -> None:
-        """Observing is over."""
+        """End observing: fix the ranges and free the histograms."""
         for layer in self.layers:
             layer.freeze()
         for layer in self.layers:  # layers that read one tensor share its histograms
             layer.observed.histograms.clear()
 
     def smoothing(self) -> dict[int, bytes]:
-        """The factors of the layers whose input is smoothed, by index, so that equal ones are equal."""
+        """By index, the factors of the layers whose input is smoothed, as bytes that can be compared."""
         vectors = {index: layer.smoothing for index, layer in enumerate(self.layers)}
         return {index: vector.cpu().numpy().tobytes() for index, vector in vectors.items() if vector is not None}

@@ -1,9 +1,9 @@
-"""Giving up the values of float weights that have 8-bit copies, so that their memory is free.
+"""Freeing the memory of float weights that have 8-bit copies.
 
 A hollow weight keeps its identity, shape, strides, dtype and version, all that Dynamo guards and compiled graphs see;
-its memory is a buffer of NaNs that all hollow weights of one dtype share. So nothing compiles again, and whoever still
-reads the values as if nothing had happened gets NaN, never a picture that looks nearly right. Only the first few values
-are zero: adding something to NaN leaves no trace, and a LoRA that comes too late must not be overlooked.
+its memory is a buffer of NaNs that all hollow weights of one dtype share. So nothing is recompiled, and code that still
+reads the values gets NaN rather than an image that looks nearly right. Only the first few values are zero: adding to
+NaN leaves no trace, and a LoRA that is merged too late must be detected.
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 import torch
 
-# Values at the beginning of a hollow weight's memory that are zero.
+# The number of zeros at the beginning of a hollow weight's memory.
 CANARIES = 4
 
 
 def free_values(weights: Sequence[torch.Tensor]) -> int:
-    """Let go of the memory of ``weights``; returns their bytes less what the shared buffers take.
-
-    Memory that somebody else refers to as well (a state dict, a tied weight) goes on living with them.
+    """Free the memory of ``weights``; returns its bytes minus those of the shared buffers. Memory that has other
+    references (a state dict, a tied weight) stays allocated.
     """
     kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for weight in weights:
@@ -37,10 +36,10 @@ def free_values(weights: Sequence[torch.Tensor]) -> int:
 
 
 def sentinel_values(weight: torch.Tensor) -> torch.Tensor:
-    """The view of a hollow weight that shows whether it was written to."""
+    """The view of a hollow weight whose values show whether it was written to."""
     return weight.detach().as_strided((min(CANARIES, weight.numel()),), (1,))
 
 
 def _extent(tensor: torch.Tensor) -> int:
-    """Elements from a tensor's first to its last in memory."""
+    """The number of elements from a tensor's first to its last in memory."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

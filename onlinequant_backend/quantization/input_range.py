@@ -1,4 +1,4 @@
-"""The range of a layer's input: fixed when observing is over, and moved where later inputs do not fit it."""
+"""The range of a layer's input: fixed at the end of observing, and adapted when later inputs do not fit it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from ..kernels.formats import NOT_FINITE, Format
 from .ranges import ActivationRange, clipped_share, covered, doubled, freeze, wanted, widened
 from .weight_copy import Generation, copies_lock, read_elsewhere
 
-# What a range that values have left is widened by beyond these: others, as those of the next seed or time step, will go
-# a little farther, and each time is a call in float. The largest of few values varies more.
+# The margin beyond new values when a range is widened: later values, such as those of the next seed or time step, are a
+# little larger, and each widening costs a float call. The maximum of few values varies more.
 _SPARE, _SPARE_OF_FEW = 1.125, 1.25
 
 
 class InputRange:
-    """The range of what one layer reads, as quantization parameters in a tensor that compiled graphs hold.
+    """The range of a layer's input, as quantization parameters in a tensor that compiled graphs hold.
 
     Attributes:
-        format, method, device: what it depends on beside what was observed.
-        observed: what was seen.
-        smoothing: what the channels of the input are multiplied by before they are quantized, and those of the weight
-            divided by; None for nothing. See ``smoothing_factors``.
+        format, method, device: what the range depends on besides the observed values.
+        observed: the observed values.
+        smoothing: factors by which the channels of the input are multiplied before they are quantized, and those of the
+            weight divided; None for no smoothing. See ``smoothing_factors``.
         clipped: the largest share of an observed call's input that the frozen range clips.
-        lowest_peak: the least that the largest magnitude of an input has been, of observed calls and of those since
-            which have been found to be as large as they should; see ``ActivationRange.lowest_peak``.
-        growth: by how much the range was widened since it was frozen; 1 if it was not, less if it was narrowed.
+        lowest_peak: the lowest peak, the largest magnitude of a call's input, over observed calls and over later ones
+            that were accepted; see ``ActivationRange.lowest_peak``.
+        growth: the factor by which the range was widened since it was frozen; 1 for no change, less than 1 if narrowed.
     """
 
     def __init__(self, format: Format, method: str, device: torch.device) -> None:
@@ -41,11 +41,11 @@ class InputRange:
         self.growth = 1.0
         self._qparams: torch.Tensor | None = None
         self._values = (0.0, 0.0, 0.0)  # of _qparams
-        self._ranged = False  # whether _qparams are of what was observed
+        self._ranged = False  # whether _qparams come from the observed range
 
     @property
     def qparams(self) -> torch.Tensor:
-        """The input's quantization parameters (``ops.quantize``), fixed from what was observed at the first use."""
+        """The input's quantization parameters (``ops.quantize``), computed from the observed range at the first use."""
         if self._qparams is None or not self._ranged:
             with torch.inference_mode(False), torch.no_grad():
                 self._set_qparams(freeze(self.observed, self.format, self.method))
@@ -53,9 +53,9 @@ class InputRange:
         return self._qparams
 
     def _set_qparams(self, qparams: torch.Tensor) -> None:
-        # Into the same tensor as before, which compiled graphs were given, unless a call is reading it.
+        # In place, since compiled graphs hold the tensor, unless a call is reading it.
         with copies_lock:
-            if any(self._values):  # else nobody has read them yet
+            if any(self._values):  # else no call has read them yet
                 Generation.number += 1
             if self._qparams is None or any(layer is self for layer in read_elsewhere()):
                 self._qparams = self._new_qparams()
@@ -65,11 +65,11 @@ class InputRange:
             self._ranged = True
 
     def _new_qparams(self) -> torch.Tensor:
-        # cuBLAS wants the scale, the last of the three, at an address that is a multiple of 16 bytes.
+        # cuBLAS requires the address of the scale, the last of the three, to be a multiple of 16 bytes.
         return torch.empty(5, dtype=torch.float32, device=self.device)[2:]
 
     def make_room(self) -> None:
-        """Allocate what freezing will need."""
+        """Allocate the memory that freezing needs."""
         if self._qparams is None:
             with torch.inference_mode(False):
                 self._qparams = self._new_qparams()
@@ -78,39 +78,40 @@ class InputRange:
         return x if self.smoothing is None else x * self.smoothing
 
     def has_drifted(self, seen: Seen, is_after_change: bool = False) -> bool:
-        """Whether inputs have left the range, or use next to nothing of it; as for ``drift.has_drifted``."""
+        """Whether inputs exceed the range, or use only a small part of it; see ``drift.has_drifted``."""
         return has_drifted(seen.clipped, self.clipped, is_after_change) or self._is_lost(self._peak(seen))
 
     def is_coarse(self, seen: Seen) -> bool:
-        """Whether rounding shows in inputs of which this was stored."""
+        """Whether the range is too coarse for the inputs with these counts."""
         return self._is_coarse_at(self._peak(seen))
 
     def is_finite(self, seen: Seen) -> bool:
-        """Whether all values of which this was stored were numbers: else no range fits them."""
+        """Whether all values with these counts were finite: otherwise no range fits them."""
         not_finite = NOT_FINITE[self.format.activation]
         return not_finite not in (seen.lowest, seen.highest) and math.isfinite(seen.highest)
 
     def accept(self, seen: Seen) -> None:
-        """Inputs of which this was seen in 8 bit are as they should: to do their call again would change no range."""
+        """Accept the inputs with these counts: repeating their call in float would change no range."""
         self.clipped = max(self.clipped, seen.clipped)
         self.lowest_peak = min(self.lowest_peak, self._peak(seen))
 
     def _peak(self, seen: Seen) -> float:
-        """The largest magnitude that the values may have had of which this was stored."""
+        """The largest magnitude possible for the values with these counts."""
         _, zero_point, scale = self._values
         return (max(seen.highest - zero_point, zero_point - seen.lowest) + self.format.step / 2) * scale
 
     def _is_lost(self, peak: float) -> bool:
-        """Whether inputs of this largest magnitude are too coarse in this range, and less than half of all before."""
+        """Whether the range is too coarse for inputs with this peak, and the peak less than half of all earlier
+        ones."""
         return self._is_coarse_at(peak) and peak < self.lowest_peak / 2
 
     def _is_coarse_at(self, peak: float) -> bool:
         return peak < FEWEST_STEPS * self.format.step * self._values[2]
 
     def refit(self, x: torch.Tensor, has_drifted: bool = True) -> bool:
-        """Have the range be right for ``x``, the layer's input of a call: as wide as that and all before need, or, if
-        it would be lost in that, as wide as it needs alone. False if no range can. ``has_drifted``: whether it was not,
-        and so may be too narrow for the next input, too."""
+        """Fit the range to ``x``, the layer's input in a call, and all earlier inputs, or to ``x`` alone if that range
+        would be too coarse for it. Returns False if no range fits. ``has_drifted``: whether ``x`` did not fit; then a
+        wider range gets a margin for the next input."""
         with torch.inference_mode(False), torch.no_grad():
             seen = ActivationRange()
             seen.update(self._smoothed(x), with_histogram=not self.format.activation.is_floating_point)
@@ -123,7 +124,7 @@ class InputRange:
                 needs_more = has_drifted and self._widened(seen) is not self.qparams
                 needed = self._with_spare(seen, x.numel() < FEW) if needs_more else seen
                 self._move(self._widened(needed), self.observed.joined(needed))
-            # What is clipped on purpose is no drift the next time.
+            # Values that the method clips on purpose do not count as drift in later checks.
             self.clipped = max(self.clipped, clipped_share(seen, self.qparams, self.format))
             seen.histograms.clear()
         return True
@@ -137,8 +138,8 @@ class InputRange:
         return widened(self.qparams, *wanted(seen, self.format, self.method), self.format)
 
     def step(self, seen: Seen) -> None:
-        """Have the range fit inputs better of which this was stored: twice as wide if some of it was clipped, else as
-        wide as it needs. What is all zeros changes nothing, for who knows of what."""
+        """Improve the range for inputs with these counts: doubles it if values were clipped, else narrows it as far as
+        they allow. Inputs that are all zeros change nothing, since they do not tell which range is right."""
         _, zero_point, scale = self._values
         with torch.inference_mode(False), torch.no_grad():
             if has_drifted(seen.clipped, self.clipped):
@@ -154,7 +155,7 @@ class InputRange:
 
     def _move(self, qparams: torch.Tensor, observed: ActivationRange) -> None:
         before = self._values[2]
-        # Ranges that were widened are rounded each time.
+        # Widening rounds the range each time.
         self.observed = observed.joined(ActivationRange(*covered(qparams.tolist(), self.format)))
         self._set_qparams(qparams)
         self.growth *= self._values[2] / before

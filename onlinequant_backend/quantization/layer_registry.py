@@ -1,4 +1,4 @@
-"""All layers of this process."""
+"""The registry of all layers in this process."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class LayerRegistry:
-    """Every layer of this process, by weight and by what its state depends on."""
+    """Every layer of this process, by weight and by the properties that its state depends on."""
 
     def __init__(self) -> None:
         self._layers: dict[tuple[Any, ...], weakref.WeakKeyDictionary[WeakKey, dict[int, Layer]]] = {}
@@ -33,27 +33,29 @@ class LayerRegistry:
         old: Layer | None = None,
         place: int = 0,
     ) -> Layer:
-        """The layer of ``weight``, at the place of this number, or at another one that is ``old``: the layer of the
-        weight whose place in the model it has taken. Where there is none, it takes over ``old``, if that fits, or else
-        gets a new one."""
+        """The layer of ``weight`` at the place of this number. ``old`` is the layer of the weight that it replaced in
+        the model: returned if it belongs to ``weight`` already, and taken over, if it fits, where ``weight`` has no
+        layer. Else a new layer is created."""
         kind = (geometry, format, method, weight.device)
         with self._lock:
             layers = self._layers_of(kind).setdefault(weak_key(weight), {})
             if old is not None and any(layer is old for layer in layers.values()):
-                return old  # so many layers before it had this weight as well
+                return old  # it belongs to this weight already, perhaps at another place
             if place not in layers:
                 first = next(iter(layers.values()), None)
                 layers[place] = old if old is not None and old.kind == kind else Layer(*kind, first)
             return layers[place]
 
     def known(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
-        """What ``layer`` has become for ``weight``: another set of its model may have come to ``part`` before."""
+        """The layer that replaced ``layer`` for ``weight``: another set of its model may have called ``part``
+        before."""
         with self._lock:
             layers = self._layers_of(layer.kind).get(weak_key(weight), {})
             return layer if any(each is layer for each in layers.values()) else layers.get(place, layer)
 
     def part(self, layer: Layer, weight: torch.Tensor, place: int) -> Layer:
-        """The layer of ``weight`` from now on: ``layer`` but for its copy, which stays with another weight."""
+        """Replace the layer of ``weight`` by a clone of ``layer`` with a copy of its own; the old copy stays with
+        another weight."""
         with self._lock:
             layers = self._layers_of(layer.kind)
             parted: dict[int, Layer] = {}

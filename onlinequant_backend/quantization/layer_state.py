@@ -1,4 +1,4 @@
-"""The state of one layer in this process: what was observed of its inputs, and the 8-bit copy that it runs on."""
+"""The state of one layer in this process: the observed range of its inputs and the 8-bit copy of its weight."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from ..graph.conv_geometry import ConvGeometry
 
 
-# Values of outputs that are compared at a time, of one image at least: all of a video model's take more than its step.
+# Output values compared at a time, at least one image: all of a video model's take more memory than its step.
 _MOST_COMPARED = 2**26
-# On a GPU a histogram is about 15 small kernels, so a layer has one made for the first and for one in so many calls.
+# On a GPU a histogram takes about 15 small kernels, so a layer computes one in the first call and in every n-th.
 _GPU_HISTOGRAMS = 8
 
 
@@ -34,13 +34,13 @@ class Layer(InputRange):
     ``first``: the layer of the same weight at its first place, whose copy may do for both.
 
     Attributes:
-        geometry: with format, method and device what its state depends on beside the weight.
-        calls: how many calls its input was observed for.
-        frozen: whether observing is over and the input's quantization parameters are fixed for good.
-        calibrated_for: fingerprint of the weights with which the input was observed; "" where they changed meanwhile.
-        calibrated_in: stands for what the graph computes in which that was, see ``keys``; "" where it was in several.
+        geometry: of a convolution; like format, method and device, its state depends on it besides the weight.
+        calls: the number of calls for which its input was observed.
+        frozen: whether observing has ended and the input's quantization parameters are fixed.
+        calibrated_for: fingerprint of the weights with which the input was observed; "" if they changed meanwhile.
+        calibrated_in: identifies the operations of the graph in which it was observed, see ``keys``; "" for several.
         lock: of a model's first layer, held while any of its graphs is calibrated.
-        sensitivity: the error that 8 bit costs, once measured.
+        sensitivity: the error of quantizing the layer, once measured.
         copy: the 8-bit copy of its weight.
     """
 
@@ -63,9 +63,9 @@ class Layer(InputRange):
         self._first = first
 
     def observe(self, x: torch.Tensor, weight: torch.Tensor, turn: int = 0) -> None:
-        """Take note of an input. The first one decides which channels are smoothed. ``turn``: tells layers apart whose
-        histograms are not to be made all in one call."""
-        # A floating format rounds small and large channels alike, and is never clipped.
+        """Record an input. The first one decides which channels are smoothed. ``turn``: distributes the layers'
+        histograms over different calls."""
+        # A floating-point format has the same relative error for small and large channels, and is never clipped.
         is_first, is_floating = self.observed.is_empty, self.format.activation.is_floating_point
         if is_first and not is_floating:
             with torch.inference_mode(False), torch.no_grad():
@@ -83,14 +83,14 @@ class Layer(InputRange):
         self.calls += 1
 
     def freeze(self) -> None:
-        """Observing is over; what was observed decides from now on."""
+        """End observing and fix the range."""
         if not self.frozen and self.range_refusal() is None:
             self.clipped = max(self.clipped, clipped_share(self.observed, self.qparams, self.format))
             self.lowest_peak = min(self.lowest_peak, self.observed.lowest_peak)
         self.frozen = True
 
     def restore(self, saved: LayerCalibration, calls: int, calibrated_for: str, calibrated_in: str = "") -> None:
-        """Take over what another process observed."""
+        """Load what another process observed."""
         self.observed = ActivationRange(saved.minimum, saved.maximum, saved.lowest_peak)
         with torch.inference_mode(False):
             if saved.qparams is not None:
@@ -107,18 +107,18 @@ class Layer(InputRange):
         self.freeze()
 
     def fits(self, saved: LayerCalibration) -> bool:
-        """Whether ``restore`` may take it: its scale and zero point are what its range gives."""
+        """Whether ``restore`` may load it: its scale and zero point must belong to its range."""
         if saved.qparams is None:
             return True
         observed = ActivationRange(saved.minimum, saved.maximum, saved.lowest_peak)
         return is_frozen_from(saved.qparams, observed, self.format, self.method)
 
     def go_back(self, observed: ActivationRange, smoothing: torch.Tensor | None) -> None:
-        """Have seen no more than this, while observing."""
+        """Reset the observations to an earlier state, while observing."""
         self.observed, self.smoothing, self._ranged = observed, smoothing, False
 
     def start_over(self) -> None:
-        """Forget what was observed: the weight now is another model's."""
+        """Discard the observations: the weight now belongs to another model."""
         self.observed = ActivationRange()
         self.sensitivity = self.smoothing = None
         self.clipped, self.lowest_peak, self.growth = 0.0, math.inf, 1.0
@@ -126,7 +126,7 @@ class Layer(InputRange):
         self.frozen = self._ranged = False
 
     def save(self, name: str, kind: str, weight_shape: tuple[int, ...]) -> LayerCalibration:
-        """What ``restore`` takes, of a frozen layer."""
+        """The calibration of a frozen layer, for ``restore``."""
         low, high = (math.nan if bound is None else bound for bound in (self.observed.minimum, self.observed.maximum))
         qparams = None if self.range_refusal() is not None else tuple(self.qparams.tolist())
         return LayerCalibration(
@@ -150,7 +150,7 @@ class Layer(InputRange):
         return True
 
     def is_current(self, weight: torch.Tensor) -> bool:
-        """Whether the 8-bit copy is that of ``weight`` as it is now."""
+        """Whether the 8-bit copy was made of the current values of ``weight``."""
         self.choose_copy()
         return self.copy.is_current(weight)
 
@@ -159,7 +159,7 @@ class Layer(InputRange):
         self.copy.requantize(weight, self.smoothing)
 
     def choose_copy(self) -> None:
-        """Layers of one weight run on one copy where their inputs are smoothed alike."""
+        """Share one copy between layers of one weight if their inputs are smoothed equally."""
         if self._first is None:
             return
         mine, other = self.smoothing, self._first.smoothing
@@ -169,7 +169,7 @@ class Layer(InputRange):
             self.copy = Copy(self.geometry, self.format)
 
     def parted(self, first: Layer | None = None) -> Layer:
-        """The same layer with a copy of its own, for another weight; see ``Registry.part``."""
+        """A clone of the layer with a copy of its own, for another weight; see ``LayerRegistry.part``."""
         other = copy.copy(self)
         other.copy, other._first = Copy(self.geometry, self.format), first
         other.observed = self.observed.copied()
@@ -180,7 +180,7 @@ class Layer(InputRange):
 
     @property
     def kind(self) -> tuple[Any, ...]:
-        """What its state depends on beside the weight."""
+        """The properties that its state depends on besides the weight."""
         return self.geometry, self.format, self.method, self.device
 
     @property
@@ -194,13 +194,13 @@ class Layer(InputRange):
         return self.copy.weight_scale
 
     def refusal(self) -> str | None:
-        """What rules 8 bit out, or None."""
+        """Why the layer cannot be quantized, or None."""
         if self.weight_scale is not None and not bool(torch.isfinite(self.weight_scale).all()):
             return "its weight is not finite"
         return self.range_refusal()
 
     def range_refusal(self) -> str | None:
-        """What was observed of the input that rules 8 bit out, or None."""
+        """Why the observed input cannot be quantized, or None."""
         if not self.observed.is_finite():
             return "its input was not finite while observing"
         if self.observed.minimum == 0 and self.observed.maximum == 0:
@@ -208,7 +208,7 @@ class Layer(InputRange):
         return None
 
     def restore_copy(self) -> None:
-        """Make a copy that was released meanwhile again, of the weight that it was made of."""
+        """Make a copy that was released meanwhile again, from its source weight."""
         weight = self.copy.source
         if self.weight is None and weight is not None:
             self.requantize(weight)

@@ -1,4 +1,4 @@
-"""Several linear weights as one, for linears that read the same tensor and so can be one product."""
+"""Several linear weights merged into one, for linears that read the same tensor and can be one product."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .weight_copy import Copy, Generation, copies_lock
 
 
 class MergedWeight:
-    """The 8-bit weights of ``copies`` in one tensor, into which each goes on being quantized on its own.
+    """The 8-bit weights of ``copies`` in one tensor; each is still quantized separately.
 
     Attributes:
-        copies: whose weights these are, in order; their ``weight`` and ``weight_scale`` become views.
+        copies: the merged copies in order; their ``weight`` and ``weight_scale`` become views.
         weight: [sum of N, K].
-        weight_scale: float32 [sum of N], or [1] where a weight has one scale: then the largest that a layer needs
-            serves all, and is NaN while any of them is not finite. Such scales are powers of two, so that laying a
-            weight onto another one only moves its exponents.
-        shares_scale: whether there is one for all.
+        weight_scale: float32 [sum of N], or [1] for formats with one scale per weight: then it is the largest that any
+            layer needs, and NaN while any of them is not finite. Such scales are powers of two, so that rescaling a
+            weight only changes its exponents.
+        shares_scale: whether there is one scale for all copies.
     """
 
     def __init__(self, copies: Sequence[Copy]) -> None:
@@ -44,7 +44,7 @@ class MergedWeight:
             self._show()
 
     def renew(self) -> None:
-        """Go on in other tensors, since a call in another thread reads these."""
+        """Continue in new tensors, since a call in another thread reads the old ones."""
         self.weight, self.weight_scale = self.weight.clone(), self.weight_scale.clone()
         self._hand_out()
 
@@ -55,25 +55,24 @@ class MergedWeight:
             copy.weight, copy.weight_scale, copy.merged = weight, scale, self
 
     def lay(self, copy: Copy, needed: float) -> float:
-        """The scale to quantize ``copy`` with, whose weight now needs at least this one; the others are laid onto it.
-
-        Not finite for a weight that is not: then the output of all layers is not finite until it is repaired.
+        """The scale to quantize ``copy`` with, whose weight now needs at least ``needed``; rescales the others to it.
+        Not finite for a weight that is not finite: then the output of all layers is not finite until the weight is.
         """
         self._needed[copy] = needed
         before, scale = self._scale, self._largest()
         others = [other for other in self.copies if other is not copy] if scale != before else []
-        stamps = [other.forget() for other in others]  # an interrupt may leave some laid onto it and some not
+        stamps = [other.forget() for other in others]  # an interrupt may leave only some rescaled
         for other in others:
             _rescale(other, before, scale)
         self._scale = scale
         self._show()
-        if scale > before:  # else what they lost to the larger scale comes back only from their float weights
+        if scale > before:  # to a smaller scale, they must be quantized again to regain precision
             for other, stamp in zip(others, stamps, strict=True):
                 other.recall(stamp)
         return scale if math.isfinite(needed) else needed
 
     def _largest(self) -> float:
-        """The scale that all parts can be laid onto; zeros, whose scale is not finite, onto any."""
+        """The scale that fits all parts; scales that are not finite are ignored."""
         return max((scale for scale in self._needed.values() if math.isfinite(scale)), default=1.0)
 
     def _show(self) -> None:
@@ -81,7 +80,7 @@ class MergedWeight:
 
 
 def _whole(weights: Sequence[torch.Tensor]) -> torch.Tensor:
-    """All rows of ``weights`` in one tensor: in that which they are parts of, or else in a new one."""
+    """All rows of ``weights`` in one tensor: a view if they are consecutive parts of one storage, else a new tensor."""
     first, end = weights[0], weights[0].data_ptr()
     for weight in weights:
         if weight.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() or weight.data_ptr() != end:
@@ -98,15 +97,15 @@ def _rescale(copy: Copy, old: float, new: float) -> None:
 
 
 def merged_weight(copies: Sequence[Copy]) -> MergedWeight | None:
-    """One weight of those of linear layers; None if one of them is part of another already."""
+    """The merged weight of linear layers' copies; None if one of them is part of another one already."""
     known = copies[0].merged
     if known is not None and list(known.copies) == copies:
         return known
-    if copies[0].format.is_packed:  # these are handles, of one byte
+    if copies[0].format.is_packed:  # packed weights are handles of one byte
         return None
     if len(set(copies)) < len(copies) or any(copy.merged is not None for copy in copies):
         return None
     merged = MergedWeight(copies)
     with copies_lock:
-        Generation.number += 1  # compiled graphs were given the tensors that the merged one has replaced
+        Generation.number += 1  # compiled graphs hold the tensors that the merged one replaced
     return merged

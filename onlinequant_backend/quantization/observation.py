@@ -1,4 +1,4 @@
-"""What an observed call feeds to the layers."""
+"""The observation of the layers in one call."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass
 class Observation:
-    """What one call of an observed graph feeds: the layers by index, and how far to look.
+    """The extra input of one call of an observed graph: the layers by index, and what to observe.
 
     Attributes:
-        layers: state of each observed layer.
-        weights: float weight of each.
+        layers: the state of each observed layer.
+        weights: the float weight of each.
         compares: whether each layer's float output is to be compared with its 8-bit output.
-        kept: indices of the layers whose 8-bit copy is kept after that.
-        probed: indices of the layers whose 8-bit output is handed on in place of their float output; None outside of
-            probing, when there is nothing else to do.
-        refitting: indices of the frozen layers whose ranges are to be right for this call's inputs as well.
-        drifted: indices of those among them that have left their ranges, which get room for more.
-        lost: indices of those whose inputs were not finite, so that no range can.
-        gradients: where the sums of the squared gradients that reach the layers' outputs are added up, by index; None
-            outside of a pass for these, when there is nothing else to do.
-        spared: bytes of free memory without which such a pass ends with MemoryError.
+        kept: indices of the layers whose 8-bit copy is kept after the comparison.
+        probed: indices of the layers whose 8-bit output replaces their float output; None outside of probing, which
+            does nothing else.
+        refitting: indices of the frozen layers whose ranges are fitted to this call's inputs as well.
+        drifted: indices of those among them whose inputs exceeded their ranges; these get a margin.
+        lost: indices of those whose inputs were not finite, so that no range fits.
+        gradients: by index, the sums of squared gradients of the layers' outputs; None outside of a gradient pass,
+            which does nothing else.
+        spared: the bytes of free memory below which a gradient pass raises MemoryError.
     """
 
     layers: Sequence[Layer]
@@ -44,9 +44,8 @@ class Observation:
     spared: float = 0
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Take note of one layer's input ``x`` and output ``y``; returns ``y``, or its 8-bit twin when probing.
-
-        ``first``: index of the first layer that reads the same ``x``. Its range then is this layer's as well.
+        """Record one layer's input ``x`` and output ``y``; returns ``y``, or the 8-bit output when probing. ``first``:
+        index of the first layer that reads the same ``x``; both layers share its range.
         """
         layer = self.layers[index]
         if self.gradients is not None:
@@ -79,7 +78,7 @@ class Observation:
         def add(gradient: torch.Tensor) -> None:
             gradients[index] += float(gradient.float().square().sum())
 
-        y = y if y.requires_grad else y.detach().requires_grad_()  # nothing else asks for gradients
+        y = y if y.requires_grad else y.detach().requires_grad_()  # nothing else requires gradients
         y.register_hook(add)
         return y
 
@@ -87,5 +86,5 @@ class Observation:
 def observe(
     observation: Observation, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """The node that ``passes.insert_observers`` puts behind a layer; see ``Observation.see``."""
+    """The node that ``passes.insert_observers`` inserts after a layer; see ``Observation.see``."""
     return observation.see(index, first, x, y, bias)

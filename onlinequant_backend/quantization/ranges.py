@@ -1,6 +1,6 @@
 """Observed activations -> frozen scales.
 
-While a graph is observed, every candidate layer keeps the exact range of its inputs and, where ranges may be clipped,
+While a graph is observed, every candidate layer records the exact range of its inputs and, if ranges may be clipped,
 histograms of them.
 Freezing turns these into the scale and zero point of an affine 8-bit format.
 """
@@ -20,26 +20,26 @@ from ..kernels.formats import Format
 if TYPE_CHECKING:
     pass
 
-# Values of an input that its histogram looks at. Far fewer miss the tails, and then clipping does harm.
+# The number of values sampled for a histogram. Far fewer miss the tails, and then clipping does harm.
 SAMPLES = 65536
 BINS = 1024
-# Share of the observed values that "percentile" clips, of both ends together.
+# The share of the observed values that "percentile" clips, at both ends together.
 _CLIPPED_SHARE = 1e-4
-# The share of a floating format's headroom that may be gone before a range is widened.
+# The share of a floating-point format's headroom that values may use before the range is widened.
 _SPARED = 0.01
-# Shares of the observed range that clipping tries, largest first; the error is flat enough for a coarse grid.
+# The shares of the observed range that "mse" tries, largest first; the error is flat enough for a coarse grid.
 _CLIP_RATIOS = tuple(1 - step / 32 for step in range(29))
 
 
 class ActivationRange:
-    """What has been seen of one tensor.
+    """The observed values of one tensor: their range and histograms.
 
-    ``minimum``, ``maximum``, ``lowest_peak``: what is known already.
+    ``minimum``, ``maximum``, ``lowest_peak``: initial values.
 
     Attributes:
-        histograms: for each call that it was asked for, the share of values in each bin and the bins' centres, float32
-            [BINS] both; without meaning where a range is not finite.
-        values: how many there were in the smallest call.
+        histograms: for each call with a histogram, the share of values in each bin and the bins' centres, float32
+            [BINS] both; undefined if the range is not finite.
+        values: the number of values in the smallest call.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ActivationRange:
     ) -> None:
         self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
         self.values = math.inf
-        # Put together when they are asked for: on a GPU that would be four more kernels a call.
+        # Combined only on access: on a GPU that would take four more kernels per call.
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._known: _Known | None = None
         if minimum is not None and maximum is not None:
@@ -55,7 +55,8 @@ class ActivationRange:
             self._known = _Known(minimum, maximum, peak if lowest_peak is None else lowest_peak)
 
     def update(self, x: torch.Tensor, with_histogram: bool = True) -> None:
-        """Widen the range by ``x`` (any float dtype and shape) and keep its histogram; never waits for a GPU."""
+        """Extend the range to ``x`` (any float dtype and shape) and keep its histogram; never synchronizes with a
+        GPU."""
         low, high = torch.aminmax(x)
         self.values = min(self.values, x.numel())
         self._bounds.append((low, high))
@@ -63,14 +64,14 @@ class ActivationRange:
             self.histograms.append(_histogram(x, low.float(), high.float()))
 
     def copied(self) -> ActivationRange:
-        """The same, that goes on by itself."""
+        """An independent copy."""
         other = ActivationRange()
         other.histograms, other._bounds = list(self.histograms), list(self._bounds)
         other.values, other._known = self.values, self._known
         return other
 
     def joined(self, other: ActivationRange) -> ActivationRange:
-        """What was seen of either, without histograms."""
+        """The union of both ranges, without histograms."""
         both = self.copied()
         both.histograms.clear()
         parts = [known for known in (self._settled(), other._settled()) if known is not None]
@@ -79,32 +80,31 @@ class ActivationRange:
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing has been seen."""
+        """Whether no call has been observed."""
         return self._known is None and not self._bounds
 
     @property
     def minimum(self) -> float | None:
-        """The least value of all calls, exact; None before the first."""
+        """The exact minimum over all calls; None before the first."""
         known = self._settled()
         return None if known is None else known.minimum
 
     @property
     def maximum(self) -> float | None:
-        """The largest value of all calls, exact; None before the first."""
+        """The exact maximum over all calls; None before the first."""
         known = self._settled()
         return None if known is None else known.maximum
 
     @property
     def lowest_peak(self) -> float:
-        """The largest magnitude of the call in which that was least; infinite before the first.
-
-        Calls that were all zeros do not count, since zeros are exact in any range."""
+        """The least, over all calls, of a call's largest magnitude; infinite before the first. Calls with only zeros do
+        not count, since zeros are exact in any range."""
         known = self._settled()
         return math.inf if known is None else known.lowest_peak
 
     def _settled(self) -> _Known | None:
         if self._bounds:
-            # Not left on a GPU, where a few bytes keep a large block of memory from being given back.
+            # Not kept on a GPU, where a few bytes keep a large block of memory allocated.
             lows, highs = (torch.stack(bounds).float().cpu() for bounds in zip(*self._bounds, strict=True))
             peaks = torch.maximum(-lows, highs)
             peaks[peaks == 0] = math.inf
@@ -114,13 +114,13 @@ class ActivationRange:
         return self._known
 
     def is_finite(self) -> bool:
-        """Whether anything has been seen, and nothing but finite numbers."""
+        """Whether a call has been observed, and all values were finite."""
         known = self._settled()
         return known is not None and math.isfinite(known.minimum) and math.isfinite(known.maximum)
 
 
 class _Known(NamedTuple):
-    """Of one call or several; NaN where any of them had one."""
+    """The range of one or several calls; NaN if any value was NaN."""
 
     minimum: float
     maximum: float
@@ -128,24 +128,24 @@ class _Known(NamedTuple):
 
     @classmethod
     def of(cls, parts: Sequence[_Known]) -> _Known:
-        """Of all calls together."""
+        """The range of all calls together."""
         lows, highs, peaks = torch.tensor(parts, dtype=torch.float64, device="cpu").unbind(1)
         return cls(float(lows.amin()), float(highs.amax()), float(peaks.amin()))
 
 
 def _histogram(x: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Flatten in memory order, which copies nothing.
+    # Flattened in memory order, which needs no copy.
     flat = x.permute(*sorted(range(x.dim()), key=x.stride, reverse=True)).reshape(-1)
     step = max(1, flat.numel() // SAMPLES)
-    while math.gcd(step, flat.numel()) > 1:  # else it would visit only some of the channels
+    while math.gcd(step, flat.numel()) > 1:  # otherwise it would visit only some of the channels
         step += 1
     flat = flat[::step].float()
     width = (high - low) / BINS
-    # Bounds that are equal or not finite give NaN. torch.histc is slower, and wants the bounds as numbers.
+    # Bounds that are equal or not finite give NaN. torch.histc is slower, and needs the bounds as Python numbers.
     bins = ((flat - low) / width).nan_to_num_(0).clamp_(0, BINS - 1).long()
     counts = torch.zeros(BINS, dtype=torch.float32, device=x.device).scatter_add_(0, bins, torch.ones_like(flat))
-    # The sample misses what occurs once in a million values, and that may be what a picture hangs on. The bounds, which
-    # are exact, count like two values more, so that nothing clips them for next to nothing.
+    # The sample misses values that occur once in a million, which may matter for the image. The exact bounds are added
+    # as two more values, so that clipping them has a cost.
     counts[:: BINS - 1].add_(1)
     centres = low + (torch.arange(BINS, dtype=torch.float32, device=x.device) + 0.5) * width
     return counts / (flat.numel() + 2), centres
@@ -155,21 +155,21 @@ def freeze(observed: ActivationRange, format: Format, method: str) -> torch.Tens
     """The float32 [3] ``qparams`` of ``ops.quantize``, on the CPU: 1 / scale, zero point and scale.
 
     Zero stays exactly representable, as zero padding needs. ``method`` "minmax" covers the whole range; "percentile"
-    leaves the outermost values out, whose share is 10**-4; "mse" clips each end where rounding and clipping together
-    cost the least squared error (Banner et al., "Post training 4-bit quantization of convolutional networks for
+    excludes the outermost values, a share of 10**-4; "mse" clips each end where the squared error of rounding and
+    clipping together is least (Banner et al., "Post training 4-bit quantization of convolutional networks for
     rapid-deployment", 2019, equation 3, over the observed distribution).
     """
     return _qparams(*wanted(observed, format, method), format)
 
 
 def wanted(observed: ActivationRange, format: Format, method: str) -> tuple[float, float]:
-    """The range that ``freeze`` lays onto a format's ``span``."""
+    """The range that ``freeze`` maps to a format's ``span``."""
     minimum, maximum = observed.minimum, observed.maximum
     assert minimum is not None and maximum is not None
     low, high = min(minimum, 0.0), max(maximum, 0.0)
     if format.limits[0]:  # symmetric
         low, high = min(low, -high), max(high, -low)
-    # A floating format rounds relative to each value, so clipping would gain nothing.
+    # A floating-point format rounds relative to each value, so clipping gains nothing.
     if method != "minmax" and observed.histograms and not format.activation.is_floating_point:
         shares, centres = (torch.cat(parts).cpu() for parts in zip(*observed.histograms, strict=True))
         clip = _clipped if method == "mse" else _percentile
@@ -178,8 +178,8 @@ def wanted(observed: ActivationRange, format: Format, method: str) -> tuple[floa
 
 
 def widened(qparams: torch.Tensor, low: float, high: float, format: Format) -> torch.Tensor:
-    """Quantization parameters that cover the range from ``low`` <= 0 to ``high`` >= 0 as well; ``qparams`` itself if
-    nothing of it is clipped, or in a floating format next to nothing of the headroom gone."""
+    """Quantization parameters that cover the range from ``low`` <= 0 to ``high`` >= 0 as well; ``qparams`` itself if it
+    clips none of that range, or, in a floating-point format, if hardly any of the headroom is used."""
     inverse, zero_point, _ = values = qparams.tolist()
     lowest, highest = format.limits
     margin = -_SPARED * highest if format.activation.is_floating_point else 0.5
@@ -196,17 +196,17 @@ def doubled(qparams: torch.Tensor, format: Format) -> torch.Tensor:
 
 
 def covered(qparams: Sequence[float], format: Format) -> tuple[float, float]:
-    """The observed range that quantization parameters are for, as ``freeze`` makes them."""
+    """The observed range from which ``freeze`` computes these quantization parameters."""
     low, high = _range(qparams, format)
     return low / format.headroom, high / format.headroom
 
 
 def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: Format, method: str) -> bool:
-    """Whether ``freeze`` and ``widened`` can have made these of such a range, from whatever histograms."""
+    """Whether ``freeze`` and ``widened`` can have computed these from such a range, with any histograms."""
     whole = _range(freeze(observed, format, "minmax").tolist(), format)
     method = "minmax" if format.activation.is_floating_point else method
     least = {"minmax": 1.0, "mse": _CLIP_RATIOS[-1]}.get(method, 0.0)
-    # Zero points are rounded, which moves both ends, and what is beyond by next to nothing widens no range.
+    # Rounding the zero point moves both ends, and values only slightly beyond the range do not widen it.
     margin = 2 * qparams[2]
     least -= _SPARED if format.activation.is_floating_point else 0
     return all(
@@ -217,7 +217,7 @@ def is_frozen_from(qparams: Sequence[float], observed: ActivationRange, format: 
 
 def _qparams(low: float, high: float, format: Format) -> torch.Tensor:
     lowest, highest = format.span
-    # A layer that only ever saw zeros still needs a scale that is positive.
+    # A layer whose inputs were all zeros still needs a positive scale.
     scale = max((high - low) / (highest - lowest), LEAST_SCALE)
     zero_point = 0 if format.limits[0] else round(min(max(lowest - low / scale, lowest), highest))
     return torch.tensor([1 / scale, zero_point, scale], dtype=torch.float32, device="cpu")
@@ -230,16 +230,15 @@ def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
 
 
 def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
-    """The largest share of values that any observed call has beyond the range; see ``clip_counting.clipped``.
-
-    Of as many values again, one is expected at each end beyond all that were observed.
+    """The largest share of values outside the range in any observed call; see ``clip_counting.clipped``. Among equally
+    many new values, one is expected at each end beyond all observed ones.
     """
     inverse, zero_point, _ = qparams.tolist()
     lowest, highest = format.limits
     largest, unseen = 0.0, 2 / observed.values if observed.histograms and observed.values >= FEW else 0.0
     for shares, centres in observed.histograms:
         q = centres * inverse + zero_point
-        # Half a step rounds to a limit, and a bin reaches an eighth of one beyond its centre.
+        # Values within half a step round to a limit, and a bin extends an eighth of a step beyond its centre.
         clipped = (q > highest - 0.625) | (q < lowest + 0.625)
         largest = max(largest, float(shares[clipped].sum()))
     return min(largest + unseen, 1.0)
@@ -248,7 +247,7 @@ def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Form
 def _clipped(
     shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, format: Format
 ) -> tuple[float, float]:
-    """The range whose squared error is least: first of its upper ends, then of its lower ones; of both if symmetric."""
+    """The range with the least squared error: searches upper ends, then lower ends; both at once if symmetric."""
     levels = format.span[1] - format.span[0]
     if format.limits[0]:
         ratio = min(_CLIP_RATIOS, key=lambda ratio: _squared_error(shares, centres, low * ratio, high * ratio, levels))
@@ -261,7 +260,7 @@ def _clipped(
 def _percentile(
     shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, format: Format
 ) -> tuple[float, float]:
-    """The range that leaves the share ``_CLIPPED_SHARE`` of the values out, half of it at each end."""
+    """The range that excludes the share ``_CLIPPED_SHARE`` of the values, half of it at each end."""
     if format.limits[0]:
         centres = centres.abs()
     centres, order = centres.sort()
@@ -278,7 +277,8 @@ def _percentile(
 
 
 def _squared_error(shares: torch.Tensor, centres: torch.Tensor, low: float, high: float, levels: float) -> float:
-    """Rounding spreads evenly over a step, so it costs step**2 / 12 within the range; clipping costs its distance."""
+    """Rounding errors are uniform over a step, so their square is step**2 / 12; clipping errors are distances
+    squared."""
     step = (high - low) / levels
     beyond = centres - centres.clamp(low, high)
     return float((shares * torch.where(beyond == 0, step**2 / 12, beyond.square())).sum())

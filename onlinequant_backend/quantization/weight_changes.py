@@ -11,7 +11,7 @@ a new Parameter (ComfyUI's LoRA)                no
 ``w.data += d``, ``w.data.copy_`` (PEFT)        yes          same        same
 ==============================================  ===========  ==========  =========
 
-The last one can only be seen in the values: a few of each weight are compared at every call.
+The last one shows only in the values: a sample of each weight is compared at every call.
 """
 
 from __future__ import annotations
@@ -29,20 +29,19 @@ from .freed_weights import sentinel_values
 if TYPE_CHECKING:
     from ..kernels.nvidia import snapshot
 
-# Values compared of each weight at every call. Merging a LoRA moves nearly every value of many weights at once.
+# The number of values compared per weight and call. Merging a LoRA changes nearly every value of many weights.
 _SAMPLES = 2
 _pointer_of = torch.Tensor.data_ptr
 _version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
 
 class Snapshot:
-    """How several weights were at one time; tells cheaply whether any has changed.
-
-    ``freed``: of each weight, whether it is hollow. It has no references to the weights, but views of their memory.
+    """A snapshot of several weights that shows at low cost whether any has changed. ``freed``: for each weight, whether
+    it is hollow. The snapshot has no references to the weights, only views of their memory.
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], freed: Sequence[bool]) -> None:
-        self._counted = [not weight.is_inference() for weight in weights]  # inference tensors count no versions
+        self._counted = [not weight.is_inference() for weight in weights]  # inference tensors have no version counter
         self._versions = self._versions_of(weights)
         self._pointers = list(map(_pointer_of, weights))
         alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
@@ -54,9 +53,8 @@ class Snapshot:
             self._gpu_samples = [_gpu_samples(views) for (_, device), views in alike.items() if device.type == "cuda"]
 
     def is_current(self, weights: Sequence[torch.Tensor]) -> bool:
-        """Whether these weights, identical to the snapshot's, are as they were.
-
-        Values on a GPU are not looked at: see ``begin_check``. Runs at every call, so it is quick.
+        """Whether these weights, the same objects as in the snapshot, are unchanged. Does not check values on a GPU:
+        see ``begin_check``. Runs at every call, so it is fast.
         """
         if self._versions_of(weights) != self._versions:
             return False
@@ -65,9 +63,8 @@ class Snapshot:
         return not any(samples.have_changed() for samples in self._samples)
 
     def begin_check(self) -> bool:
-        """Have GPUs compare sampled values with the snapshot, in front of what they are given next.
-
-        Returns whether there is an answer to be waited for; none while the caller captures a CUDA graph.
+        """Queue a comparison of sampled values with the snapshot on the GPUs. Returns whether a result is pending;
+        there is none while the caller captures a CUDA graph.
         """
         if not self._gpu_samples or torch.cuda.is_current_stream_capturing():
             return False
@@ -76,7 +73,7 @@ class Snapshot:
         return True
 
     def end_check(self) -> bool:
-        """Wait for what ``begin_check`` began: whether no value had changed."""
+        """Wait for the comparison that ``begin_check`` queued; returns whether no value has changed."""
         return not any(samples.end() for samples in self._gpu_samples)
 
     def _versions_of(self, weights: Sequence[torch.Tensor]) -> list[int]:
@@ -84,8 +81,8 @@ class Snapshot:
 
 
 def addresses_and_versions(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
-    """What changes with most changes of ``weights``, and costs no look at their values; None where some have no single
-    address, as quantized ones."""
+    """Addresses and versions, which show most changes of ``weights`` without reading their values; None if some weight,
+    such as a quantized one, has no single address."""
     if any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights):
         return None
     return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights]
@@ -93,7 +90,7 @@ def addresses_and_versions(weights: Sequence[torch.Tensor]) -> list[tuple[int, i
 
 @dataclasses.dataclass
 class Stamp:
-    """What tells one state of a weight from another: finer than a snapshot, for use off the fast path."""
+    """Identifies one state of a weight, with more samples than a snapshot; not for the fast path."""
 
     pointer: int
     version: int | None
@@ -102,7 +99,7 @@ class Stamp:
     @classmethod
     def of(cls, weight: torch.Tensor) -> Stamp:
         version = None if weight.is_inference() else weight._version
-        # Bits, for NaN is not equal to NaN. Not left on a GPU, see ``weight_copy.make_room``.
+        # As bits, since NaN is not equal to NaN. Not kept on a GPU, see ``weight_copy.make_room``.
         values = sample(weight, 4096).to("cpu", copy=True).view(torch.uint8)
         return cls(weight.data_ptr(), version, values)
 
@@ -112,7 +109,7 @@ class Stamp:
 
 
 def _sample_view(weight: torch.Tensor) -> torch.Tensor:
-    """A few of a weight's values, of its middle column (or tap): that is a view whatever gaps its memory has."""
+    """A sample of a weight's values, from its middle column (or tap): a view even if the memory has gaps."""
     for size in weight.shape[1:]:
         weight = weight.select(1, size // 2)
     return sample(weight, _SAMPLES)
@@ -123,7 +120,7 @@ class _Samples:
 
     def __init__(self, views: list[torch.Tensor]) -> None:
         self._views = views
-        self._bits = torch.cat(views).view(torch.uint8)  # NaN is not equal to NaN, its bits are
+        self._bits = torch.cat(views).view(torch.uint8)  # as bits, since NaN is not equal to NaN
 
     def have_changed(self) -> bool:
         return not torch.equal(torch.cat(self._views).view(torch.uint8), self._bits)

@@ -1,8 +1,7 @@
-"""The 8-bit copies of weights, and which of them are being read.
-
-Threads may run models that have weights in common, so two rules hold wherever something is written that calls read:
-``copies_lock`` is held and ``Generation.number`` moves before anybody asks what is read elsewhere. A call says what it
-reads before it looks at the number. So either the writer knows of the call, or the call waits for the writer.
+"""The 8-bit copies of weights, and which of them are being read. Threads may run models that share weights, so code
+that writes data which calls read follows two rules: it holds ``copies_lock``, and it increments ``Generation.number``
+before it checks which data other threads read. A call registers what it reads before it compares the number. So either
+the writer sees the call, or the call waits for the writer.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ if TYPE_CHECKING:
     from .merged_weight import MergedWeight
 
 
-# Held while 8-bit copies and ranges are written, handed to a compiled graph or released. A call in another thread keeps
-# those that it was given for as long as it runs.
+# Held while 8-bit copies and ranges are written, passed to a compiled graph or released. A call in another thread keeps
+# those that were passed to it for as long as it runs.
 copies_lock = fork_locks.rlock()
 _running: list[Call] = []
 
 
 class Generation:
-    """Counts how often anything that calls read was written or marked as stale; moved with ``copies_lock`` held.
+    """Counts how often data that calls read was written or marked as stale; incremented with ``copies_lock`` held.
 
     Attributes:
-        copies: how often a copy came or went, or a model began to run on some.
+        copies: how often a copy was created or released, or a model began to use copies.
     """
 
     number = 0
@@ -74,19 +73,19 @@ def _forget_others() -> None:
     _running[:] = [call for call in _running if call.thread == this_thread]
 
 
-fork_locks.in_child(_forget_others)  # it has no other threads
+fork_locks.in_child(_forget_others)  # the child has no other threads
 
 
 class Copy:
-    """The 8-bit copy of a weight. It may become that of another one, which has taken the weight's place in the model.
+    """The 8-bit copy of a weight. Another weight that replaces it in the model may take the copy over.
 
     Attributes:
-        geometry, format: what it depends on beside the weight.
+        geometry, format: what the copy depends on besides the weight.
         weight, weight_scale: the copy, or None.
-        merged: what it is a part of, or None.
-        in_use: whether a graph runs on it.
-        room: memory for the copy that is about to be made, and for its scales.
-        freed: whether the float weight is gone, so that it cannot be made anew.
+        merged: the merged weight that it is a part of, or None.
+        in_use: whether a graph uses it.
+        room: memory allocated for the next copy and its scales.
+        freed: whether the float weight was freed, so that the copy cannot be made again.
     """
 
     def __init__(self, geometry: ConvGeometry | None, format: Format) -> None:
@@ -104,20 +103,19 @@ class Copy:
 
     @property
     def source(self) -> torch.Tensor | None:
-        """The weight that this is a copy of; None if there is none, or not any more."""
+        """The weight that this is a copy of; None if there is none, or if it no longer exists."""
         return self._source()
 
     def is_current(self, weight: torch.Tensor) -> bool:
-        """Whether this is the copy of ``weight`` as it is now."""
+        """Whether this is a copy of the current values of ``weight``."""
         if self.weight is None or self.source is not weight or self._stamp is None:
             return False
         return self._stamp.matches(Stamp.of(weight))
 
     def is_claimed(self, weight: torch.Tensor) -> bool:
-        """Whether another weight than ``weight`` goes on needing this copy, so that it cannot be taken over.
-
-        Another model's does that runs in another thread, or has taken this copy from ``weight`` itself. Otherwise the
-        other weight most likely is put aside for as long as ``weight`` is in its place, as ComfyUI does.
+        """Whether a weight other than ``weight`` still needs this copy, so that it cannot be taken over. That is so if
+        its model runs in another thread, or has taken this copy from ``weight`` itself. Otherwise the other weight is
+        most likely set aside while ``weight`` is in its place, as in ComfyUI.
         """
         if self.source is None or self.source is weight:
             return False
@@ -136,9 +134,9 @@ class Copy:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change; into
         new ones while a call in another thread reads these. ``smoothing``: see ``quantize_weight``."""
         self.check_not_freed()
-        stamp = Stamp.of(weight)  # before that: another thread may change the weight meanwhile
+        stamp = Stamp.of(weight)  # before reading the weight, which another thread may change meanwhile
         with copies_lock, torch.inference_mode(False), torch.no_grad():
-            self.forget()  # before that: an interrupt may leave it half written
+            self.forget()  # before writing, since an interrupt may leave it half written
             if self._is_read_elsewhere():
                 self._renew()
             self._remember(weight)
@@ -154,7 +152,7 @@ class Copy:
             self._stamp = stamp
 
     def _remember(self, weight: torch.Tensor) -> None:
-        """Note which weight this is the copy of, and of which ones it was."""
+        """Record the source weight and the former ones."""
         if self.source is not weight:
             known = [former for former in (*self._former, self._source) if former() is not None]
             self._former = list({id(former()): former for former in known if former() is not weight}.values())
@@ -195,39 +193,39 @@ class Copy:
         return scales
 
     def forget(self) -> Stamp | None:
-        """Drop the claim to be up to date; returns what it was based on."""
+        """Mark the copy as stale; returns the stamp of its source."""
         with copies_lock:
             stamp, self._stamp = self._stamp, None
             Generation.number += 1
             return stamp
 
     def recall(self, stamp: Stamp | None) -> None:
-        """Take back what ``forget`` has returned: this still is what the weight, as it was then, gives."""
+        """Undo ``forget``, with the stamp that it returned: the copy still belongs to that state of the weight."""
         self._stamp = stamp
 
     def restamp(self, weight: torch.Tensor) -> None:
-        """Take ``weight`` as it is now for what this was made of."""
+        """Record the current state of ``weight`` as the one that this was made of."""
         self._source = weak_reference(weight)
         self._stamp = Stamp.of(weight)
 
     def check_not_freed(self) -> None:
-        """Raise FreedWeightsError if the float weight that this would be made of is gone."""
+        """Raise FreedWeightsError if the float weight for this copy was freed."""
         if self.freed:
             raise FreedWeightsError(
-                "A weight was changed or asked for after its float values were given up (free_float_weights=True). "
+                "A weight was changed or needed after its float values were freed (free_float_weights=True). "
                 "Load the model again; to change weights, as a LoRA does, compile with free_float_weights=False."
             )
 
     def drop(self) -> None:
-        """Free it, unless a graph runs on it."""
+        """Free the copy, unless a graph uses it."""
         if not self.in_use:
             self.weight = self.weight_scale = None
             Generation.copies += 1
 
     def release(self) -> int:
-        """Give it up although graphs run on it; returns its bytes. What shares its memory goes as well."""
+        """Free the copy although graphs use it; returns its bytes. Frees copies that share its memory as well."""
         sharing = self._sharing()
-        if any(copy.freed for copy in sharing):  # there is nothing that it could be made of again
+        if any(copy.freed for copy in sharing):  # it could not be made again
             return 0
         freed = sum(copy.nbytes() for copy in sharing)
         for copy in sharing:
@@ -237,16 +235,15 @@ class Copy:
         return freed
 
     def nbytes(self) -> int:
-        """The memory that it takes."""
+        """The memory of the copy in bytes."""
         return 0 if self.weight is None else self.weight.nbytes
 
 
 def make_room(copies: Sequence[Copy], weights: Sequence[torch.Tensor]) -> None:
-    """Allocate what ``requantize`` will need to make ``copies`` of ``weights``, as far as there are none yet.
-
-    With the room of all copies allocated first, what is allocated only to quantize them leaves no holes between them: a
-    GPU's memory is given back in large pieces, none of which may hold so much as a scale. Several linear layers' copies
-    will be one merged weight, most likely, so they lie one after the other, as ``MergedWeight`` wants them.
+    """Allocate the memory that ``requantize`` needs to make ``copies`` of ``weights``, for those that do not exist yet.
+    Allocating all copies first keeps temporary tensors of the quantization from leaving gaps between them: a GPU's
+    memory is freed in large segments, and only if no tensor, not even a scale, is in them. Copies of several linear
+    layers will most likely be merged, so they are allocated one after the other, as ``MergedWeight`` needs them.
     """
     new = [(copy, weight) for copy, weight in zip(copies, weights, strict=True) if copy.needs_room()]
     with torch.inference_mode(False):
@@ -262,6 +259,6 @@ def make_room(copies: Sequence[Copy], weights: Sequence[torch.Tensor]) -> None:
 
 
 def _can_be_one(weights: Sequence[torch.Tensor]) -> bool:
-    # Each part may also be read alone, by kernels that want addresses which are multiples of 16.
+    # Each part may also be read alone, by kernels that require addresses that are multiples of 16.
     alike = len({(weight.dim(), weight.shape[1:], weight.device) for weight in weights}) == 1
     return alike and weights[0].dim() == 2 and all(weight.numel() % 16 == 0 for weight in weights)

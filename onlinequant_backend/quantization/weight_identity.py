@@ -1,7 +1,6 @@
-"""What may be referred to weakly in the place of a tensor of the user's.
-
-torch swaps no tensors that weak references exist of, as ``module.to()`` does under
-``torch.__future__.set_swap_module_params_on_conversion(True)`` and always with weights of a tensor subclass.
+"""Weak references to users' tensors that do not get in the way of torch. torch refuses to swap tensors that have weak
+references. ``module.to()`` swaps them under ``torch.__future__.set_swap_module_params_on_conversion(True)`` and always
+with weights of a tensor subclass.
 """
 
 from __future__ import annotations
@@ -17,9 +16,8 @@ from ..torch_internals import weak_references
 
 
 class WeakKey:
-    """Lives for as long as one tensor, whatever that is swapped with; call it for the tensor.
-
-    It has the only weak reference to the tensor that this package makes.
+    """Lives as long as one tensor, also if that is swapped; calling it returns the tensor. It holds this package's only
+    weak reference to the tensor.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -27,7 +25,7 @@ class WeakKey:
         self._reference: Callable[[], Any] = weak_references.HarmlessReference(tensor, forget)
 
     def __call__(self) -> torch.Tensor | None:
-        """The tensor, or None once it is gone."""
+        """The tensor, or None if it no longer exists."""
         found: torch.Tensor | None = self._reference()
         return found
 
@@ -36,7 +34,7 @@ _weak_keys: dict[int, WeakKey] = {}
 
 
 def weak_key(tensor: torch.Tensor) -> WeakKey:
-    """The one for ``tensor``: always the same."""
+    """The key of ``tensor``: always the same object."""
     known = _weak_keys.get(id(tensor))
     if known is None:
         known = _weak_keys.setdefault(id(tensor), WeakKey(tensor))  # another thread may have been first

@@ -4,8 +4,7 @@ A ``Layer`` is the state of one place at which a weight is used in this process.
 weight's identity and the number of the place, because one model reaches the backend as several graphs (another shape,
 ``no_grad`` then ``inference_mode``), and all of them must share one calibration.
 
-A ``WeightSet`` is the layers that one call of one graph brings along. How it notices that one of their weights has
-changed is in ``weight_changes``.
+A ``WeightSet`` holds the layers of one call of one graph. ``weight_changes`` detects that a weight has changed.
 """
 
 from __future__ import annotations
@@ -30,14 +29,15 @@ from .weight_identity import weak_key
 
 
 class Releasable(Protocol):
-    """What a compiled graph has prepared for a set of weights."""
+    """The state that a compiled graph has prepared for a set of weights."""
 
     def release(self) -> None:
-        """Give back the memory of CUDA graphs."""
+        """Free the memory of CUDA graphs."""
 
 
 def places(weights: Iterable[int]) -> list[int]:
-    """Of each layer, how many before it have the same weight; ``weights``: what identifies each layer's."""
+    """For each layer, the number of earlier ones with the same weight; ``weights``: identities of the layers'
+    weights."""
     seen: Counter[int] = Counter()
     numbers = []
     for weight in weights:
@@ -47,19 +47,18 @@ def places(weights: Iterable[int]) -> list[int]:
 
 
 class WeightSet(CalibratedLayers):
-    """The weights that one call brings along, their layers, and a snapshot that tells cheaply whether any has changed.
-
-    ``together``: indices of layers whose copies most likely will be merged, for each merged one.
+    """The weights of one call, their layers, and a snapshot that shows at low cost whether any has changed.
+    ``together``: for each expected merged weight, the indices of its layers.
 
     Attributes:
-        layout: stands for the strides and dtypes of all parameters.
-        kind: stands for that, the selection, and which layers are smoothed alike: all that a graph is compiled for.
-        selection: indices of the layers that run in 8 bit; None until they do.
-        prepared: of each compiled graph, how it is called with these weights.
-        generation: stands for the copies and ranges that this set has been brought up to date with last.
-        changed: the copies that ``follow`` has made again.
-        ids: the parameters' identities. A set must not keep a model alive that its user has dropped, so it has no
-            references; ``alive`` turns False with the first parameter that dies, since identities may then recur.
+        layout: identifies the strides and dtypes of all parameters.
+        kind: identifies the layout, the selection and the smoothing: all properties that a graph is compiled for.
+        selection: indices of the quantized layers; None before the selection.
+        prepared: for each compiled graph, its state for calls with these weights.
+        generation: the generation of the copies and ranges with which this set was last brought up to date.
+        changed: the copies that ``follow`` quantized again.
+        ids: the parameters' identities. A set must not keep a dropped model alive, so it has no references; ``alive``
+            becomes False when the first parameter is deleted, since its identity may then be reused.
     """
 
     def __init__(
@@ -96,13 +95,13 @@ class WeightSet(CalibratedLayers):
         self.alive = False
         self._left -= 1
         if not self._left and self._snapshot is not None:
-            # Nobody can call it again, and whether the graph is called again, with another model, nobody knows. The
-            # snapshot has views of the weights' memory.
+            # The set cannot be called again, and the graph may not be called with another model. The snapshot has views
+            # of the weights' memory.
             self.prepared.clear()
             self.layers, self._snapshot, self._watched = (), None, None
 
     def overlap(self, parameters: Mapping[str, torch.Tensor]) -> int:
-        """How many of these parameters, by qualified name, are in this set under the same name."""
+        """The number of these parameters, by qualified name, that are in this set under the same name."""
         return sum(
             name in self._guards and self._guards[name]() is weak_key(weight) for name, weight in parameters.items()
         )
@@ -113,7 +112,7 @@ class WeightSet(CalibratedLayers):
         return any(id(parameter()) in ids for parameter in known if parameter is not None)
 
     def layer(self, name: str, place: int = 0) -> Layer | None:
-        """The layer whose weight has this name, at so many places of this name after its first."""
+        """The layer whose weight has this name, at the place with this number, from 0."""
         index = self._index.get((name, place))
         return None if index is None else self.layers[index]
 
@@ -122,23 +121,23 @@ class WeightSet(CalibratedLayers):
         return all(guard() is None for guard in self._guards.values())
 
     def rest(self, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Those of a call's parameters that are no layer's weight, as biases and norms, by name."""
+        """A call's parameters that are not weights of layers, such as biases and norms, by name."""
         weights = set(self._candidates)
         named = zip(self._guards, parameters, strict=True)
         return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
 
     def start_over(self) -> None:
-        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user requested it."""
         for layer in self.layers:
             layer.start_over()
         self.selection = None
 
     def was_called_once(self) -> bool:
-        """Whether it was observed for one call, or none, and never in 8 bit."""
+        """Whether it was observed for at most one call and was never quantized."""
         return self.selection is None and bool(self.layers) and all(layer.calls <= 1 for layer in self.layers)
 
     def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
-        """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were not."""
+        """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were stale."""
         stale: set[Copy] = set()
         with copies_lock, self.room(parameters, indices):
             # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
@@ -148,14 +147,14 @@ class WeightSet(CalibratedLayers):
                     self._claim(index, weight)
                     layer = self.layers[index]
                     if not layer.is_current(weight):
-                        self.changed.add(layer.copy)  # first: an interrupt may come meanwhile
+                        self.changed.add(layer.copy)  # before quantizing, which may be interrupted
                         stale.add(layer.copy)
                         layer.requantize(weight)
         return len(stale)
 
     @contextlib.contextmanager
     def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
-        """Within the block, there is room for the copies that these layers do not have yet; see ``make_room``."""
+        """Within the block, memory is allocated for the missing copies of these layers; see ``make_room``."""
         for index in indices:
             self.layers[index].make_room()
         wanted = set(indices)
@@ -173,7 +172,7 @@ class WeightSet(CalibratedLayers):
                 copy.room = None
 
     def _claim(self, index: int, weight: torch.Tensor) -> None:
-        """Have a layer's copy be one that ``weight`` may be quantized into."""
+        """Ensure that ``weight`` may be quantized into the layer's copy."""
         self.layers[index].choose_copy()
         if self.layers[index].copy.source is weight:
             return
@@ -184,17 +183,17 @@ class WeightSet(CalibratedLayers):
             self._replace(index, layer)
 
     def _replace(self, index: int, layer: Layer) -> None:
-        # As a whole: calls in other threads go on reading the layers that they began with.
+        # Replaces the whole list: calls in other threads keep reading the layers that they began with.
         self.layers = (*self.layers[:index], layer, *self.layers[index + 1 :])
 
     def merge(self, indices: Sequence[int]) -> MergedWeight | None:
-        """One weight of those of the linear layers at ``indices``; None if one of them is part of another already."""
+        """The merged weight of the linear layers at ``indices``; None if one of them is part of another one already."""
         return merged_weight([self.layers[index].copy for index in indices])
 
     def extra(self, what: str, of: int | tuple[int, ...]) -> torch.Tensor:
-        """An extra input of a compiled graph: what rewriting calls ``what``, of a layer or of a merged weight."""
+        """The extra input ``what`` of a compiled graph, as named by rewriting, for a layer or a merged weight."""
         for index in (of,) if isinstance(of, int) else of:
-            self.layers[index].restore_copy()  # may have been released since the call looked whether it is current
+            self.layers[index].restore_copy()  # may have been released since the check whether it is current
         if isinstance(of, int):
             found = getattr(self.layers[of], what)
         else:
@@ -204,7 +203,7 @@ class WeightSet(CalibratedLayers):
         return found
 
     def _merge_apart(self, indices: Sequence[int]) -> MergedWeight:
-        """``merge`` of copies of their own: another model with some of these weights has merged those with others."""
+        """``merge`` with new copies: another model with some of these weights has merged those with other ones."""
         for index in indices:
             weight = self.layers[index].copy.source
             assert weight is not None
@@ -216,18 +215,18 @@ class WeightSet(CalibratedLayers):
         return merged
 
     def select(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> None:
-        """Run the layers at ``indices`` in 8 bit from now on; the others' 8-bit copies are freed."""
+        """Select the layers at ``indices`` for 8-bit execution; frees the 8-bit copies of the others."""
         self._bring_up_to_date(parameters, indices)
         for index in indices:
             self.layers[index].copy.in_use = True
         for layer in self.layers:
             layer.copy.drop()
         self.changed.clear()
-        self.selection = tuple(indices)  # last: from now on other threads may run
+        self.selection = tuple(indices)  # last, since other threads may use it from now on
         Generation.copies += 1
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Give up the float values of the layers that run in 8 bit; returns how many bytes that frees."""
+        """Free the float weights of the quantized layers; returns the freed bytes."""
         assert self.selection is not None
         in_float = {candidate for i, candidate in enumerate(self._candidates) if i not in self.selection}
         full = {
@@ -243,36 +242,34 @@ class WeightSet(CalibratedLayers):
         return freed
 
     def has_freed(self) -> bool:
-        """Whether any layer's float weight is gone."""
+        """Whether any layer's float weight was freed."""
         return any(layer.copy.freed for layer in self.layers)
 
     def check_not_freed(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Raise FreedWeightsError if one of ``parameters`` is, so that the float graph cannot run."""
+        """Raise FreedWeightsError if one of ``parameters`` was freed, so that the float graph cannot run."""
         ids = set(map(id, parameters))
         for layer in self.layers:
             if layer.copy.freed and id(layer.copy.source) in ids:
                 layer.copy.check_not_freed()
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
-        """Quantize what has changed again, in place; returns how many copies that were. They are among ``changed``,
-        which whoever has done all that is to be done about it clears."""
+        """Quantize changed weights again, in place; returns the number of copies. Adds these to ``changed``, which the
+        caller clears once it has handled them."""
         assert self.selection is not None
         return self._bring_up_to_date(parameters, self.selection)
 
     def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
         watched = getter([self._candidates[index] for index in selection])
         with copies_lock:
-            # Taken before quantizing, so that what another thread changes meanwhile is noticed at the next call.
+            # Taken before quantizing, so that the next call detects changes by other threads meanwhile.
             snapshot = Snapshot(watched(parameters), [self.layers[index].copy.freed for index in selection])
             changed = self.quantize(parameters, selection)
             self._watched, self._snapshot, self.generation = watched, snapshot, Generation.number
         return changed
 
     def is_current(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """Whether every 8-bit copy still is what these parameters, identical to the set's, would give.
-
-        Runs at every call, so it is quick. Another set may have quantized a layer that both share for other weights:
-        the generation tells.
+        """Whether every 8-bit copy still belongs to these parameters, the same objects as in the set. Runs at every
+        call, so it is fast. The generation shows whether another set quantized a shared layer for other weights.
         """
         if self.generation != Generation.number:
             return False
@@ -280,13 +277,13 @@ class WeightSet(CalibratedLayers):
         return self._snapshot.is_current(self._watched(parameters))
 
     def has_same_values(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """Whether the weights have the values that they had when this set was brought up to date, as far as addresses
-        and versions tell."""
+        """Whether, by addresses and versions, the weights have the same values as when this set was brought up to
+        date."""
         assert self._snapshot is not None and self._watched is not None
         return self._snapshot.is_current(self._watched(parameters))
 
     def begin_check(self) -> bool:
-        """See ``Snapshot``: values on a GPU are looked at apart from ``is_current``."""
+        """See ``Snapshot``: values on a GPU are checked separately from ``is_current``."""
         return self._snapshot is not None and self._snapshot.begin_check()
 
     def end_check(self) -> bool:

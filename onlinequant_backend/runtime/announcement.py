@@ -1,4 +1,4 @@
-"""Telling people how calls run from now on."""
+"""Announces how calls run from now on."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _log = logging.getLogger("onlinequant")
 
 
 def announce(report: Report, in_log: bool = True) -> None:
-    """Tell the listener, and the log, what the report sums up."""
+    """Send the report's summary to the listener and the log."""
     summary = report.summary()
     if in_log:
         _log.info("%s", summary)

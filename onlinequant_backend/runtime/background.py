@@ -1,4 +1,4 @@
-"""Work in another thread, under the conditions of the thread that asks for it."""
+"""Work in another thread, with the grad mode, inference mode and listener of the thread that starts it."""
 
 from __future__ import annotations
 
@@ -24,18 +24,17 @@ _all: weakref.WeakSet[Background] = weakref.WeakSet()
 
 
 class _Lost:
-    """Stands for a thread that a fork has not taken along: its work never ends."""
+    """Replaces a thread that does not exist in the child of a fork: its work never ends."""
 
     def is_alive(self) -> bool:
         return True
 
 
 class Background:
-    """At most one piece of work at a time. A process that ends waits for it, with all that compiling needs still there:
-    its result is kept for the next one, and a thread that is stopped within torch aborts the process.
-
-    In a process that is forked meanwhile such work stays undone, and no other is begun, since torch is in the middle of
-    it: whatever is busy then, or is made later, stays so. ``lost`` is called when that is so.
+    """At most one piece of work at a time. A process that exits waits for it while Inductor can still compile: its
+    result is saved in the cache, and stopping a thread within torch aborts the process. In a process forked meanwhile
+    the work never ends and no other is started, since the fork copied torch's state in the middle of it: objects that
+    are busy then, or are created later, stay busy. ``lost`` is called in that case.
     """
 
     _was_forked_at_work = False
@@ -67,10 +66,8 @@ class Background:
             one._be_lost()
 
     def start(self, work: Callable[[], object], conclude: Callable[[], object], device: torch.device) -> None:
-        """Have ``work`` done, which must not raise: in this thread's grad and inference mode, and with its listener.
-
-        ``conclude`` is called when the result can be used and ``is_busy()`` says so. Where there is other work, nothing
-        is done.
+        """Run ``work``, which must not raise, with this thread's grad mode, inference mode and listener. ``conclude``
+        is called when the result can be used and ``is_busy()`` is False. Does nothing while other work runs.
         """
         context = contextvars.copy_context()
         is_inference, has_grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
@@ -96,7 +93,7 @@ class Background:
                 with torch.cuda.device(device):
                     torch.cuda.current_stream().wait_event(is_ready)
                     context.run(beside_others)
-                    # Whoever uses the result may do so on another stream. Waiting for the whole device would make
+                    # The result may be used on another stream. Synchronizing the whole device would make
                     # another thread's capture of a CUDA graph invalid.
                     torch.cuda.current_stream().synchronize()
 
@@ -113,10 +110,10 @@ fork_locks.in_child(Background._after_fork)
 def _wait_at_exit() -> None:
     for thread in list(_threads):
         if thread.is_alive():
-            _log.info("compiling is not done yet; the process ends when it is")
+            _log.info("compiling is not finished; the process exits when it is")
             thread.join()
 
 
-# What was registered last comes first: so before the executors of both modules, which Inductor compiles with, are shut
-# down. ``atexit`` comes after that.
+# Callbacks run in reverse order of registration: this one runs before the executors of both modules, with which
+# Inductor compiles, are shut down. ``atexit`` would run after that.
 getattr(threading, "_register_atexit", atexit.register)(_wait_at_exit)

@@ -1,4 +1,4 @@
-"""One model's place in the cache: who may make its entry, what it is restored from and saved as."""
+"""The cache entry of one model: its lock, and how calibrations are restored from it and saved in it."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _in_vain: set[tuple[Path | None, str]] = set()
 class Entry:
     """The cache entry of one graph with one set of weights.
 
-    Whoever finds none makes it, and holds its lock from before the first observed call until after the compile: other
-    processes that want the same wait for it and then find everything done.
+    A process that finds none creates it, and holds its lock from before the first observed call until after the
+    compile: other processes that need the same entry wait for it and then load everything.
     """
 
     def __init__(
@@ -48,11 +48,11 @@ class Entry:
         _entries.add(self)
 
     def claim(self) -> None:
-        """Wait for the right to make this entry, unless it is there."""
+        """Wait for the entry's lock, unless the entry exists."""
         if not self._waited and not self._cache.has(self.key):
             self._waited = True
             place = (self._cache.root, self.key[:48])
-            # Who waited in vain once does not wait again for the model's next size.
+            # After one timeout the process does not wait again for the model's next size.
             self._lock = self._cache.lock(self.key, 0 if place in _in_vain else self._lock_timeout)
             if self._lock is None:
                 _in_vain.add(place)
@@ -60,10 +60,11 @@ class Entry:
                 self.release()
 
     def restore(self, layers: Sequence[Layer]) -> bool:
-        """Give ``layers`` what an earlier process observed; False, and the entry claimed, if there is nothing."""
+        """Load into ``layers`` what an earlier process observed; if there is nothing, claims the entry and returns
+        False."""
         saved = self._cache.load(self.key)
         if saved is None or not self._cache.has(self.key):
-            self.claim()  # which may wait, until there is more to load
+            self.claim()  # this may wait until another process has saved the entry
             saved = self._cache.load(self.key) or saved
         if saved is None or not self._matches(saved, layers):
             return False
@@ -73,27 +74,27 @@ class Entry:
         return True
 
     def load_autotuning(self) -> str | None:
-        """What another process has measured of this model's layers; see ``Cache.load_autotuning``."""
+        """The kernel timings that another process measured for this model; see ``Cache.load_autotuning``."""
         return self._cache.load_autotuning(self.key)
 
     def load_error(self) -> float | None:
-        """The error of a step that an earlier process has measured; None if it has not."""
+        """The error of a step as an earlier process measured it; None if it did not."""
         return self._cache.load_error(self.key)
 
     def save_error(self, report: Report, error: float) -> None:
-        """Have the saved statistics tell the error of a step."""
+        """Add the error of a step to the saved statistics."""
         kept = dataclasses.replace(report, error=error, key=self.key)
         with best_effort("cannot save the statistics"):
             self._cache.update_stats(self.key, _json(kept))
 
     def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
-        """Save what was observed and measured, and the report beside it, and let others in.
+        """Save the calibration, the timings and the report, and release the lock.
 
         ``fingerprint``: of the weights now.
         """
         weights = graph_key.weights_part(self.key)
-        # A LoRA may have come since, or another graph of the model have been observed: then these are not the ranges of
-        # what the key stands for.
+        # Since then a LoRA may have been loaded, or another graph of the model observed: then these ranges do not
+        # belong to the weights that the key identifies.
         state = weights, self._operations
         known = all((layer.calibrated_for, layer.calibrated_in) == state for layer in layers)
         report.stats_path = None
@@ -102,13 +103,13 @@ class Entry:
             with best_effort("cannot save the calibration"):
                 path = self._cache.publish(self.key, self._calibration(layers, report), _json(report), autotuning)
                 report.stats_path = None if path is None else str(path)
-        # Also where calibrating was begun at another size, whose graph may never be called again.
+        # Also if calibration began at another size, whose graph may never be called again.
         for entry in list(_entries):
             if entry._cache.root == self._cache.root and entry.key[:48] == self.key[:48]:
                 entry.release()
 
     def release(self) -> None:
-        """Let others make the entry."""
+        """Release the lock, so that other processes may create the entry."""
         if self._lock is not None:
             self._lock.release()
             self._lock = None

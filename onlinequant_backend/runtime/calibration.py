@@ -1,4 +1,4 @@
-"""Calls of a set of weights that is not in 8 bit yet: observed, restored from the cache, and then selected."""
+"""Calls of a set of weights that is not quantized yet: observes or restores it, then has layers selected."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _REPLACED = (
 
 
 class Calibration:
-    """Brings the sets of weights of one graph into 8 bit, call by call."""
+    """Calibrates the sets of weights of one graph, call by call."""
 
     def __init__(
         self,
@@ -52,18 +52,18 @@ class Calibration:
         self._finisher = finisher
 
     def run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> Any:
-        """The float result of a call, which is observed where that is needed. If there is nothing left to observe,
-        layers are selected instead: then ``state.selection`` is set, and there is no result."""
+        """The float result of a call, which is observed if needed. If nothing is left to observe, selects layers
+        instead: then ``state.selection`` is set and the result is None."""
         if self._states.replaced >= _MOST_REPLACED and not self._failures.gave_up:
             self._failures.leave_in_float(_REPLACED)
         if self._compiler.graphs.is_empty(args):
             self._report.enter(Phase.FLOAT, NO_VALUES.reason)
             return self._run_float(args)
-        if not self._report.is_in(Phase.OBSERVING):  # it may be so for another reason
+        if not self._report.is_in(Phase.OBSERVING):  # keep another reason for that phase
             self._report.enter(Phase.OBSERVING, "observing in float")
         with contextlib.ExitStack() as locks:
             for lock in (self._states.lock, state.layers[0].lock):
-                # Another graph of this model may be about to be compiled in the background, which takes its time.
+                # Another graph of this model may be waiting to be compiled in the background, which takes long.
                 if not lock.acquire(blocking=not self._finisher.may_use_background()):
                     return self._run_float(args)
                 locks.callback(lock.release)
@@ -73,7 +73,7 @@ class Calibration:
                 self._restore(parameters, state)
             if not state.is_calibrated():
                 return self._observe(args, parameters, state)
-            # Quick are another set of weights, for which there is no compile, and what another process has left.
+            # It is fast for another set of weights, which needs no compile, and for a graph in the cache.
             is_quick = self._compiler.graphs.known or self._compiler.is_cached(state, parameters)
             if self._finisher.may_use_background() and not is_quick:
                 self._finisher.finish_in_background(args)
@@ -85,7 +85,7 @@ class Calibration:
         return self._finisher.run_float(args)
 
     def _restore(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
-        """Go on from what another process has observed of these weights, if it has."""
+        """Load what another process observed of these weights, if it is in the cache."""
         entry = self._states.entry(state, parameters)
         restored = entry.restore(state.layers)
         self._report.cache_hit = self._report.cache_hit or restored
@@ -93,7 +93,7 @@ class Calibration:
             return
         state.calibrated_rest = state.rest_fingerprint(parameters)
         error = entry.load_error()
-        # That process has compared its first step with float. This one need not, unless the error must be reported.
+        # That process compared its first step with float. This one need not, unless the error must be reported.
         state.is_compared = error is not None and error < VISIBLE
         if self._report.error is None:
             self._report.error = error
@@ -127,8 +127,8 @@ class Calibration:
         return result
 
     def _run_unobserved(self, args: Sequence[Any], error: Exception) -> Any:
-        """The float result of a call that has failed while it was observed; the next one is observed again. What float
-        raises as well is the caller's, and no reason to give up."""
+        """The float result of a call that failed while it was observed; the next one is observed again. An error that
+        float raises as well belongs to the caller and is no reason to give up."""
         result = None
         if self._traced.may_repeat:
             try:
@@ -139,6 +139,6 @@ class Calibration:
             _log.warning("a call could not be observed, so the next one is: %s: %s", type(error).__name__, error)
         else:
             self._failures.give_up(error)
-        if not self._traced.may_repeat:  # whoever's it is, it has been half done
+        if not self._traced.may_repeat:  # the failed call may have had side effects already
             raise CallersError(error)
         return result

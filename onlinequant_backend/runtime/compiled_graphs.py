@@ -1,4 +1,4 @@
-"""The compiled graphs of one Dynamo graph, and which of them a call needs."""
+"""The compiled graphs of one Dynamo graph, and how calls find theirs."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .weight_state import WeightState
 
 _log = logging.getLogger("onlinequant")
 
-# Between the relative error of a graph in 8 bit, about 0.05, and that of one that computes something else, about 1.
+# Between the relative error of a correct 8-bit graph, about 0.05, and that of a wrong one, about 1.
 _SAME_PICTURE = 0.3
 
-# Kinds of calls, such as values of a float, that a graph is compiled for; as many as Dynamo traces a frame for.
+# The most kinds of calls, such as values of a float, to compile a graph for: Dynamo's own limit for a frame.
 _MOST_KINDS = 8
 
 Key = tuple[tuple[Any, ...], tuple[Any, ...]]
@@ -30,7 +30,7 @@ Key = tuple[tuple[Any, ...], tuple[Any, ...]]
 
 @dataclass(frozen=True, eq=False)
 class InFloat:
-    """Stands for the compiled graph of calls that run in float; ``reason`` says why they do."""
+    """Takes the place of a compiled graph for calls that run in float, with the ``reason``."""
 
     reason: str
 
@@ -39,13 +39,12 @@ NO_VALUES = InFloat("a tensor without values was passed: there is nothing to com
 
 
 class CompiledGraphs:
-    """Compiled as calls of other kinds and sizes come: the first for its own sizes, the second for all others.
-
-    ``build(args, weights, symbolic)`` makes one; it returns ``InFloat`` for failures of which it has given account, and
-    raises if ``symbolic``, which is for all sizes, is what has failed.
+    """Compiles a graph for each new kind of call, first for the sizes of that call, then once more for all sizes.
+    ``build(args, weights, symbolic)`` makes one. It returns ``InFloat`` for failures that it has reported, and raises
+    if a ``symbolic`` build, which is for all sizes, fails.
 
     Attributes:
-        known: those that there are, by ``key``.
+        known: the existing graphs by ``key``.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class CompiledGraphs:
         self._inputs = traced.inputs
         self._may_be_symbolic = self._which_shapes != "static" and dynamic_shapes.has_symbols(self._graph)
         self.known: dict[Key, CompiledGraph | InFloat] = {}
-        # By what is fixed, and then by which sizes of 1 are expanded: the graphs for all sizes.
+        # The graphs for all sizes, by fixed part of the key, then by the expanded sizes of 1.
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
         self._too_many: InFloat | None = None
 
@@ -67,7 +66,7 @@ class CompiledGraphs:
         return tuple([float(args[position]) for position in self._inputs.numbers])
 
     def key(self, args: Sequence[Any], weights: WeightState) -> Key:
-        """What a compiled graph is specialised for: floats, dtypes and the like, and sizes."""
+        """The properties that a compiled graph is specialised for: float values, dtypes and similar, and sizes."""
         fixed: list[Any] = [weights.kind]
         sizes: list[Any] = []
         for position in self._inputs.others:
@@ -90,7 +89,7 @@ class CompiledGraphs:
         return not self._are_too_many(fixed) and self._find_general(fixed, args, weights) is None
 
     def make(self, key: Key, args: Sequence[Any], weights: WeightState) -> CompiledGraph | InFloat:
-        """The graph for a call whose key is not known yet, from now on in ``known`` unless there are too many."""
+        """The graph for a call whose key is not known yet; adds it to ``known`` unless there are too many kinds."""
         fixed, _ = key
         if self.is_empty(args):
             self.known[key] = NO_VALUES
@@ -112,22 +111,23 @@ class CompiledGraphs:
         return compiled
 
     def _say_too_many(self) -> InFloat:
-        """Say once that it is the float graph that runs, but for what is compiled already."""
+        """Warn once that calls of new kinds run in float; those with a compiled graph are not affected."""
         fixed = self._inputs.wrapped_floats - self._inputs.open_floats
         numbers = [self._inputs.names[i].strip("_").removeprefix("l_") for i in fixed]
         reason = f"it was compiled for {_MOST_KINDS} kinds of calls and runs in float for all others"
         if numbers:
-            reason += f"; pass a tensor instead of a number that is never the same ({', '.join(sorted(numbers))})"
+            reason += f"; pass a tensor instead of a number that changes with every call ({', '.join(sorted(numbers))})"
         _log.warning("%s: %s", self._traced.report.model, reason)
         return InFloat(reason)
 
     def forget_failed(self) -> None:
-        """Build anew, when they are called, what could not be built."""
+        """Forget the builds that failed, so that the next calls try again."""
         for key in [key for key, compiled in self.known.items() if isinstance(compiled, InFloat)]:
             del self.known[key]
 
     def is_empty(self, args: Sequence[Any]) -> bool:
-        """Whether a call brings a tensor without values: nothing can be observed, nor decided by its sizes."""
+        """Whether an input of a call is a tensor without elements: it cannot be observed, and its sizes decide
+        nothing."""
         values = (args[position] for position in self._inputs.others)
         return any(isinstance(value, torch.Tensor) and not value.numel() for value in values)
 
@@ -150,15 +150,14 @@ class CompiledGraphs:
             except NotNowError:
                 raise
             except Exception as error:
-                _log.warning("no graph for all sizes, so one for each: %s: %s", type(error).__name__, error)
+                _log.warning("compile for all sizes failed; one per size: %s: %s", type(error).__name__, error)
                 self._may_be_symbolic = False
         return self._build(args, weights, False)
 
     def _serves(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState) -> bool:
-        """Whether a compiled graph is right for these sizes.
-
-        One for all sizes assumes that none is 1. What it computes depends on sizes only in which values it reads and
-        writes, so one comparison with the float graph shows whether that assumption matters.
+        """Whether a compiled graph is valid for these sizes. One for all sizes assumes that none is 1. Sizes only
+        affect which elements it reads and writes, so one comparison with the float graph shows whether that assumption
+        matters.
         """
         if compiled.fits(args):
             return True
@@ -168,6 +167,6 @@ class CompiledGraphs:
         try:
             with torch.no_grad():
                 return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
-        except Exception as error:  # Inductor's own look at the sizes
-            _log.debug("a graph for all sizes is not for these: %s", error)
+        except Exception as error:  # Inductor's own checks of the sizes
+            _log.debug("the graph for all sizes does not support these: %s", error)
             return False

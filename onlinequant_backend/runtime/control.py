@@ -1,4 +1,4 @@
-"""What users may do to compiled models: have weights quantized again, give memory back, start anew."""
+"""User functions for compiled models: quantize weights again, release memory, reset."""
 
 from __future__ import annotations
 
@@ -16,25 +16,24 @@ from .set_registry import known_sets
 def invalidate(module: torch.nn.Module) -> int:
     """Forget the 8-bit copies of ``module``'s weights: the next call quantizes them again.
 
-    Only needed after a change that leaves no trace: a few values of a weight, written through ``.data``.
-    Returns how many 8-bit copies were forgotten.
+    Only needed after a change that version counters do not show and samples may miss: a few values of a weight, written
+    through ``.data``. Returns how many 8-bit copies were forgotten.
     """
     return known_layers.forget_weights(list(module.parameters()))
 
 
 def release(module: torch.nn.Module) -> int:
-    """Give back the memory of the 8-bit copies of ``module``'s weights and of the CUDA graphs that run on them.
-
-    The next call makes them again, from the float weights that it brings along, without compiling. Returns the copies'
-    size in bytes. Copies whose float weights were given up (``free_float_weights``) stay.
+    """Free the memory of the 8-bit copies of ``module``'s weights and of the CUDA graphs that use them. The next call
+    makes them again from its float weights, without compiling. Returns the size of the copies in bytes. Copies whose
+    float weights were freed (``free_float_weights``) stay.
     """
     return known_sets.release(list(module.parameters()))
 
 
 def copied_bytes(module: torch.nn.Module) -> int:
-    """The size in bytes of the 8-bit copies that ``module`` runs on; 0 while there are none."""
+    """The size in bytes of the 8-bit copies that ``module`` uses; 0 while there are none."""
     when, size = _copied_bytes.get(module, (-1, 0))
-    if when != Generation.copies:  # ComfyUI asks several times a run, and to list the parameters takes milliseconds
+    if when != Generation.copies:  # ComfyUI asks several times per run, and listing the parameters takes milliseconds
         when, size = _copied_bytes[module] = Generation.copies, known_sets.copied_bytes(list(module.parameters()))
     return size
 
@@ -45,7 +44,7 @@ _copied_bytes: weakref.WeakKeyDictionary[torch.nn.Module, tuple[int, int]] = wea
 def reset() -> None:
     """Forget everything in this process: observed ranges, 8-bit weights and reports.
 
-    Compiled models go on as they are; ``torch._dynamo.reset()`` makes them start anew.
+    Models that are compiled already keep their graphs; ``torch._dynamo.reset()`` has them compiled anew.
     """
     known_layers.clear()
     known_sets.clear()

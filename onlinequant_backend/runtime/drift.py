@@ -1,8 +1,6 @@
-"""Whether activations still fit the ranges that were observed: another LoRA, resolution or sampler may change that.
-
-Every so often a call counts how many of the values that each 8-bit layer reads lie beyond its range, where they are
-clipped, and looks how much of the range they use. On a GPU these calls have a CUDA graph of their own, which does so
-as well.
+"""Drift checks: whether activations still fit the observed ranges, which another LoRA, resolution or sampler may
+change. Some calls count, for each 8-bit layer, how many input values lie outside its range and are clipped, and how
+much of the range the inputs use. On a GPU these calls have a CUDA graph of their own that includes the counting.
 """
 
 from __future__ import annotations
@@ -19,9 +17,9 @@ if TYPE_CHECKING:
     from .sampling import SamplingRun
 
 
-# Of what lies between the least and the largest value: normal noise of a few values grows by a fifth of its largest.
+# Share of the distance between minimum and maximum: the maximum of small normal noise tensors varies by a fifth.
 _GROWTH = 0.25
-# Inputs so many times smaller than any before are far smaller.
+# Inputs smaller than any before by this factor count as far smaller.
 _DECLINE = 8
 # Runs of more steps are rare.
 _LONGEST_RUN = 64
@@ -29,42 +27,42 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
 class Schedule:
-    """Which calls count: those that a change may have made wrong, and later one of every ``every`` calls; 0 is none.
-
-    After a change every step of a sampling run is looked at within two runs: every second one in the first run, the
-    others in the second. Where nobody says which run a call belongs to, all of the next 64 calls are looked at: fewer
-    would leave a step of some length of run unseen that long. Later the distances between calls are uneven, so that no
-    step of any length of run escapes for good.
+    """Which calls are drift checks: those after a change, and later one of every ``every`` calls; 0 means none. After a
+    change every step of a sampling run is checked within two runs: every second step in the first run, the others in
+    the second. Where the run of a call is not known, all of the next 64 calls are checked: with fewer, some step of a
+    run of some length would stay unchecked for that long. Later the distances between checks are uneven, so that every
+    step is checked eventually, whatever the length of the runs.
 
     Attributes:
-        checks: how often it was time.
-        is_first: whether the last call that was asked for is the first since a change that no call in float has seen.
+        checks: the number of checks so far.
+        is_first: whether the last call passed to ``is_due`` is the first since a change that no float call has
+            included.
     """
 
     def __init__(self, every: int) -> None:
         self.checks = 0
         self.is_first = False
         self._every = every
-        self._is_new = False  # what is new when this begins has just been observed
+        self._is_new = False  # the state at the start has just been observed
         self._is_known = False
-        self._checks_all = False  # calls of the two runs
+        self._checks_all = False  # every call of two runs
         self._calls = 0  # since the last change
         self._runs = 0  # begun since the last change
         self._position = 0  # in the run
         self._run: Callable[[], SamplingRun | None] = lambda: None
-        # Calls are divided into windows, of which each has one that counts.
+        # Calls are divided into windows with one check each.
         self._window = min(8, every)
         self._number = 1  # of the window
         self._left = self._place()
 
     def restart(self, checks_all: bool = False, in_float: bool = False) -> None:
-        """Something has changed: the next call counts; ``checks_all``: and so does each of two runs; ``in_float``: a
-        call in float has just shown what the change does."""
+        """Something has changed, so the next call is a check; ``checks_all``: so is every call of two runs;
+        ``in_float``: a float call has just included the change."""
         self._is_new, self._checks_all, self._is_known = True, checks_all, in_float
         self._calls = self._runs = 0
 
     def is_due(self, run: SamplingRun | None = None, have_changed: bool = False) -> bool:
-        """Asked once for each call, with the run that it belongs to and whether its inputs alone are a reason."""
+        """Whether a call is a check; to be called once per call. ``have_changed``: its inputs alone are a reason."""
         if not self._every:
             return False
         if run is not self._run():
@@ -97,24 +95,25 @@ class Schedule:
         return True
 
     def _place(self) -> int:
-        """Where in the window the call lies that counts. Squares times an irrational number are spread evenly whatever
-        part of them one looks at (Weyl's theorem), and look random: each step of a run of any length has its turn."""
+        """The position of the check in its window. The fractional parts of squares times an irrational number are
+        equidistributed, also over every arithmetic progression (Weyl's theorem): each step of a run of any length is
+        checked eventually."""
         return int(self._window * (self._number**2 * _GOLDEN % 1))
 
 
 class Extents:
-    """Between which bounds the inputs of a graph have been, which is quick to see on a CPU: where these change,
-    activations do most often.
+    """The bounds of a graph's inputs so far, which are cheap to compute on a CPU: where these change, activations
+    usually change too.
 
     ``positions``: of the inputs among a call's arguments.
     """
 
     def __init__(self, positions: Sequence[int]) -> None:
-        # By position: the least and the largest value of all calls, and the largest magnitude where that was least.
+        # By position: minimum and maximum over all calls, and the least of the calls' largest magnitudes.
         self._known = dict.fromkeys(positions, (0.0, 0.0, math.inf))
 
     def have_changed(self, args: Sequence[Any]) -> bool:
-        """Whether one reaches far beyond what it did in every call before, or is far smaller."""
+        """Whether an input exceeds its earlier bounds by far, or is far smaller than in every earlier call."""
         changed = False
         for position, (low, high, peak) in self._known.items():
             x = args[position]
@@ -131,7 +130,7 @@ class Extents:
 
 
 class Bounds:
-    """Between which bounds the numbers among a model's inputs have been: activations may grow with each of them."""
+    """The bounds of the numbers among a model's inputs so far: activations may grow with each of them."""
 
     def __init__(self) -> None:
         self._last: tuple[float, ...] = ()
@@ -139,7 +138,7 @@ class Bounds:
         self._highest: tuple[float, ...] = ()
 
     def widen(self, numbers: tuple[float, ...]) -> bool:
-        """Have the bounds cover the numbers of a call; returns whether they did not."""
+        """Extend the bounds to the numbers of a call; returns whether that was necessary."""
         if numbers == self._last:
             return False
         self._last = numbers
@@ -150,15 +149,15 @@ class Bounds:
 
 
 def is_finite(result: Any) -> bool:
-    """Whether all floats in the tensors of a result are finite; waits for them."""
+    """Whether all floats in the tensors of a result are finite; synchronizes with the device."""
     return all(math.isfinite(bound) for tensor in _floats(result) for bound in _bounds(tensor))
 
 
 def _bounds(x: torch.Tensor) -> tuple[float, float]:
-    """The least and the largest value, NaN if any is; a tenth of the time of ``torch.isfinite``."""
+    """Minimum and maximum, NaN if any value is; takes a tenth of the time of ``torch.isfinite``."""
     if not x.numel():
         return 0.0, 0.0
-    low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has none
+    low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has no aminmax
     return float(low), float(high)
 
 
@@ -168,7 +167,7 @@ def nonfinite_masks(result: Any) -> list[torch.Tensor]:
 
 
 def are_same_masks(masks: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> bool:
-    """Whether two results have the same values that are not finite."""
+    """Whether the non-finite values of two results are at the same positions."""
     return len(masks) == len(other) and all(map(torch.equal, masks, other))
 
 

@@ -1,4 +1,4 @@
-"""Runs 8-bit graphs and looks at what they do: ranges follow the activations, and nothing non-finite gets out."""
+"""Runs 8-bit graphs and checks them for drift: adapts ranges to the activations and replaces non-finite results."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ if TYPE_CHECKING:
 _log = logging.getLogger("onlinequant")
 
 
-# Changes of a range until a call fits.
+# The most changes of ranges for one call.
 _MOST_CHANGES = 32
-# A range so many times wider than before may be too coarse for most of what lies in it.
+# A range wider than before by this factor may be too coarse for most values in it.
 _FAR = 2
-# The share of a layer's inputs that errors of the layers before it may push beyond a range that is right in float:
-# where only few values differ from each other, one of them is much.
+# The share of a layer's inputs that quantization errors of earlier layers may push beyond a range that is right in
+# float: in an input with few distinct values, one of them is a large share.
 _ADDED = 0.01
 
 
 class DriftWatch:
     """Watches one graph.
 
-    ``keep_error`` is told what the error of a step is with which weights.
+    ``keep_error`` receives the set of weights and the error of a step with it.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class DriftWatch:
         self._traced = traced
         self._report = traced.report
         self._errors: weakref.WeakKeyDictionary[WeightState, float] = weakref.WeakKeyDictionary()
-        # Those whose ranges have changed since the error was measured.
+        # Sets whose ranges have changed since the error was measured.
         self._changed: weakref.WeakSet[WeightState] = weakref.WeakSet()
-        # Where the float result was not finite either, when it was last computed.
+        # Masks of non-finite values in the last computed float result.
         self._nonfinite: list[torch.Tensor] = []
         self._said = False
         self._extents = drift.Extents(traced.inputs.others)
@@ -57,10 +57,8 @@ class DriftWatch:
     def run(
         self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState, run: SamplingRun | None = None
     ) -> tuple[Any, bool]:
-        """The 8-bit result of a call and True, or the float one of a call that is outside of the observed ranges and
-        False.
-
-        ``run``: the sampling run that the call belongs to.
+        """The 8-bit result of a call and True, or its float result and False if the call is outside the observed
+        ranges. ``run``: the sampling run that the call belongs to.
         """
         device = weights.layers[0].device
         is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -68,14 +66,14 @@ class DriftWatch:
         due = weights.schedule.is_due(run, have_changed) and not is_capturing
         if not due:
             result = compiled(args, weights)
-            # On a GPU, to look at every result would keep the caller from preparing the next step meanwhile.
+            # On a GPU, checking every result would keep the caller from preparing the next step meanwhile.
             drifted: Mapping[int, clip_counting.Seen] = {}
             looks = device.type == "cpu"
         else:
             result, seen = compiled.count(args, weights)
             drifted = weights.drifted(seen, weights.schedule.is_first and self._may_run_float(weights))
             looks = True
-            if weights in self._changed and weights.are_coarse(seen):  # for a range that larger inputs have widened
+            if weights in self._changed and weights.are_coarse(seen):  # in case larger inputs have widened a range
                 self._changed.discard(weights)
                 weights.is_compared = False
         is_nonfinite = (
@@ -90,14 +88,15 @@ class DriftWatch:
         return result, True
 
     def _compare(self, args: Sequence[Any], weights: WeightState, result: Any) -> None:
-        """Say what 8 bit costs: ranges may be right and yet too coarse, as those of strong outliers are."""
+        """Report the error of quantization: ranges may cover all values and still be too coarse, as with strong
+        outliers."""
         weights.is_compared = True
         if not self._may_run_float(weights) or self._traced.is_random or not weights.selection:
             return
         try:
             with torch.no_grad():
                 error = relative_error(result, self._traced.module(*args))
-        except Exception:  # out of memory, say
+        except Exception:  # for example out of memory
             _log.info("the error of a step is not measured", exc_info=True)
             return
         if not math.isfinite(error):
@@ -117,10 +116,10 @@ class DriftWatch:
         is_nonfinite: bool,
         result: Any,
     ) -> tuple[Any, bool]:
-        """Change ranges, in place, so that nothing is compiled again, and do the call anew. As for ``run``."""
+        """Change ranges in place, which needs no recompile, and repeat the call. Returns as ``run``."""
         if is_nonfinite and not self._said:
             self._said = True
-            _log.warning("an 8-bit step gave numbers that are not finite; such steps are done in float")
+            _log.warning("an 8-bit step gave non-finite numbers; such steps run in float")
         ways: list[tuple[Callable[[], Any], bool]] = [
             (lambda: self._step(compiled, args, weights, drifted, result), True)
         ]
@@ -133,27 +132,27 @@ class DriftWatch:
                 try:
                     result, is_in_8_bit = way(), is_8_bit
                     break
-                except Exception:  # out of memory, say
-                    _log.exception("a call that does not fit the observed ranges cannot be done again in this way")
+                except Exception:  # for example out of memory
+                    _log.exception("a call that does not fit the observed ranges cannot be repeated")
         self._nonfinite = [] if drift.is_finite(result) else drift.nonfinite_masks(result)
         return result, is_in_8_bit
 
     def _may_run_float(self, weights: WeightState) -> bool:
-        """Whether a call can be done again, in float."""
+        """Whether a call can be repeated in float."""
         return self._traced.may_repeat and not weights.has_freed()
 
     def _observe(self, args: Sequence[Any], weights: WeightState, drifted: Mapping[int, clip_counting.Seen]) -> Any:
-        """The float result; ranges become what this call needs."""
+        """The float result; sets the ranges to what this call needs."""
         observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
         before = _growth(weights)
         result = self._traced.observed(*args, observation)
         self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
-        if observation.lost:  # the next call may be no better
+        if observation.lost:  # the next call may not be observed either
             weights.schedule.restart(in_float=True)
         return result
 
     def _run_float(self, args: Sequence[Any], weights: WeightState) -> Any:
-        """The float result; ranges stay as they are, so that the next call is looked at as well."""
+        """The float result; ranges do not change, so the next call is checked as well."""
         result = self._traced.module(*args)
         weights.schedule.restart(in_float=True)
         return result
@@ -166,7 +165,7 @@ class DriftWatch:
         drifted: Mapping[int, clip_counting.Seen],
         result: Any,
     ) -> Any:
-        """The 8-bit result after ranges were changed until they fit, or once where a call cannot be done twice."""
+        """The 8-bit result after ranges were changed until they fit, or once if a call cannot be repeated."""
         for _ in range(_MOST_CHANGES):
             before = _growth(weights)
             drifted = {index: seen for index, seen in drifted.items() if weights.layers[index].is_finite(seen)}
@@ -180,21 +179,21 @@ class DriftWatch:
         return result
 
     def _note(self, weights: WeightState, drifted: Mapping[int, clip_counting.Seen], before: Sequence[float]) -> None:
-        """Say which ranges are others now than ``before``, and look again if any is."""
+        """Report which ranges differ from ``before``, and schedule a check if any does."""
         after = _growth(weights)
         for index, seen in drifted.items():
             is_right_in_float = after[index] == before[index] and seen.clipped < _ADDED
-            if after == before or is_right_in_float:  # looking again would only make the next call slow as well
+            if after == before or is_right_in_float:  # another check would only slow down the next call
                 weights.layers[index].accept(seen)
         if after == before:
             return
         self._changed.add(weights)
         if any(new > _FAR * old for new, old in zip(after, before, strict=True)):
-            weights.is_compared = False  # what the range is for now may leave little of it to all else
+            weights.is_compared = False  # the new range may be too coarse for other values
         names = (info.name for info in self._traced.infos)
         self._report.widened = {name: factor for name, factor in zip(names, after, strict=True) if factor != 1}
-        _log.info("other values than observed: the ranges of %d layers have changed", len(self._report.widened))
-        # Where the next calls do not need less as well, a range that has become narrower is wrong for all of them.
+        _log.info("activations have changed, and the ranges of %d layers with them", len(self._report.widened))
+        # A range that became narrower is wrong for the next calls if they need the old one.
         weights.schedule.restart(checks_all=any(map(operator.lt, after, before)), in_float=True)
 
 

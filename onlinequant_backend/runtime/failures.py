@@ -1,4 +1,4 @@
-"""What happens when something fails: calls go on in float, and later runs try again."""
+"""Failures: calls continue in float, and later runs try again."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _MOST_FAILURES = 2
 
 
 class CallersError(Exception):
-    """``error`` is what the caller gets: the model raises it in float as well."""
+    """Wraps ``error``, which the model raises in float as well, so that it is passed on to the caller."""
 
     def __init__(self, error: Exception) -> None:
         self.error = error
@@ -27,7 +27,7 @@ class Failures:
 
     Attributes:
         gave_up: whether all calls run in float.
-        has_failed: whether anything has failed, for one size perhaps, that a later run may try again.
+        has_failed: whether anything, perhaps for one size only, has failed that a later run may retry.
     """
 
     def __init__(self, states: WeightStates) -> None:
@@ -38,12 +38,12 @@ class Failures:
         self._failed_in: weakref.ref[SamplingRun] | None = None
 
     def record(self, error: Exception) -> str:
-        """Whatever went wrong, the user's model still works. Logs the exception being handled; returns the reason."""
+        """Log the exception being handled and return the reason for the report; the user's model still works."""
         run = current_run()
         self.has_failed = True
         self._count += 1
         self._failed_in = None if run is None else weakref.ref(run)
-        _log.exception("onlinequant failed, so the model goes on in float")
+        _log.exception("onlinequant failed, so the model continues in float")
         self._states.unlock_entries()
         return f"it failed: {type(error).__name__}: {error}"
 
@@ -58,21 +58,21 @@ class Failures:
         announce(self._report)
 
     def tolerates_another(self) -> bool:
-        """Whether a call that could not be observed is no reason yet to give up."""
+        """Whether another failure to observe a call is tolerated."""
         if self._count >= _MOST_FAILURES:
             return False
         self._count += 1
         return True
 
     def may_retry(self, run: SamplingRun | None) -> bool:
-        """Whether a new sampling run has begun since the last failure: what went wrong, such as a lack of memory, may
-        be over."""
+        """Whether a new sampling run has begun since the last failure: its cause, such as a lack of memory, may be
+        gone."""
         if not self.has_failed or run is None or self._count > _MOST_FAILURES:
             return False
         return self._failed_in is None or self._failed_in() is not run
 
     def retry(self) -> None:
-        """Forget that anything has failed."""
+        """Reset all failures, so that what failed is tried again."""
         if self.gave_up:
             self._report.enter(Phase.RETRYING, "what has failed is tried again")
         self.gave_up = self.has_failed = False

@@ -1,4 +1,4 @@
-"""Whatever is missing until calls run in 8 bit, done at once: at the end of an observed run, or in the background."""
+"""All steps from observing to a compiled 8-bit graph at once: at the end of an observed run, or in the background."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _log = logging.getLogger("onlinequant")
 
 
 class Finisher:
-    """Finishes one graph: observes once more if need be, selects, and compiles."""
+    """Finishes one graph: observes once more if necessary, selects layers, and compiles."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Finisher:
         self._background = Background(functools.partial(_report_fork, self._report))
 
     def is_busy(self) -> bool:
-        """Whether the background works on this graph."""
+        """Whether work on this graph runs in the background."""
         return self._background.is_busy()
 
     def run_float(self, args: Sequence[Any]) -> Any:
@@ -61,11 +61,11 @@ class Finisher:
         config = self._traced.config
         if not config.compile_in_background or config.free_float_weights or not self._traced.may_repeat:
             return False
-        # Belongs to a thread and is compiled in.
+        # This state is per thread and part of the compiled graph.
         return not torch.is_autocast_enabled(self._traced.device.type)
 
     def finish_in_background(self, args: Sequence[Any]) -> None:
-        """``finish`` in another thread; calls are in float until that is done."""
+        """``finish`` in another thread; calls run in float until then."""
         if self._failures.gave_up:
             return
         kept = self._traced.inputs.kept(args)
@@ -74,7 +74,7 @@ class Finisher:
 
         def run() -> None:
             work.places = places(self._traced.inputs.take_parameters(kept))
-            self._report.enter(Phase.COMPILING, "in the background, float goes on")
+            self._report.enter(Phase.COMPILING, "in the background, calls run in float")
             self.finish(kept, work)
 
         def conclude() -> None:
@@ -91,7 +91,8 @@ class Finisher:
         self._background.start(run, conclude, self._traced.device)
 
     def finish(self, args: Sequence[Any], background: BackgroundWork | None = None) -> None:
-        """``background``: then nobody hears of a user's mistake, and the model may be moved meanwhile."""
+        """Observe, select and compile. With ``background``, no OnlineQuantError is raised, and the model may be
+        moved."""
         parameters = self._traced.inputs.take_parameters(args)
         try:
             with self._states.lock, self._traced.state.autocasting(), Call() as call:
@@ -107,7 +108,7 @@ class Finisher:
         except Exception as error:
             if self._compiler.was_moved(parameters):
                 self._compiler.note_move()
-                _log.warning("the model was moved while it was compiled, so that is done again: %s", error)
+                _log.warning("the model was moved while it was compiled, so it is compiled again: %s", error)
                 return
             if isinstance(error, OnlineQuantError) and background is None:
                 raise
@@ -118,7 +119,7 @@ class Finisher:
     def _end_run(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> None:
         with state.layers[0].lock:
             if not state.is_calibrated():
-                # Which call is the last one nobody knows before: so its sensitivities are measured after it.
+                # It is not known beforehand which call is the last: so sensitivities are measured after it.
                 result = self._observer.observe(args, state, is_last=True)
                 self._observer.end(args, state, result)
             self._selector.select(args, parameters, state)

@@ -1,4 +1,4 @@
-"""Compiling the 8-bit graph of a set of weights: whose turn it is, how long it takes, what is kept and said of it."""
+"""Compiling the 8-bit graph of a set of weights: exclusive use of the GPU, progress, caching and reporting."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ _Places = list[tuple[Any, ...]]
 
 
 def standing(state: WeightState) -> Standing:
-    """The phase, and why, of calls whose graph is compiled."""
+    """The phase of calls whose graph is compiled, and its reason."""
     return _QUANTIZED if state.selection else _UNSELECTED
 
 
 def turn(traced: TracedGraph) -> contextlib.AbstractContextManager[None]:
-    """The GPU for this thread alone, while it times layers or needs memory that another step would need as well."""
+    """Exclusive use of the GPU, while this thread times layers or needs the memory of another step."""
     return lane_of(traced.device).turn() if traced.provider.captures_graphs else contextlib.nullcontext()
 
 
 def places(parameters: Sequence[torch.Tensor]) -> _Places:
-    """Where and what they are: ComfyUI moves models away that are not being called, and back."""
+    """The parameters' storages and devices, to detect moves: ComfyUI offloads models that are not in use."""
     plain = itertools.chain.from_iterable(map(plain_tensors, parameters))
-    # Nothing else gets the address of a storage that is known weakly.
+    # While a weak reference to a storage exists, no other storage gets its address.
     return [(x.device, x.dtype, x.stride(), StorageWeakRef(x.untyped_storage())) for x in plain]
 
 
@@ -67,7 +67,7 @@ class BackgroundWork:
 
     Attributes:
         places: where the parameters were when it began.
-        result: how calls run from its end on, and whether the log has a line for it; None if nothing has changed.
+        result: how calls run once it has ended, and whether to log that; None if nothing has changed.
     """
 
     places: _Places = dataclasses.field(default_factory=list)
@@ -79,7 +79,7 @@ class GraphCompiler:
 
     Attributes:
         graphs: what is compiled.
-        background: the work that is going on in another thread, or None.
+        background: the current work in another thread, or None.
     """
 
     def __init__(self, states: WeightStates, failures: Failures) -> None:
@@ -89,9 +89,9 @@ class GraphCompiler:
         self._failures = failures
         self.graphs = CompiledGraphs(states.traced, self._build)
         self.background: BackgroundWork | None = None
-        self._moves = 0  # of the model, that a compile has failed with
-        self._loads = False  # what is compiled now, with a caller waiting, must be in the cache
-        self._is_compiled_elsewhere = False  # what was compiled last
+        self._moves = 0  # of the model, each of which made a compile fail
+        self._loads = False  # the current build may only load from the cache, since a caller waits
+        self._is_compiled_elsewhere = False  # the last compiled graph
 
     def get(self, key: Key, args: Sequence[Any], state: WeightState) -> CompiledGraph | InFloat:
         """The 8-bit graph for these sizes, or why it cannot be built."""
@@ -104,16 +104,16 @@ class GraphCompiler:
             return self.graphs.make(key, args, state)
 
     def is_cached(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> bool:
-        """Whether another process has most likely left all that it takes to run in 8 bit within seconds."""
+        """Whether the cache most likely holds all that is needed to run the 8-bit graph within seconds."""
         entry = self._states.entry(state, parameters)
         needs_no_times = self._traced.config.selection == "density" or not self._traced.provider.times_layers
         return bool(needs_no_times or entry.load_autotuning()) and self._states.cache.has_compiled(entry.key)
 
     def load(self, key: Key, args: Sequence[Any], state: WeightState) -> None:
-        """Take a compiled graph from the cache, while the caller waits; nothing where there is none."""
+        """Load a compiled graph from the cache while the caller waits; does nothing if there is none."""
         entry = self._states.entry(state, self._traced.inputs.take_parameters(args))
         if not self._states.cache.has_compiled(entry.key):
-            return  # neither wait for whoever is about to make it
+            return  # does not wait for a process that is compiling it either
         with self._states.lock, without_garbage_collection():
             self._loads = True
             try:
@@ -126,7 +126,7 @@ class GraphCompiler:
     def publish_result(
         self, result: Standing, parameters: Sequence[torch.Tensor], state: WeightState, is_compiled: bool = True
     ) -> None:
-        """Keep what was found out, and say how calls run from now on. ``is_compiled``: now, which the log mentions."""
+        """Save the results and report how calls run from now on. ``is_compiled``: just now, which is logged."""
         report = self._report.copy()
         report.enter(*result)
         self._states.publish(state, parameters, report)
@@ -138,14 +138,14 @@ class GraphCompiler:
             self.background.result = result, is_compiled
 
     def was_moved(self, parameters: Sequence[torch.Tensor]) -> bool:
-        """Whether what has failed in the background may have failed because the model is not where it was."""
-        # Some models are moved in every run, and an error may have another cause all the same.
+        """Whether work in the background may have failed because the model was moved meanwhile."""
+        # Some models are moved in every run, and the error may still have another cause.
         if self.background is None or self._moves >= _MOST_MOVES:
             return False
         return self.background.places != places(parameters)
 
     def note_move(self) -> None:
-        """The model was moved while it was compiled."""
+        """Count a move of the model during a compile."""
         self._moves += 1
 
     def _build(self, args: Sequence[Any], state: WeightState, symbolic: bool) -> CompiledGraph | InFloat:
@@ -160,8 +160,8 @@ class GraphCompiler:
         entry.claim()
         compiled: CompiledGraph | InFloat
         try:
-            # Waiting for another model's compile is no part of this one's. One in the background leaves Dynamo's lock
-            # to those who trace meanwhile.
+            # The time spent waiting for another model's compile does not count. A compile in the background leaves
+            # Dynamo's lock to threads that trace meanwhile.
             with _background_compiles if self.background is not None else dynamo_interface.compile_lock():
                 compiled = self._build_timed(args, state, symbolic, entry.key)
             if self.background is not None:
@@ -187,7 +187,7 @@ class GraphCompiler:
         if self._loads:
             self._report.enter(Phase.LOADING, "loading from the cache")
         else:
-            where = "by Inductor" if self.background is None else "in the background, float goes on"
+            where = "by Inductor" if self.background is None else "in the background, calls run in float"
             self._report.enter(Phase.COMPILING, where)
 
     def _most_common_reason(self) -> str:
@@ -196,7 +196,7 @@ class GraphCompiler:
         return f"{reason} ({count} of {len(self._report.decisions)} layers)"
 
     def _build_timed(self, args: Sequence[Any], state: WeightState, symbolic: bool, key: str) -> CompiledGraph:
-        """``build``, with progress as far as earlier compiles tell how long it takes."""
+        """``build``, with progress estimated from the times of earlier compiles, if there are any."""
         config, cache = self._traced.config, self._states.cache
         times, nodes = CompileTimes(cache.root), len(self._traced.module.graph.nodes)
         how = f"{graph_key.machine_part(key)} {config.mode} {config.regional_compilation} {symbolic}"
@@ -206,7 +206,7 @@ class GraphCompiler:
         try:
             doing = "loading from the cache" if self._loads else "compiling"
             with contextlib.ExitStack() as stack:
-                with turn(self._traced):  # no step in float has changed them
+                with turn(self._traced):  # while no float step is changing the settings
                     stack.enter_context(torch_settings.held_settings())
                 stack.enter_context(Progress(doing, expected=times.expected(f"{how} {source}", nodes)))
                 directory = cache.inductor_directory(key)
@@ -214,7 +214,7 @@ class GraphCompiler:
         finally:
             seconds = time.perf_counter() - start
             self._report.compile_seconds += seconds
-        # Another checkpoint of this model may have left its code.
+        # Another checkpoint of this model may have left its compiled code in the cache.
         now_hits, now_misses = inductor_interface.found_graphs()
         is_found = now_hits > hits and now_misses == misses and not self._is_compiled_elsewhere
         source = "from the cache" if is_found else "anew"
@@ -229,10 +229,8 @@ class GraphCompiler:
         self._is_compiled_elsewhere = compile_elsewhere(job)
 
     def _warm_up(self, compiled: CompiledGraph, args: Sequence[Any], state: WeightState) -> None:
-        """Do now what the first calls do beside computing, while others go on in float.
-
-        Inductor measures which configuration of a kernel is the fastest, for which it must have the GPU for itself.
-        CUDA graphs are captured where others may use the allocator meanwhile.
+        """Do the one-time work of the first calls now, while other calls run in float. Inductor autotunes kernels, for
+        which it needs exclusive use of the GPU. CUDA graphs are captured while other threads may use the allocator.
         """
         if not self._traced.provider.captures_graphs:
             return
@@ -246,5 +244,5 @@ class GraphCompiler:
                 compiled(args, state)
                 compiled.count(args, state)
             if state.begin_check():
-                state.end_check()  # what it finds is found again by the next call
+                state.end_check()  # discards the drift check; the next call repeats it
         _log.debug("warmed up in %.1f s", time.perf_counter() - start)

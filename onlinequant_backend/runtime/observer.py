@@ -1,4 +1,4 @@
-"""Observed calls: the float result, and what the layers see on the way."""
+"""Observed calls: computes the float result and records the layers' inputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Observer:
         state.check_not_freed(parameters)
         if is_last and traced.provider.captures_graphs:  # it calls the kernels of every layer
             layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
-            give_back_freed_memory(traced.device)  # before the copies, which stay, come to lie in it
+            give_back_freed_memory(traced.device)  # before the long-lived copies are allocated in it
         alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
         room = state.room(parameters, candidates) if is_last else contextlib.nullcontext()  # their errors are measured
@@ -43,7 +43,7 @@ class Observer:
             return traced.observed(*args, observation)
 
     def end(self, args: Sequence[Any], state: WeightState, result: Any) -> None:
-        """Observing is over: ``args`` and ``result`` are those of the last observed call."""
+        """End observing; ``args`` and ``result`` are those of the last observed call."""
         traced = self._traced
         if traced.config.sensitivity == "end_to_end":
             measure_end_to_end(traced.observed, args, state.layers, traced.infos, result)
@@ -51,7 +51,7 @@ class Observer:
         state.freeze()
 
     def show_progress(self, step: int, steps: int) -> None:
-        """Say that observing has come to this step, from 1."""
+        """Report that this step is being observed, counted from 1."""
         if self._progress is None or step == 1:  # a run may have been interrupted
             self._progress = Progress("observing", steps)
         self._progress.advance(to=step)

@@ -1,4 +1,4 @@
-"""The callable that Dynamo gets: it observes, then compiles once, then runs in 8 bit and watches the weights."""
+"""The callable that Dynamo gets: it observes, then compiles, then runs the 8-bit graph and checks the weights."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ _MOST_TRIES = 10
 class QuantizedGraph:
     """What the backend returns for one Dynamo graph.
 
-    Call by call: while any layer still lacks observed calls, and no earlier process has saved them, run the float
-    graph, exactly, and observe. Then select, rewrite and compile, for the first shape and once more for all others,
-    without Dynamo's taking part, and from then on run that.
+    While any layer lacks observed calls, and the cache has no calibration, each call runs the unchanged float graph and
+    is observed. Then layers are selected, and the graph is rewritten and compiled without Dynamo: for the first shape,
+    and once more for all others. From then on calls run the compiled graph.
     """
 
     def __init__(self, traced: TracedGraph, cache: Cache) -> None:
@@ -76,12 +76,12 @@ class QuantizedGraph:
             raise failed.error from failed.error.__cause__
 
     def _run(self, args: Sequence[Any], call: Call, run: SamplingRun | None) -> Any:
-        """A call that may be in 8 bit, or the float one of one that is not yet, or cannot be."""
+        """The result of a call: of the 8-bit graph if possible, else of the float graph."""
         parameters = self._traced.inputs.take_parameters(args)
         try:
             state = self._states.of(parameters)
             for _ in range(_MOST_TRIES):
-                call.layers = state.layers  # before it is asked whether they are current, see ``weight_copy``
+                call.layers = state.layers  # before the check whether they are current, see ``weight_copy``
                 if state.selection is None:
                     result = self._calibration.run(args, parameters, state)
                     if state.selection is None:
@@ -109,15 +109,15 @@ class QuantizedGraph:
         result, is_in_8_bit = self._watch.run(compiled, args, state, run)
         if not is_in_8_bit:
             self._report.enter(Phase.FLOAT, _DID_NOT_FIT)
-        # Asked only now, when the GPU has the whole step to do: it never waits for the answer. What it has made of
-        # stale weights is thrown away.
+        # Checked only now, when all kernels of the step are queued, so that the GPU never waits for the check. A result
+        # of stale weights is discarded.
         if is_checked and self._traced.may_repeat and not state.end_check():
             return self._run_again(args, parameters, state)
         return result
 
     def _run_again(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> Any:
-        """A call whose weights have other values on the GPU, of which no version tells. Another model may have them as
-        well, and have quantized them already: then nothing but this tells that activations may be others."""
+        """Repeat a call whose weights changed on the GPU without a change of version. Another model that shares the
+        weights may have quantized them already: then only this call shows that activations may have changed."""
         state.schedule.restart()
         self._selector.follow(parameters, state)
         return self(*args)
@@ -148,5 +148,5 @@ class QuantizedGraph:
             state.entry.save_error(self._report, error)
 
 
-# Those that Dynamo still has, by model and ``graph_key.identity``: what it traces a second time is not compiled again.
+# Graphs that Dynamo still holds, by model and ``graph_key.identity``: a graph traced again is not compiled again.
 graphs: weakref.WeakValueDictionary[tuple[str, str], QuantizedGraph] = weakref.WeakValueDictionary()

@@ -1,4 +1,4 @@
-"""What a caller that knows its sampler can say: when a sampling run begins and ends, and which step it has come to."""
+"""Sampling runs: a caller that knows its sampler marks where a run begins and ends, and the current step."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _current: contextvars.ContextVar[SamplingRun | None] = contextvars.ContextVar("o
 
 
 class SamplingRun:
-    """One sampling run of a model, and of whatever else (a ControlNet) is called in it.
+    """One sampling run of a model and of other models, such as a ControlNet, that are called in it.
 
     Attributes:
-        steps: how many there are.
-        step: the one it has come to, from 1; for whoever samples to count.
+        steps: their number.
+        step: the current one, from 1; set by the caller.
         is_observed: observe all calls of this run and compile at its end, whatever ``calibration_steps`` says.
         called: the report of each graph that was called, and its phase when the call began.
     """
@@ -44,12 +44,12 @@ class SamplingRun:
             _current.reset(token)
 
     def at_end(self, key: Hashable, function: Callable[[], None]) -> None:
-        """Have ``function`` called at the end of the run, told to whoever listens now; one for each ``key``."""
+        """Register ``function``, one per ``key``, for the end of the run; it reports to the current listener."""
         self._at_end[key] = functools.partial(contextvars.copy_context().run, function)
 
     def end(self) -> None:
-        """The run has come to its end: what it has observed is put to use. Not to be called for one that was broken
-        off, the next run observes again then."""
+        """End the run: its observations are used. Must not be called for an interrupted run; then the next run observes
+        again."""
         waiting, self._at_end = self._at_end, {}
         for function in waiting.values():
             function()
@@ -65,10 +65,10 @@ def _count(steps: object) -> int:
 @contextlib.contextmanager
 def sampling_run(steps: int) -> Iterator[SamplingRun]:
     """Within the block, models that have not been observed yet are observed for all of its calls, and compiled at its
-    end, whatever ``calibration_steps`` says. An exception breaks the run off.
+    end, whatever ``calibration_steps`` says. An exception interrupts the run.
 
-    ``steps`` and ``SamplingRun.step`` serve to show progress, nothing else. Later runs tell the calls of one picture
-    from those of the next: see ``drift.Schedule``.
+    ``steps`` and ``SamplingRun.step`` only show progress. Later runs separate the calls of one image from those of the
+    next: see ``drift.Schedule``.
     """
     run = SamplingRun(steps)
     with run.current():

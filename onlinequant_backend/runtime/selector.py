@@ -1,4 +1,4 @@
-"""Putting the selected layers of a set of weights into 8 bit, and keeping them up to date."""
+"""Quantizing the selected layers of a set of weights, and quantizing changed weights again."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _log = logging.getLogger("onlinequant")
 
 
 class Selector:
-    """The selected layers of one graph. The first set of weights to get here decides which these are."""
+    """The selected layers of one graph; the first set of weights to be selected decides which these are."""
 
     def __init__(self, states: WeightStates, compiler: GraphCompiler) -> None:
         self._states = states
@@ -27,8 +27,8 @@ class Selector:
         self._choice = LayerChoice(states.traced)
 
     def select(self, args: Sequence[Any], parameters: Sequence[torch.Tensor], state: WeightState) -> None:
-        """Quantize the selected layers' weights. If another checkpoint was loaded since the last observed call, none
-        are, and the set is observed anew."""
+        """Quantize the selected layers' weights. If another checkpoint was loaded since the last observed call,
+        quantizes none and has the set observed anew."""
         infos, traced = self._traced.infos, self._traced
         rest = state.rest_fingerprint(parameters)
         if state.calibrated_rest not in (None, rest):
@@ -39,18 +39,18 @@ class Selector:
         refusals = [layer.refusal() for layer in state.layers]
         if not self._choice.is_made:
             self._choice.make(args, state, refusals, self._states.entry(state, parameters).load_autotuning)
-            state.is_compared = state.is_compared or traced.config.max_error is not None  # for which it was measured
+            state.is_compared = state.is_compared or traced.config.max_error is not None  # which has it measured
         chosen = tuple(i for i, info in enumerate(infos) if info.quantized and not refusals[i])
         state.kind = self._states.kind(state, chosen)
         state.select(parameters, chosen)
-        # A LoRA may have come since the last observed call. What comes from now on is noticed by ``is_current``.
+        # A LoRA may have been loaded since the last observed call. ``is_current`` notices later changes.
         if not state.is_calibrated_for(state.fingerprint(parameters), traced.operations):
             state.schedule.restart()
-        if self._compiler.graphs.known and state.entry is not None:  # no compile will follow, which would publish it
+        if self._compiler.graphs.known and state.entry is not None:  # no compile follows that would publish it
             self._compiler.publish_result(standing(state), parameters, state, is_compiled=False)
 
     def follow(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
-        """Quantize changed weights again, in place. If everything else has changed as well, calibrate anew."""
+        """Quantize changed weights again, in place. If all other parameters have changed as well, calibrate anew."""
         with self._states.lock:
             if state.selection is None:
                 return
@@ -58,7 +58,7 @@ class Selector:
             try:
                 state.follow(parameters)
                 self._check_change(parameters, state)
-            except BaseException:  # an interrupt, say: what is left to do is done at the next call
+            except BaseException:  # for example an interrupt: the next call does the rest
                 state.generation = -1
                 raise
             seconds = time.perf_counter() - start
@@ -67,11 +67,11 @@ class Selector:
             state.changed.clear()
 
     def _check_change(self, parameters: Sequence[torch.Tensor], state: WeightState) -> None:
-        """Have the next calls check what changed weights do to the activations; observe another checkpoint's anew."""
+        """Schedule drift checks after a change of weights; have another checkpoint observed anew."""
         if state.changed:
             state.schedule.restart()
         assert state.selection is not None
-        if not state.is_calibrated():  # another graph of this model has come to the conclusion below
+        if not state.is_calibrated():  # another graph of this model has already reset the set
             state.selection = None
             return
         have_all_changed = state.changed >= {state.layers[index].copy for index in state.selection}
@@ -80,7 +80,7 @@ class Selector:
             self._start_over(state)
 
     def _start_over(self, state: WeightState) -> None:
-        """Observe a set anew, which now holds another checkpoint."""
+        """Observe a set anew, since it now holds another checkpoint."""
         _log.info("another checkpoint was loaded, so it is calibrated anew")
         state.start_over()
         state.calibrated_rest = None

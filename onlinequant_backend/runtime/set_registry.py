@@ -1,4 +1,4 @@
-"""All sets of weights of this process."""
+"""The sets of weights of this process."""
 
 from __future__ import annotations
 
@@ -28,33 +28,34 @@ class SetRegistry:
             return iter(list(self._sets))
 
     def predecessor(self, parameters: Mapping[str, torch.Tensor]) -> WeightSet | None:
-        """The set of the model that ``parameters``, by qualified name, are of, if some of its weights were replaced."""
+        """The known set of the model that ``parameters``, by qualified name, belong to, if some of them were
+        replaced."""
         with self._lock:
-            # Rather one that cannot be called any more: nobody else needs its copies.
+            # Prefer one that can no longer be called: no other call needs its copies.
             known = max(self._sets, key=lambda each: (each.overlap(parameters), not each.alive), default=None)
         return known if known is not None and self.is_successor(parameters, known) else None
 
     @staticmethod
     def is_successor(parameters: Mapping[str, torch.Tensor], known: WeightSet) -> bool:
-        """Whether ``parameters`` are of the same model as a set, some of whose weights were replaced.
+        """Whether ``parameters`` belong to the same model as the ``known`` set, with some weights replaced.
 
         A LoRA replaces weights and leaves biases and norms; another model may share a tensor or two.
         """
         return known.overlap(parameters) * 3 >= len(parameters)
 
     def add(self, weights: WeightSet) -> None:
-        """Keep a set in mind for as long as somebody uses it."""
+        """Register a set for as long as it is referenced elsewhere."""
         with self._lock:
             self._sets.add(weights)
 
     def copied_bytes(self, weights: Sequence[torch.Tensor]) -> int:
-        """The memory of the 8-bit copies that models with any of ``weights`` run on."""
+        """The size in bytes of the 8-bit copies of models with any of ``weights``."""
         with self._lock:
             return sum(copy.nbytes() for copy in self._copies_beside(weights))
 
     def release(self, weights: Sequence[torch.Tensor]) -> int:
-        """Give up the 8-bit copies that models with any of ``weights`` run on, and what was captured with them;
-        returns the copies' bytes."""
+        """Free the 8-bit copies of models with any of ``weights``, and the CUDA graphs captured with them; returns the
+        size of the copies in bytes."""
         with copies_lock:
             with self._lock:
                 copies = self._copies_beside(weights)
@@ -68,14 +69,14 @@ class SetRegistry:
         return freed
 
     def _copies_beside(self, weights: Sequence[torch.Tensor]) -> set[Copy]:
-        # By biases and norms too: a LoRA's weights may be gone already, and the model's own never seen.
+        # Also by biases and norms: a LoRA's weights may be freed already, and the model's own never registered.
         ids = set(map(id, weights))
         running = [known for known in self._sets if known.selection is not None and known.has_any_of(ids)]
         return {layer.copy for known in running for layer in known.layers}
 
     def observe_again(self, weights: Sequence[torch.Tensor]) -> int:
-        """Have the sets with any of ``weights`` observed anew at their next calls; returns how many there were. Not to
-        be called while one of them is."""
+        """Have the sets with any of ``weights`` observed anew at their next calls; returns their number. Must not be
+        called while one of them is in a call."""
         wanted = set(map(id, weights))
         with self._lock:
             found = [known for known in self._sets if not known.has_freed() and known.has_any_of(wanted)]

@@ -1,4 +1,4 @@
-"""What belongs to one set of weights in one graph, and finding it for a call's parameters."""
+"""The state of one set of weights in one graph, and the lookup by a call's parameters."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class WeightState(WeightSet):
     """One set of weights in one graph: its layers and their 8-bit copies, its cache entry and its drift checks.
 
     Attributes:
-        schedule: which calls look whether activations still fit their ranges.
+        schedule: which calls are drift checks.
         numbers: the bounds of the numbers among the inputs of calls.
-        is_compared: whether a step in 8 bit was compared with float.
-        entry: its place in the cache, from the first call that needs it.
+        is_compared: whether an 8-bit step was compared with float.
+        entry: its cache entry, from the first call that needs it.
         calibrated_rest: fingerprint of biases and norms when the set was observed; None before.
     """
 
@@ -56,9 +56,9 @@ class WeightState(WeightSet):
         self._fingerprint: tuple[Any, str] | None = None
 
     def fingerprint(self, parameters: Sequence[torch.Tensor], again: bool = True) -> str:
-        """Of all parameters. ``again=False``: the last one will do while no address and no version has changed, since
-        reading every weight takes a fifth of a small step."""
-        if self.has_freed():  # and so has not changed since it was calibrated
+        """The fingerprint of all parameters. ``again=False``: returns the last one while no address and no version has
+        changed, since reading every weight takes a fifth of a small step."""
+        if self.has_freed():  # freed weights cannot have changed since they were calibrated
             return self.layers[0].calibrated_for
         state = addresses_and_versions(parameters)  # before that: another thread may change a weight meanwhile
         if again or self._fingerprint is None or state != self._fingerprint[0]:
@@ -66,35 +66,36 @@ class WeightState(WeightSet):
         return self._fingerprint[1]
 
     def rest_fingerprint(self, parameters: Sequence[torch.Tensor]) -> str:
-        """Of the parameters that are no layer's weight. A LoRA leaves them as they are; another checkpoint does not."""
+        """The fingerprint of the parameters that are not weights of layers. A LoRA does not change them; another
+        checkpoint does."""
         return graph_key.fingerprint(self.rest(parameters))
 
     def release_entry(self) -> None:
-        """Give up the place in the cache."""
+        """Release the cache entry's lock."""
         entry, self.entry = self.entry, None
         if entry is not None:
             entry.release()
 
     def start_over(self) -> None:
-        """Calibrate anew: another checkpoint was loaded into these parameters, or the user asks for it."""
+        """Calibrate anew: another checkpoint was loaded into these parameters, or the user requested it."""
         super().start_over()
         self.is_compared = False
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
-        """As for ``WeightSet``. After any change activations may be others, also where another set with the same layer
-        has quantized the weight already."""
+        """As for ``WeightSet``. After any change activations may differ, even if another set with the same layer has
+        quantized the weight already."""
         if not self.has_same_values(parameters):
             self.schedule.restart()
         return super().follow(parameters)
 
     def drifted(self, seen: Mapping[int, Seen], is_after_change: bool = False) -> dict[int, Seen]:
-        """The layers whose inputs do not fit their ranges any more, by index, and what was seen of these; ``seen`` by
+        """The counts of the layers whose inputs no longer fit their ranges, by layer index. ``seen`` holds counts by
         the address of ``qparams`` (``CountingCall``); ``is_after_change`` as for ``clip_counting.has_drifted``."""
         found = self._seen(seen)
         return {index: each for index, each in found.items() if self.layers[index].has_drifted(each, is_after_change)}
 
     def are_coarse(self, seen: Mapping[int, Seen]) -> bool:
-        """Whether rounding shows in the input of any layer; ``seen`` as for ``drifted``."""
+        """Whether the range of any layer's input is too coarse; ``seen`` as for ``drifted``."""
         return any(self.layers[index].is_coarse(each) for index, each in self._seen(seen).items())
 
     def _seen(self, seen: Mapping[int, Seen]) -> dict[int, Seen]:
@@ -103,11 +104,11 @@ class WeightState(WeightSet):
 
 
 class WeightStates:
-    """The sets of weights that one graph was called with, and what they share.
+    """The sets of weights that one graph was called with, and their shared state.
 
     Attributes:
         traced: the graph.
-        cache: the directory in which what is found out about it is kept.
+        cache: the directory of its cache entries.
         lock: held while the state of any of them changes, or a graph is compiled for it.
         replaced: how many sets in a row were gone after one observed call.
     """
@@ -122,7 +123,7 @@ class WeightStates:
         self.candidates = [parameters[info.weight] for info in traced.infos]
         self._together = layer_timing.together(traced.module)
         self._by_ids: dict[tuple[int, ...], WeightState] = {}  # by the parameters' identities
-        self._all: weakref.WeakSet[WeightState] = weakref.WeakSet()  # also those that others have replaced
+        self._all: weakref.WeakSet[WeightState] = weakref.WeakSet()  # including replaced ones
         self._layouts: dict[tuple[Any, ...], int] = {}
         self._kinds: dict[tuple[Any, ...], int] = {}
 
@@ -130,7 +131,7 @@ class WeightStates:
         return iter(list(self._by_ids.values()))  # another thread may add one
 
     def of(self, parameters: Sequence[torch.Tensor]) -> WeightState:
-        """The set of a call's parameters: that of a model some of whose weights were replaced, or a new one."""
+        """The set of a call's parameters: a known one, its successor if some weights were replaced, or a new one."""
         state = self._by_ids.get(tuple(map(id, parameters)))
         return state if state is not None and state.alive else self._find(parameters)
 
@@ -149,9 +150,9 @@ class WeightStates:
                 self._together,
                 self.traced.config.drift_check_every,
             )
-            if any(layer.frozen for layer in layers):  # in another graph, which may have had no LoRA
+            if any(layer.frozen for layer in layers):  # by another graph, possibly before a LoRA was loaded
                 state.schedule.restart()
-            # What was found out about the model holds with a LoRA, too.
+            # The results for the model also hold with a LoRA.
             state.is_compared = any(old is known and old.is_compared for old in self)
             known_sets.add(state)
             for old in self:
@@ -163,9 +164,9 @@ class WeightStates:
             return state
 
     def _layers(self, parameters: Sequence[torch.Tensor], known: WeightSet | None) -> list[Layer]:
-        """The layer of each candidate; those of ``known``, a set of the same model, are taken over."""
+        """The layer of each candidate, taken from ``known``, a set of the same model, where possible."""
         traced, names = self.traced, self.traced.inputs.parameter_names
-        # A weight may have been given to a second layer since this graph was traced.
+        # A second layer may have got the same weight since this graph was traced.
         numbers = places(id(parameters[candidate]) for candidate in self.candidates)
         numbers_of_names = places(self.candidates)
         return [
@@ -183,23 +184,23 @@ class WeightStates:
         ]
 
     def _retire(self, old: WeightState) -> None:
-        """Give up what a set holds that another one now takes the place of. It stays known for as long as it can be
-        called: its weights may be put back, or another model may have them as well."""
+        """Release the resources of a set that another one replaces. It stays known for as long as it can be called: its
+        weights may be put back, or another model may share them."""
         if not old.alive:
             del self._by_ids[old.ids]
         old.prepared.clear()
         old.release_entry()
 
     def kind(self, state: WeightState, chosen: tuple[int, ...]) -> int:
-        """A number that is the same for sets that one compiled graph serves: of the same layout, with the same layers
-        ``chosen``, of which the same ones are smoothed alike."""
+        """A number that is equal for sets that can share one compiled graph: those with the same memory layout, the
+        same layers ``chosen``, and equal smoothing of these."""
         factors = state.smoothing()
         alike = list(factors.values())
         pattern = tuple((index, alike.index(each)) for index, each in factors.items())
         return self._kinds.setdefault((state.layout, chosen, pattern), len(self._kinds))
 
     def entry(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> Entry:
-        """The set's place in the cache."""
+        """The set's cache entry."""
         if state.entry is None:
             traced = self.traced
             how = traced.config, traced.precision, traced.device, traced.state, traced.operations
@@ -210,18 +211,18 @@ class WeightStates:
         return state.entry
 
     def publish(self, state: WeightState, parameters: Sequence[torch.Tensor], report: Report) -> None:
-        """Save what was found out about a set, with ``report``."""
+        """Save the results for a set, with ``report``."""
         traced = self.traced
         is_timed = traced.provider.times_layers
         autotuning = layer_timing.dump(traced.module, traced.precision.format, traced.device) if is_timed else None
         self.entry(state, parameters).publish(state.layers, state.fingerprint(parameters), report, autotuning)
         named = traced.inputs.named_parameters(parameters)
-        for other in list(self._all):  # of weights that were in the model while it was observed
+        for other in list(self._all):  # sets that were in the model while it was observed
             if other is not state and other.entry is not None and known_sets.is_successor(named, other):
                 other.release_entry()
 
     def unlock_entries(self) -> None:
-        """Let other processes make what this one has failed to make."""
+        """Release the locks of entries that this process failed to create."""
         for state in list(self._all):
             if state.entry is not None:
                 state.entry.release()

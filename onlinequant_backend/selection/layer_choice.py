@@ -1,4 +1,4 @@
-"""Which layers of a graph run in 8 bit, decided when observing is over."""
+"""The choice of the layers of a graph that are quantized, made after observing."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _log = logging.getLogger("onlinequant")
 
 
 class LayerChoice:
-    """The choice for one graph: what ``LayerInfo.quantized`` and ``reason`` of each layer say.
+    """The choice for one graph, recorded in each layer's ``LayerInfo.quantized`` and ``reason``.
 
     Attributes:
-        is_made: whether there is one.
+        is_made: whether the choice was made.
     """
 
     def __init__(self, traced: TracedGraph) -> None:
@@ -35,9 +35,8 @@ class LayerChoice:
         refusals: Sequence[str | None],
         load_autotuning: Callable[[], str | None],
     ) -> None:
-        """Select from what is known of the layers of ``weights``; ``refusals``: what rules each out, or None.
-
-        ``args``: of a call. ``load_autotuning``: what is known of the speed of such layers, see ``Cache``.
+        """Select among the layers of ``weights``; ``refusals``: for each, why it cannot be quantized, or None.
+        ``args``: of a call. ``load_autotuning``: loads the measured times of such layers, see ``Cache``.
         """
         self._rank(args, weights)
         context = PassContext(
@@ -61,7 +60,7 @@ class LayerChoice:
         self._traced.report.decisions = [NodeDecision.of(info) for _, info in layer_nodes(self._traced.module)]
 
     def _rank(self, args: Sequence[Any], weights: WeightSet) -> None:
-        """Say how sensitive each layer is; where that decides anything, by what it does to the model's output."""
+        """Record each layer's sensitivity; if the decision depends on it, measured at the model's output."""
         percentages = (self._traced.config.quantized_conv_percentage, self._traced.config.quantized_linear_percentage)
         decides = self._traced.config.max_error is not None or any(0 < percentage < 100 for percentage in percentages)
         measured = [layer.sensitivity for layer in weights.layers if layer.sensitivity is not None]

@@ -1,4 +1,4 @@
-"""Measured selection: which layers are faster in 8 bit at their real shapes on this GPU, and with which tiles."""
+"""Measured selection: which layers are faster quantized at their real shapes on this GPU, and with which tiles."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from .layer_trial import Timing, Trial, candidates, is_out_of_memory, shape_of, 
 
 _log = logging.getLogger("onlinequant")
 _VERSION = 1
-# A layer must be faster by this share: times vary a little, and 8 bit costs accuracy. Any gain will do after a norm:
-# our kernels for those, which write 8 bit, are faster than Inductor's for float.
+# A layer must be faster by this share: times vary a little, and quantization costs accuracy. After a norm any gain is
+# enough: this package's norm kernels, which write 8-bit values, are faster than Inductor's float ones.
 _LEAST_GAIN = 0.08
 
-# What leaves the values as they are, and what is computed value by value or, like a norm, ends so: then Inductor, or a
-# kernel of ours, quantizes at once.
+# Ops that do not change values, and ops that are elementwise or, like a norm, end with an elementwise part: Inductor,
+# or a kernel of this package, fuses the quantization into these.
 _VIEWS = ("contiguous", "flatten", "movedim", "permute", "reshape", "squeeze", "to", "transpose", "unsqueeze", "view")
 _VIEW_FUNCTIONS = (torch.flatten, torch.movedim, torch.permute, torch.reshape, torch.transpose, F.dropout)
 _POINTWISE = (
@@ -40,16 +40,15 @@ _POINTWISE = (
 )
 
 _known: dict[tuple[Gpu, str], Timing] = {}
-_compiled: set[tuple[Gpu, str]] = set()  # shapes whose kernels are
+_compiled: set[tuple[Gpu, str]] = set()  # shapes whose kernels are compiled
 _CURRENT = torch.device("cuda")
 
 
 def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) -> dict[str, str]:
-    """Time every layer that could be quantized, once for each shape, and choose its tile.
-
-    Linears that read one tensor are timed as the one product that ``merge_linears`` makes of them. Fills in
-    ``float_us`` and ``quantized_us`` of each ``LayerInfo``; returns, by name, why layers are not worth it. For a layer
-    that the GPU has no memory to time, both stay as they are, and it is as good as any other.
+    """Time every layer that could be quantized, once for each shape, and choose its tile. Linears that read one tensor
+    are timed as the product into which ``merge_linears`` merges them. Fills in ``float_us`` and ``quantized_us`` of
+    each ``LayerInfo``; returns, by name, why layers gain too little. If the GPU lacks the memory to time a layer, both
+    stay unset, and the layer is treated as faster.
     """
     groups = _groups(graph_module)
     gpu = gpu_of(device)
@@ -85,21 +84,21 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
 
 
 def tune(info: LayerInfo, format: Format, device: torch.device) -> Timing:
-    """Time one layer, and run its shape on the best tile from now on."""
+    """Time one layer, and use the best tile for its shape from now on."""
     timing = time_layer(info, format, device)
     tuning.choose({shape_of(info, format): timing.tile}, gpu_of(device))
     return timing
 
 
 def together(graph_module: fx.GraphModule) -> list[tuple[int, ...]]:
-    """The indices of layers that most likely will be one product, for each such product."""
+    """For each product that linears will most likely be merged into, the indices of its layers."""
     indices = [tuple(info.index for info in members if info.index is not None) for members, _ in _groups(graph_module)]
     return [group for group in indices if len(group) > 1]
 
 
 def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], fx.Node]]:
-    """The layers that could be quantized, together those that will be one product; and what makes the values that
-    they read, be they ordered anew or not."""
+    """The layers that could be quantized, in groups that will be one product each, with the node that computes their
+    input, looking through reordering."""
     groups: dict[object, tuple[list[LayerInfo], fx.Node]] = {}
     for node, info, read in layer_reads(graph_module):
         if info.index is not None:
@@ -110,7 +109,7 @@ def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], fx.Node
 
 
 def _shapes(groups: Sequence[tuple[list[LayerInfo], fx.Node]], format: Format) -> dict[str, LayerInfo]:
-    """What is timed: the first layer of each shape, or product of several, by its key."""
+    """The first layer, or merged product, of each shape, by its key: these are timed."""
     shapes: dict[str, LayerInfo] = {}
     for members, _ in groups:
         for info in [*members, _merged(members)]:
@@ -131,7 +130,7 @@ def _is_norm(node: fx.Node) -> bool:
 
 
 def _merged(members: Sequence[LayerInfo]) -> LayerInfo:
-    """Linears that read one tensor as one."""
+    """Linears that read one tensor, described as one merged layer."""
     first = members[0]
     if len(members) == 1:
         return first
@@ -141,7 +140,7 @@ def _merged(members: Sequence[LayerInfo]) -> LayerInfo:
 
 
 def dump(graph_module: fx.GraphModule, format: Format, device: torch.device = _CURRENT) -> str | None:
-    """What ``restore`` takes: the timings of a graph's layers as JSON; None if there are none."""
+    """The timings of a graph's layers as JSON, for ``restore``; None if there are none."""
     gpu = gpu_of(device)
     keys = sorted(key for key in _shapes(_groups(graph_module), format) if (gpu, key) in _known)
     if not keys:
@@ -151,7 +150,7 @@ def dump(graph_module: fx.GraphModule, format: Format, device: torch.device = _C
 
 
 def restore(text: str | None, device: torch.device = _CURRENT) -> int:
-    """Take over what another process has measured on such a GPU; returns how many shapes. Anything else is ignored."""
+    """Load another process's timings for the same GPU; returns the number of shapes. Other timings are ignored."""
     gpu = gpu_of(device)
     try:
         data = json.loads(text or "{}")
@@ -180,7 +179,7 @@ def _key(info: LayerInfo, format: Format) -> str:
 
 
 def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.device) -> None:
-    """Compile the kernels that ``measure`` will time, several at a time, where that is still to be done."""
+    """Compile the kernels that ``measure`` will time, several in parallel, unless they are compiled already."""
     shapes = _shapes(_groups(graph_module), format)
     gpu = gpu_of(device)
     missing = [info for key, info in shapes.items() if (gpu, key) not in _known and (gpu, key) not in _compiled]
@@ -215,7 +214,7 @@ def compile_tiles(
 
 
 def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:
-    """``time_layer``; None where memory runs out."""
+    """``time_layer``; None if memory runs out."""
     for is_last in (False, True):
         try:
             return time_layer(info, format, device)
@@ -224,5 +223,5 @@ def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> T
                 raise
             if is_last:
                 _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
-        torch.cuda.empty_cache()  # what other streams have left may be enough
+        torch.cuda.empty_cache()  # memory cached for other streams may be enough
     return None

@@ -1,4 +1,4 @@
-"""One layer at its real shape on a GPU, run in float and in 8 bit, and timed."""
+"""One layer at its real shape on a GPU, run in float and quantized, and timed."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ from ..quantization.weight_quantization import quantize_weight
 from ..tensors import CHANNELS_LAST
 
 _log = logging.getLogger("onlinequant")
-# Runs that are timed together, and how often, of which the quickest counts.
+# The runs timed together, and the repetitions, of which the fastest counts.
 _RUNS, _TIMES = 8, 3
-# For how long the GPU is kept busy while they are launched: two milliseconds or so, and at most a tenth of a second.
+# How long the GPU is kept busy while they are launched: about two milliseconds, and at most a tenth of a second.
 _BUSY_CYCLES, _MOST_CYCLES = 3_000_000, 192_000_000
-# Candidates that are timed for each shape: each costs a compile by Triton.
+# The number of candidates timed for each shape: each costs a compile by Triton.
 _CANDIDATES = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One shape's times in microseconds: in float, in 8 bit with the best tile, and of quantizing its input alone."""
+    """Times of one shape in microseconds: in float, quantized with the best tile, and of quantizing its input alone."""
 
     float_us: float
     quantized_us: float
@@ -41,20 +41,20 @@ class Timing:
 
 
 def shape_of(info: LayerInfo, format: Format) -> tuning.Shape:
-    """What a tile is chosen for."""
+    """The shape for which a tile is chosen."""
     if info.geometry is None:
         return (math.prod(info.input_shape[:-1]), *info.weight_shape, format.activation)
     return info.input_shape, info.weight_shape, info.geometry, format.activation
 
 
 def candidates(info: LayerInfo, format: Format, gpu: Gpu) -> tuple[Tile, ...]:
-    """What is to be timed, the best guess first."""
+    """The tiles to time, the best guess first."""
     tiles = tuning.linear_tiles if info.geometry is None else tuning.conv_tiles
     return tiles(*shape_of(info, format), gpu)[:_CANDIDATES]
 
 
 class Trial:
-    """One layer at its real shape, to be run in float and in 8 bit."""
+    """One layer at its real shape, to be run in float and quantized."""
 
     def __init__(self, info: LayerInfo, format: Format, device: torch.device) -> None:
         self._info = info
@@ -65,7 +65,7 @@ class Trial:
             self._scale = torch.empty(format.scale_shape(info.weight_shape), dtype=torch.float32, device=device)
         else:
             self._q, self._scale = quantize_weight(self._weight, format)
-        # Triton compiles kernels with and without a bias apart, and most layers have one.
+        # Triton compiles separate kernels with and without a bias, and most layers have one.
         self._bias = torch.zeros(info.weight_shape[0], device=device, dtype=info.dtype)
         qparams = torch.tensor([16.0, 0.0, 1 / 16], dtype=torch.float32, device="cpu")
         self._qparams = torch.empty(5, dtype=torch.float32, device=device)[2:].copy_(qparams)
@@ -96,7 +96,7 @@ class Trial:
 
 
 def time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
-    """Time a layer in float, and in 8 bit with each candidate."""
+    """Time a layer in float, and quantized with each candidate."""
     trial, clock = Trial(info, format, device), Clock(device)
     tiles = candidates(info, format, gpu_of(device))
     times = {tile: clock.time_if_possible(functools.partial(trial.run, tile)) for tile in tiles}
@@ -105,24 +105,23 @@ def time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Of the allocator, of CUDA, or of cuBLAS."""
+    """Whether an error of the allocator, CUDA, or cuBLAS means out of memory."""
     return "out of memory" in str(error) or "ALLOC_FAILED" in str(error)
 
 
 class Clock:
-    """Times runs of one layer, while nothing else of ours runs on the device.
-
-    Not in a CUDA graph: another thread that waits for the device meanwhile would make its capture invalid. So the GPU
-    is kept busy until all runs are launched, and then does them one after the other.
+    """Times runs of one layer, while no other kernels of this package run on the device. Does not use a CUDA graph: a
+    device synchronization in another thread would invalidate its capture. Instead the GPU is kept busy until all runs
+    are launched, and then executes them back to back.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._lane = cuda_graphs.lane_of(device)
 
     def time(self, run: Callable[[], object]) -> float:
-        """Microseconds of one run among others of its kind, without the time it takes to launch."""
+        """Microseconds of one run in a series, without launch overhead."""
         with self._lane.turn():
-            run()  # compiles, loads and shows whether it can be run at all
+            run()  # compiles and loads it, and raises if it cannot run
             torch.cuda.synchronize(self._lane.device)
             cycles, times = _BUSY_CYCLES, list[float]()
             while len(times) < _TIMES:
@@ -134,15 +133,14 @@ class Clock:
                 end.record()
                 was_late = start.query() and cycles < _MOST_CYCLES
                 end.synchronize()
-                if was_late:  # the GPU was done before the last one was launched
+                if was_late:  # the GPU was idle before the last one was launched
                     cycles *= 4
                 else:
                     times.append(start.elapsed_time(end))
         return 1000 * min(times) / _RUNS
 
     def time_if_possible(self, run: Callable[[], object]) -> float:
-        """The same; a time that no other is longer than if it fails, as a tile may need more shared memory than a
-        smaller GPU has."""
+        """As ``time``; 1e9 if the run fails, since a tile may need more shared memory than a smaller GPU has."""
         try:
             return self.time(run)
         except Exception as error:

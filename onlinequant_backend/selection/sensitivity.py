@@ -1,7 +1,6 @@
-"""How much of the whole graph's output error each layer is to blame for.
-
-A layer's own error says next to nothing of that: what is added to a residual stream, say, may drown in it. Spearman's
-correlation of the two over all layers is between -0.2 and 0.5, that of the gradient's estimate 0.94 and more
+"""Sensitivities: how much of the whole graph's output error each layer causes. A layer's own error predicts this
+poorly: for example, the error of a value that is added to a residual stream may be negligible there. Spearman's
+correlation of the two over all layers is between -0.2 and 0.5; that of the gradient estimate is 0.94 and more
 (``benchmarks/sensitivity.py``).
 """
 
@@ -26,9 +25,9 @@ from ..tensors import _flat, relative_error
 
 _log = logging.getLogger("onlinequant")
 
-# Of no noise that a model is given: a mixture like its own input would be no random one.
+# Not a seed of a model's noise: a mixture equal to its own input would not be random.
 _SEED = 987654321
-# The share of the memory that was free which is left alone: where it runs out, a CPU's system kills without a word.
+# The share of the free memory that is not used: a system that runs out of RAM kills the process without an error.
 _SPARED = 0.25
 
 
@@ -37,8 +36,8 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
 
     To first order an error ``e`` of a layer's output becomes the error ``J e`` of the graph's. Of independent values of
     ``e`` the expected square is their mean square times that of all of ``J``, which is the expected squared gradient of
-    a random mixture of the outputs (Hutchinson's estimator). So it takes one forward and one backward pass, and their
-    memory, that of training: where that is not there, or no gradient, the layers keep their own errors.
+    a random mixture of the outputs (Hutchinson's estimator). So it takes one forward and one backward pass, and as much
+    memory as training: without that memory, or without gradients, the layers keep their own errors.
     """
     gradients: dict[int, float] = defaultdict(float)
     try:
@@ -51,14 +50,14 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
             (output * mixture).sum().backward()
         mean_square = float(output.detach().square().mean())
     except Exception as error:
-        _log.info("no gradients, so layers go by their own errors: %s: %s", type(error).__name__, error)
+        _log.info("no gradients, so layers are ranked by their own errors: %s: %s", type(error).__name__, error)
         return False
     estimates: dict[Layer, float] = defaultdict(float)
-    for index, layer in enumerate(layers):  # one may be called more than once
+    for index, layer in enumerate(layers):  # a layer may be called more than once
         if layer.sensitivity is not None and not layer.sensitivity.of_model:
             estimates[layer] += layer.sensitivity.mse * gradients[index] / output.numel()
     if not all(map(math.isfinite, gradients.values())) or not any(gradients.values()) or not mean_square > 0:
-        _log.info("the gradients are not finite, or 0, so layers go by their own errors")
+        _log.info("the gradients are not finite, or 0, so layers are ranked by their own errors")
         return False
     for layer, mse in estimates.items():
         # The mean magnitude of normal errors.
@@ -67,13 +66,13 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
 
 
 def _without_gradient(x: torch.Tensor) -> torch.Tensor:
-    """``x`` for a backward pass: parameters are not to get gradients, and inference tensors cannot be kept for one."""
+    """``x`` for a backward pass: parameters must not get gradients, and autograd cannot save inference tensors."""
     return (x.clone() if x.is_inference() else x).detach()
 
 
 def _spared_memory(args: Sequence[Any]) -> float:
-    """How many bytes must stay free where the system does not say no in time, as GPUs do; raises MemoryError if the
-    copies of ``args`` alone would not leave as many."""
+    """The bytes that must stay free on a device that, unlike GPUs, does not raise in time when memory runs out; raises
+    MemoryError if the copies of ``args`` alone would leave less."""
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return 0.0
@@ -91,10 +90,10 @@ def measure_end_to_end(
     infos: Sequence[LayerInfo],
     result: Any,
 ) -> int:
-    """Replace every layer's sensitivity by the graph's own error with that layer alone in 8 bit.
+    """Replace every layer's sensitivity by the graph's own error with only that layer quantized.
 
     This is the predecessor's measure, one forward of the graph for each layer: ``mae`` and ``mse`` of the output
-    against ``result``, the float output for the same ``args``. A graph that writes in place, perhaps into its inputs,
+    against ``result``, the float output for the same ``args``. A graph that writes in place, possibly into its inputs,
     cannot safely be run again; its layers keep their local sensitivities. Returns how many layers were measured.
     """
     if any(fx_utils.writes_in_place(node) for node in observed.graph.nodes):
@@ -122,11 +121,11 @@ def over_budget(
     order: Sequence[int],
     max_error: float,
 ) -> tuple[int, float]:
-    """How many of the layers at the indices ``order`` must stay in float for a step's error to hold a budget, and the
-    error that is left.
+    """The number of layers at the indices ``order`` that must stay in float to keep a step's error within a budget, and
+    the remaining error.
 
-    They are given up in this order, the most sensitive first. The error is the graph's own, ``relative_error`` of its
-    result for ``args`` with all others in 8 bit at once; a binary search asks for it a few times.
+    They are put into float in this order, the most sensitive first. The error is the graph's own, ``relative_error`` of
+    its result for ``args`` with all other layers quantized at once; a binary search measures it a few times.
     """
 
     def error(number: int) -> float:

@@ -1,6 +1,5 @@
-"""Everything that reads or patches private parts of torch, so that a new release of torch is looked at in one place.
+"""All code that reads or patches private parts of torch, so that only this package is affected by a new release.
 
-Each module is about one part of torch: Dynamo, Inductor, global settings, weak references, and the processors that it
-knows. Nothing here knows what a quantized layer is. Nothing is handed out either, so that only those load Dynamo or
-Inductor that need it.
+Each module is about one part of torch: Dynamo, Inductor, global settings, weak references, and hardware support. None
+depends on quantized layers. Nothing is exported here, so that only modules that need Dynamo or Inductor import these.
 """

@@ -1,7 +1,6 @@
-"""Several of Inductor's C++ kernels in one translation unit: most of a kernel's compile is reading its headers.
-
-Inductor compiles each kernel of a CPU by itself, in about two seconds, of which its own code takes half. These are
-torch's internals: whatever is not as expected here is compiled as torch does it.
+"""Compiles several of Inductor's C++ kernels in one translation unit: much of a compile is parsing headers. Inductor
+compiles each CPU kernel separately, in about two seconds, of which the kernel's own code takes half. This uses torch's
+internals: kernels of unexpected form are compiled in torch's own way.
 """
 
 from __future__ import annotations
@@ -20,16 +19,17 @@ from torch._inductor.codecache import CppPythonBindingsCodeCache, LambdaFuture
 
 _log = logging.getLogger("onlinequant")
 
-# Kernels of a batch, whatever the number of processors, so that the libraries are found again with another number; more
-# would keep one busy when all others are done. Graphs of fewer than two batches are compiled one by one.
+# Kernels per batch, independent of the number of processors, so that cached libraries are found with any number; larger
+# batches would keep one processor busy when all others are idle. Graphs of fewer than two batches are compiled one by
+# one.
 _BATCH = 8
 _INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>"
-# A source that is nothing but one function, whose brace is the only one at the beginning of a line. (Those of templates
-# for products bring other functions, and macros.)
+# A source with only one function, whose brace is the only one at the beginning of a line. (Sources from matrix product
+# templates contain other functions and macros.)
 _KERNEL = re.compile(
     rf'\s*{re.escape(_INCLUDE)}\s*extern "C"\s+void\s+kernel(\([^{{}};#]*\)\s*{{\n(?:(?![}}#]).*\n)*}})\s*'
 )
-# What the bindings include must be read outside of a namespace first.
+# The bindings' headers must be included outside of a namespace first.
 _HEADERS = f"{_INCLUDE}\n#define PY_SSIZE_T_CLEAN\n" + "".join(
     f"#include <{header}>\n" for header in ("Python.h", "sstream", "cstdlib", "cerrno")
 )
@@ -40,7 +40,7 @@ _one_by_one = AsyncCompile.cpp_pybinding
 
 @contextlib.contextmanager
 def in_batches() -> Iterator[None]:
-    """Within the block, what Inductor compiles for CPUs is compiled in batches. For one thread at a time."""
+    """Within the block, Inductor compiles CPU kernels in batches. For one thread at a time."""
     wait = AsyncCompile.wait
     kernels: list[_Kernel] = []
 
@@ -61,7 +61,7 @@ def in_batches() -> Iterator[None]:
 
 
 class _Kernel:
-    """A kernel that Inductor asks for, alone or in a batch."""
+    """A kernel that Inductor requests, compiled alone or in a batch."""
 
     def __init__(self, compiler: Any, argument_types: list[str], code: str) -> None:
         self.compiler = compiler
@@ -71,16 +71,16 @@ class _Kernel:
 
     @functools.cached_property
     def alone(self) -> Any:
-        """What waits for it, compiled as torch does it."""
+        """A function that waits for the kernel, compiled in torch's own way."""
         return _one_by_one(self.compiler, self.argument_types, self.code)
 
     def result(self) -> _Function:
-        """The compiled kernel, as soon as there is one."""
+        """Wait for the compiled kernel."""
         if self.of_batch is not None:
             try:
                 return self.of_batch()
             except Exception as error:
-                _log.debug("a kernel is compiled by itself: %s", error)
+                _log.debug("a kernel is compiled separately: %s", error)
         function: _Function = self.alone.result()
         return function
 
@@ -91,7 +91,7 @@ def _split(kernels: Sequence[_Kernel]) -> Iterator[Sequence[_Kernel]]:
 
 
 def _begin(batch: Sequence[_Kernel]) -> None:
-    """Have a batch compiled in another process."""
+    """Start compiling a batch in another process."""
     if len(batch) == 1:
         _begin_alone(batch)
         return
@@ -114,18 +114,18 @@ def _of_batch(functions: Callable[[], Sequence[_Function]], index: int, batch: S
 
 
 def _begin_alone(batch: Sequence[_Kernel]) -> None:
-    """Have each kernel of a batch compiled in a process of its own, all at once."""
+    """Start compiling each kernel of a batch in its own process, in parallel."""
     for kernel in batch:
         kernel.of_batch = None
         _ = kernel.alone
 
 
 def _compiled(batch: Sequence[_Kernel]) -> Callable[[], Sequence[_Function]]:
-    """Begin to compile a batch; returns what waits for its kernels."""
+    """Start compiling a batch; returns a function that waits for its kernels."""
     names = [f"kernel_{index}" for index in range(len(batch))]
 
     class Batch(CppPythonBindingsCodeCache):
-        """One library that is a module for each of its kernels."""
+        """One library that holds a module for each of its kernels."""
 
         cache: dict[str, Any] = {}  # noqa: RUF012, as torch has it
 
@@ -142,7 +142,7 @@ def _compiled(batch: Sequence[_Kernel]) -> Callable[[], Sequence[_Function]]:
 
 def _module(name: str, path: str, key: str) -> ModuleType:
     class Binding(CppPythonBindingsCodeCache):
-        """Torch loads the module of a library that has this name."""
+        """Has torch load the module of this name from a library."""
 
         entry_function = name
 
@@ -150,7 +150,7 @@ def _module(name: str, path: str, key: str) -> ModuleType:
 
 
 def _in_namespace(name: str, kernel: _Kernel) -> str:
-    """A kernel and the bindings that torch gives it, under a name of its own."""
+    """A kernel and torch's bindings for it, in a namespace of their own."""
     found = _KERNEL.fullmatch(kernel.code)
     assert found is not None
     arguments = (kind.replace("const ", "") for kind in kernel.argument_types)

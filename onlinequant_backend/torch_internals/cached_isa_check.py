@@ -1,7 +1,6 @@
-"""Which vector instructions the C++ compiler knows: found out once for a cache, and not at each start.
-
-Inductor compiles a program for it and loads that in another process, which imports torch: three seconds a start. These
-are torch's internals: whatever is not as expected here is asked as torch does it.
+"""Caches which vector instructions the C++ compiler supports, rather than checking at each start. Inductor compiles a
+program for the check and loads it in another process, which imports torch: three seconds per start. This uses torch's
+internals: if they are not as expected, torch's own check runs.
 """
 
 from __future__ import annotations
@@ -18,9 +17,8 @@ from ..best_effort import best_effort
 
 
 def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
-    """Within the block, what the compiler knows is noted in ``folder``, for this compiler and version of torch.
-
-    Inductor asks for the instructions of this CPU alone. What does not work is asked again.
+    """Within the block, supported instructions are recorded in ``folder``, for this compiler and version of torch.
+    Inductor only checks the instructions of this CPU. Failed checks are repeated.
     """
     fingerprint = getattr(cpu_vec_isa, "_get_isa_dry_compile_fingerprint", None)
     ask = getattr(cpu_vec_isa.VecISA, "check_build", None)
@@ -28,7 +26,7 @@ def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
     def ask_once(instructions: Any, code: str) -> bool:
-        asked = f"{fingerprint(instructions.build_arch_flags())}\0{code}"  # different programs for the same flags
+        asked = f"{fingerprint(instructions.build_arch_flags())}\0{code}"  # programs differ for equal flags
         note = folder / f"compiles-{hashlib.sha256(asked.encode()).hexdigest()[:32]}"
         if note.exists():
             return True

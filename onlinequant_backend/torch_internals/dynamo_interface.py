@@ -1,4 +1,4 @@
-"""Everything that differs between the torch versions we support (2.11 to 2.13), in one place."""
+"""Access to Dynamo's internals, for all supported versions of torch (2.11 to 2.13)."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ from .torch_settings import GlobalState
 
 
 class UnwrappedError(ShortenTraceback):
-    """An error that Dynamo passes on to the user as it is, instead of as ``BackendCompilerFailed``."""
+    """An error that Dynamo passes on to the user unchanged, instead of as ``BackendCompilerFailed``."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args, first_useful_frame=None)
 
 
-# What ``torch.tensor`` of numbers that are no constants has become in Dynamo's graphs.
+# The op in Dynamo's graphs for ``torch.tensor`` of numbers that are not constants.
 tensor_of_numbers: Callable[..., torch.Tensor] = torch._refs.tensor
 
 
@@ -50,14 +50,14 @@ def hint(size: int | torch.SymInt) -> int:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Compilation:
-    """One of Dynamo's, of a frame.
+    """One compilation of a frame by Dynamo.
 
     Attributes:
-        code: that the frame runs.
-        owner: the module whose method that is, if it is one.
-        backend: that it is for.
-        is_first: whether Dynamo has never compiled this code before, or has forgotten it.
-        scope: the frame's variables, by what Dynamo's guards call them.
+        code: the frame's code object.
+        owner: the module whose method the code is, if it is one.
+        backend: the backend that it is for.
+        is_first: whether Dynamo has no earlier compilation of this code, also after a reset.
+        scope: the frame's variables, by their names in Dynamo's guards.
     """
 
     code: types.CodeType
@@ -68,14 +68,14 @@ class Compilation:
 
     @functools.cached_property
     def root(self) -> torch.nn.Module | None:
-        """The model that the frame is a part of; None where that is not a module."""
-        found = _outermost_module()  # which may be false, as a ModuleList without modules is
+        """The model that the frame is a part of; None if that is not a module."""
+        found = _outermost_module()  # may be falsy, like an empty ModuleList
         return self.owner if found is None else found
 
 
 def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any], shown: type[Exception]) -> None:
-    """Have ``handler(compilation, compile)`` called instead of each of Dynamo's compilations from now on: it calls
-    ``compile``, more than once if it wants to, and returns what that returns. Dynamo holds ``compile_lock`` then.
+    """From now on call ``handler(compilation, compile)`` instead of each of Dynamo's compilations: it calls ``compile``
+    once or several times and returns its result. Dynamo holds ``compile_lock`` meanwhile.
 
     ``shown``: errors of a backend that reach the user as they are, instead of within a ``BackendCompilerFailed``.
     """
@@ -104,7 +104,7 @@ def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]
 
 
 def guarded_values(scope: Mapping[str, Any]) -> dict[str, Any]:
-    """What a graph that Dynamo has just traced is for alone beside sizes, by Dynamo's name for where it comes from:
+    """The guarded values, other than sizes, of a graph that Dynamo has just traced, by the names of their sources:
     flags and other constants, kinds of tensors, and the state of the process and the thread."""
     found: dict[str, Any] = {"": GlobalState.now()}
     for guard in TracingContext.get().guards_context.dynamo_guards:
@@ -123,12 +123,12 @@ _GUARDS_OF_VALUES = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH
 
 
 def innermost_backend(backend: Any) -> Any:
-    """What ``backend`` was before torch wrapped it."""
+    """The backend that torch wrapped in ``backend``."""
     return _with_wrappers(backend)[-1]
 
 
 def backend_key(backend: Any) -> tuple[Any, ...]:
-    """Equal for what torch takes for the same backend with the same options."""
+    """A key that is equal for backends that torch considers equal, with the same options."""
     *wrappers, innermost = _with_wrappers(backend)
     given = [getattr(wrapper, name, None) for wrapper in wrappers for name in ("kwargs", "keywords", "dynamic")]
     return id(innermost), repr(given)
@@ -142,7 +142,7 @@ def _with_wrappers(backend: Any) -> list[Any]:
 
 
 def _outermost_module() -> torch.nn.Module | None:
-    """The module whose call, within ``torch.compile``, has led to what Dynamo is compiling in this thread."""
+    """The outermost module within ``torch.compile`` whose call led to the current compilation in this thread."""
     found = None
     frame: types.FrameType | None = sys._getframe()
     while frame is not None:
@@ -156,25 +156,24 @@ def _outermost_module() -> torch.nn.Module | None:
 
 
 def most_graphs() -> int:
-    """How often Dynamo traces a function at most."""
+    """Dynamo's limit for tracing a function."""
     return int(torch._dynamo.config.recompile_limit)
 
 
 def is_traced_too_often(error: BaseException) -> bool:
-    """Whether Dynamo raises ``error`` because it has traced a function as often as it may."""
+    """Whether Dynamo raised ``error`` because it reached its limit for tracing a function."""
     return "recompile limit" in str(error) or "recompile_limit" in str(error)
 
 
 def ends_in_break(graph_module: torch.fx.GraphModule) -> bool:
-    """Whether Dynamo, which has made this graph, has more to trace than fits into it."""
+    """Whether this graph of Dynamo's ends in a graph break."""
     reason = getattr(graph_module, "compile_subgraph_reason", None)
     return bool(getattr(reason, "graph_break", False))
 
 
 def watch_compilations(before: Callable[[str], None], after: Callable[[str], None]) -> bool:
-    """Have ``before`` and ``after`` called with the frame's number around each of Dynamo's compilations from now on.
-
-    Returns False if they are already; ``torch._dynamo.reset()`` forgets them.
+    """From now on call ``before`` and ``after`` with the frame's number around each of Dynamo's compilations. Returns
+    False if they are registered already; ``torch._dynamo.reset()`` removes them.
     """
     handler = torch._dynamo.callback.callback_handler
     if any(getattr(callback, "_calls", None) is before for callback in handler.start_callbacks):
@@ -194,7 +193,7 @@ def _on_dynamo(function: Callable[[str], None]) -> Callable[[CallbackArgs], None
 
 
 def dynamo_settings(most_graphs: int) -> contextlib.AbstractContextManager[None]:
-    """Dynamo traces a function up to ``most_graphs`` times, and does not search for garbage after that by itself."""
+    """Dynamo traces a function up to ``most_graphs`` times, and does not run garbage collection after tracing."""
     settings: dict[str, Any] = {"recompile_limit": most_graphs}
     if hasattr(torch._dynamo.config, "run_gc_after_compile"):
         settings["run_gc_after_compile"] = False
@@ -202,14 +201,14 @@ def dynamo_settings(most_graphs: int) -> contextlib.AbstractContextManager[None]
 
 
 class SeenSizes:
-    """Which sizes Dynamo has seen of what: those that have changed it makes symbolic. At first it has seen none."""
+    """The sizes that Dynamo has seen: those that have changed it makes symbolic. Initially empty."""
 
     def __init__(self) -> None:
         self._state: Any = None
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
-        """Within the block, which must hold ``compile_lock``, Dynamo knows of these and no others."""
+        """Within the block, which must hold ``compile_lock``, Dynamo uses only these."""
         if self._state is None:
             self._state = defaultdict(pgo.CodeState)
         others, pgo._CODE_STATE = pgo._CODE_STATE, self._state
@@ -220,7 +219,7 @@ class SeenSizes:
 
 
 def are_shapes_static() -> bool:
-    """Whether the user told ``torch.compile`` that there are to be no symbolic sizes."""
+    """Whether the user disabled symbolic sizes in ``torch.compile``."""
     return not torch._dynamo.config.automatic_dynamic_shapes
 
 
@@ -233,9 +232,8 @@ def static_tracing() -> Iterator[None]:
 
 @contextlib.contextmanager
 def symbolic_tracing(note: Callable[[], object]) -> Iterator[None]:
-    """Dynamo makes every size of every input symbolic; ``note`` is called when it does.
-
-    Whatever hangs on a module, such as a LoRA's strength, and other numbers stay so until they are seen to change.
+    """Dynamo makes every size of every input symbolic, and calls ``note`` when it does. Attributes of modules, such as
+    a LoRA's strength, and other numbers stay constant until they change.
     """
     original = builder.record_automatic_dynamic
 
@@ -256,8 +254,8 @@ def symbolic_tracing(note: Callable[[], object]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def no_kernel_choice() -> Iterator[None]:
-    """Tracing a convolution does not ask which kernel would run it: oneDNN looks at the batch, and that would become a
-    guard (torch 2.11). Not for compiling."""
+    """Tracing a convolution does not select its kernel: oneDNN's selection depends on the batch size, which would
+    become a guard (torch 2.11). Not for compiling."""
     before = torch._C._get_mkldnn_enabled()
     torch._C._set_mkldnn_enabled(False)
     try:
@@ -272,26 +270,25 @@ def is_transforming() -> bool:
 
 
 def compile_lock() -> Any:
-    """Dynamo's lock, a reentrant one: neither Dynamo nor Inductor compiles in two threads at once."""
+    """Dynamo's reentrant lock: neither Dynamo nor Inductor compiles in two threads at once."""
     return torch._dynamo.convert_frame.compile_lock
 
 
 @contextlib.contextmanager
 def others_call_uncompiled() -> Iterator[None]:
-    """Within the block, FX may trace in this thread, and calls of compiled models in other threads go on, uncompiled.
-
+    """Within the block, FX may trace in this thread, while calls of compiled models in other threads run uncompiled.
     While it traces, FX replaces ``torch.nn.Module.__call__`` for the whole process, so that Dynamo's guards fail in
-    every thread. Dynamo asks whether FX is tracing and by default raises, where it may as well run the model as it is.
+    every thread. Dynamo detects FX tracing and by default raises, although it could run the model uncompiled.
     """
-    # The default, which holds in every thread. A patch would hold in this one alone (torch 2.13), and would leave
-    # behind what it has found, to which no default applies any more.
+    # The default, which applies in every thread. A config patch would apply in this one only (torch 2.13), and would
+    # restore an explicit value, which overrides later defaults.
     entry: Any = torch._dynamo.config._config["error_on_nested_fx_trace"]  # type: ignore[attr-defined]
     before, entry.default = entry.default, False
     tracer, me = torch.fx.Tracer, threading.get_ident()
     traced = tracer.call_module
 
     def call_module(self: Any, module: Any, forward: Any, args: Any, kwargs: Any) -> Any:
-        if threading.get_ident() != me:  # no module of what is traced
+        if threading.get_ident() != me:  # not a module that is being traced
             return forward(*args, **kwargs)
         return traced(self, module, forward, args, kwargs)
 
@@ -304,8 +301,8 @@ def others_call_uncompiled() -> Iterator[None]:
 
 
 def graph_module(root: Any, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    """An ``fx.GraphModule`` whose Python code is made when it is first called. Most of ours never are, and SDXL's code
-    takes a second."""
+    """An ``fx.GraphModule`` whose Python code is generated at its first call. Most of this package's graphs are never
+    called, and generating SDXL's code takes a second."""
     try:
         from torch.fx._lazy_graph_module import _LazyGraphModule
     except ImportError:

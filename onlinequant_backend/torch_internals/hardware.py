@@ -1,4 +1,4 @@
-"""What this machine's processors can do, as far as torch knows."""
+"""The capabilities of this machine's processors, as reported by torch."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch._refs
 
 @functools.lru_cache(maxsize=1)
 def has_gluon() -> bool:
-    """Whether this Triton has Gluon as our kernel wants it. It is experimental, so other versions than those which the
-    kernel was compiled with, 3.6 to 3.8, do not count."""
+    """Whether this Triton has a Gluon that the kernel supports. Gluon is experimental, so only the versions with which
+    the kernel was compiled, 3.6 to 3.8, count."""
     try:
         import triton
         from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
@@ -38,6 +38,6 @@ def cpu_flags() -> dict[str, bool]:
 
 
 def int8_instructions() -> str | None:
-    """The best of this CPU's instructions that sum 8-bit products in 32 bits; None if it has none."""
+    """The best of this CPU's instructions that accumulate 8-bit products in 32 bits; None if it has none."""
     flags = cpu_flags()
     return next((flag for flag in ("amx_int8", "avx512_vnni", "avx_vnni") if flags[flag]), None)

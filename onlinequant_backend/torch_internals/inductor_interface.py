@@ -1,4 +1,4 @@
-"""What is used of Inductor beside its public functions."""
+"""Access to Inductor's private functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .torch_settings import autocast_dtypes, settings
 
 
 class _Torch:
-    """Pickles as the package, which does not pickle."""
+    """Pickles as the package ``torch``; modules themselves cannot be pickled."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return importlib.import_module, ("torch",)
@@ -29,14 +29,14 @@ def _named_in_torch(memory_format: torch.memory_format) -> tuple[Any, ...]:
     return getattr, (_Torch(), str(memory_format).removeprefix("torch."))
 
 
-# Else pickle looks for it in whatever module was imported first: then the keys of Inductor's caches differ between two
-# programs, and a graph that travels names a module of this program.
+# Otherwise pickle finds it in whichever module was imported first: then the keys of Inductor's caches differ between
+# programs, and a pickled graph names a module of this program.
 copyreg.pickle(torch.memory_format, _named_in_torch)
 
 
 @contextlib.contextmanager
 def free_sizes(are_ones_free: bool = True) -> Iterator[None]:
-    """Symbolic sizes that happen to be equal, or 1 if ``are_ones_free``, are not taken to be so always."""
+    """Symbolic sizes that happen to be equal, or 1 if ``are_ones_free``, are not specialized."""
     from torch.fx.experimental import _config
 
     patch: Any = _config.patch  # type: ignore[attr-defined]
@@ -45,14 +45,14 @@ def free_sizes(are_ones_free: bool = True) -> Iterator[None]:
 
 
 def inductor_mode_options(mode: str) -> dict[str, Any]:
-    """The Inductor options that ``torch.compile(mode=...)`` stands for; raises RuntimeError for an unknown mode."""
+    """The Inductor options of ``torch.compile(mode=...)``; raises RuntimeError for an unknown mode."""
     from torch._inductor import list_mode_options
 
     return dict(list_mode_options(mode))
 
 
 def inductor_option_types() -> dict[str, type | None]:
-    """What each of Inductor's options must be, by its name with underscores; None where torch does not check it."""
+    """The type of each of Inductor's options, by its name with underscores; None if torch does not check it."""
     from torch._inductor import config
 
     types: dict[str, type | None] = {}
@@ -63,13 +63,13 @@ def inductor_option_types() -> dict[str, type | None]:
 
 
 def found_graphs() -> tuple[int, int]:
-    """How many graphs Inductor has found in its cache in this process, and how many it has not."""
+    """The number of hits and misses of Inductor's graph cache in this process."""
     counts = torch._dynamo.utils.counters["inductor"]
     return counts["fxgraph_cache_hit"], counts["fxgraph_cache_miss"] + counts["fxgraph_cache_bypass"]
 
 
 def forget_loaded_code() -> None:
-    """Have Inductor load what it has compiled from its caches on disk again. What runs already stays."""
+    """Have Inductor load compiled code from its caches on disk again. Functions in use are not affected."""
     from torch._inductor.utils import clear_caches
 
     clear_caches()
@@ -77,19 +77,18 @@ def forget_loaded_code() -> None:
 
 @contextlib.contextmanager
 def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
-    """Let Inductor keep its caches in ``directory``, and take ``tag`` for a part of what it compiles.
-
-    None, or a place of the user's own choice in the environment, leaves them where they are.
+    """Have Inductor keep its caches in ``directory``, and include ``tag`` in its cache keys. With None, or if the
+    environment sets a directory, the caches stay where they are.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
     from . import cached_isa_check
 
-    # Inductor writes the place that it has chosen into the environment too.
+    # Inductor also writes its default directory into the environment.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     try:
         is_users = chosen is not None and Path(chosen) != Path(default_cache_dir()).absolute()
-    except (KeyError, OSError):  # torch 2.11 needs the user's name for it, and there is none
+    except (KeyError, OSError):  # torch 2.11 needs a user name for it, and there is none
         is_users = True
     _keep_kernel_cache()
     with _tagged(tag), contextlib.ExitStack() as stack:
@@ -100,12 +99,11 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
 
 
 def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
-    """What is compiled depends on ``tag``, and AOTAutograd's cache, which saves tracing a graph twice more, takes more
-    graphs than by default: also those with what is left of ``torch.nn.attention.sdpa_kernel``, which ComfyUI puts
-    around every attention on a GPU. What that does depends on its arguments and on ``_SWITCHES``, both in the key.
-
-    ``torch.compiler.config.cache_key_tag`` would not do: to Inductor's worker processes, which say where the fastest
-    configuration of a kernel is saved, it is not known, so that none was found and each process measured again.
+    """Cache keys include ``tag``, and AOTAutograd's cache, which saves tracing a graph twice more, accepts more graphs
+    than by default: also those with calls from ``torch.nn.attention.sdpa_kernel``, which ComfyUI uses around every
+    attention on a GPU. Their effect depends on their arguments and on ``_SWITCHES``, both in the key.
+    ``torch.compiler.config.cache_key_tag`` cannot be used: Inductor's worker processes, which decide where the fastest
+    configuration of a kernel is saved, do not receive it, so that none was found and each process autotuned again.
     """
     import torch._inductor.config as inductor_config
 
@@ -118,8 +116,8 @@ def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
 
 
 def _keep_kernel_cache() -> None:
-    """Have Triton's cache stay where it is: with the first kernel of its own, Inductor would move it to another folder,
-    in which no other process, nor this one, finds the kernels of ours that are compiled already."""
+    """Keep Triton's cache in its place: with its first kernel, Inductor would move it to another folder, which lacks
+    this package's compiled kernels."""
     try:
         from triton import knobs
     except ImportError:
@@ -129,8 +127,7 @@ def _keep_kernel_cache() -> None:
 
 @contextlib.contextmanager
 def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Within the block, Inductor measures in this thread which configuration of a kernel is the fastest within
-    ``turn()``, one kernel after the other."""
+    """Within the block, Inductor autotunes each kernel in this thread within ``turn()``, one kernel at a time."""
     _have_tuning_take_turns()
     _turns.turn = turn
     try:
@@ -163,7 +160,7 @@ def _have_tuning_take_turns() -> None:
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
     try:
         from .batched_cpp import in_batches
-    except ImportError:  # what it needs of torch has another name
+    except ImportError:  # torch's internals have other names
         return contextlib.nullcontext()
     return in_batches()
 
@@ -188,7 +185,7 @@ def compile_fx(
     *,
     outside_dynamo: bool,
 ) -> Callable[..., Any]:
-    """Compile with Inductor; ``outside_dynamo`` says that no Dynamo tracing context owns the graph any more."""
+    """Compile with Inductor; ``outside_dynamo``: no Dynamo tracing context owns the graph any more."""
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
     extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}

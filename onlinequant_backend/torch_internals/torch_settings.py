@@ -1,4 +1,4 @@
-"""Global settings of torch that what is traced or compiled depends on."""
+"""Global settings of torch on which traced and compiled graphs depend."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from torch._C._dynamo.guards import GlobalStateGuard
 
 @dataclasses.dataclass(frozen=True)
 class GlobalState:
-    """What a graph computes depends on beside its inputs, and what Dynamo traces anew for when it changes.
+    """The state on which a graph's result depends besides its inputs; Dynamo traces again when it changes.
 
     Attributes:
-        guarded: all of that, as text: autocast, the default dtype, determinism, precision of products, threads.
+        guarded: the whole state as text: autocast, the default dtype, determinism, precision of products, threads.
         default_dtype: of new tensors.
-        autocast: the dtype for each type of device that it is on for.
+        autocast: the dtype for each type of device for which autocast is on.
     """
 
     guarded: str
@@ -30,13 +30,13 @@ class GlobalState:
 
     @classmethod
     def now(cls) -> GlobalState:
-        """As it is in this thread."""
+        """The current state in this thread."""
         guard: Any = GlobalStateGuard()
         return cls(str(guard.__getstate__()), torch.get_default_dtype(), autocast_dtypes())
 
     @contextlib.contextmanager
     def autocasting(self) -> Iterator[None]:
-        """Within the block autocast, which belongs to a thread and a ``with``, is on and off as it was."""
+        """Within the block, autocast, which is per thread and set by a ``with``, is in the recorded state."""
         with contextlib.ExitStack() as stack:
             for device in sorted({*self.autocast, *autocast_dtypes()}):
                 is_on = device in self.autocast
@@ -45,13 +45,13 @@ class GlobalState:
 
 
 def autocast_dtypes() -> dict[str, torch.dtype]:
-    """The dtype of autocast for each type of device that it is on for in this thread."""
+    """The dtype of autocast for each type of device for which it is on in this thread."""
     devices = torch._C._autocast_supported_devices()
     return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
 
 
-# What a compile depends on beside its graph, and what another process must be told: the keys of Inductor's caches hold
-# most of it.
+# The settings on which a compile depends besides its graph, which another process needs as well: the keys of Inductor's
+# caches include most of them.
 _FLAGS = (
     "backends.cuda.matmul.allow_tf32",
     "backends.cuda.matmul.allow_fp16_reduced_precision_reduction",
@@ -60,7 +60,7 @@ _FLAGS = (
     "backends.cudnn.allow_tf32",
     "backends.cudnn.benchmark",
     "backends.cudnn.deterministic",
-    # After the older ones for the same, and the general before the particular.
+    # After their older equivalents, and general settings before specific ones.
     "backends.fp32_precision",
     "backends.cudnn.fp32_precision",
     "backends.cudnn.conv.fp32_precision",
@@ -71,7 +71,7 @@ _FLAGS = (
     "backends.mkldnn.rnn.fp32_precision",
     "backends.mkldnn.matmul.fp32_precision",
 )
-# What is asked for with the first function and set with the second one, and the order in which attention is tried.
+# Pairs of getter and setter, and the order in which attention kernels are tried.
 _SWITCHES = (
     (torch.get_num_threads, torch.set_num_threads),
     (torch.get_default_dtype, torch.set_default_dtype),
@@ -92,8 +92,8 @@ _held_settings: contextvars.ContextVar[Settings | None] = contextvars.ContextVar
 
 @contextlib.contextmanager
 def held_settings() -> Iterator[None]:
-    """Within the block ``settings`` are what they are now. A step in float changes the order of attention's kernels at
-    each layer in ComfyUI, for the whole process, and changes it back."""
+    """Within the block, ``settings`` keep their current values. In ComfyUI, each layer of a float step temporarily
+    changes the order of attention kernels for the whole process."""
     token = _held_settings.set(settings())
     try:
         yield
@@ -102,7 +102,7 @@ def held_settings() -> Iterator[None]:
 
 
 def settings() -> Settings:
-    """What ``apply_settings`` takes in another process, so that it compiles the same: it must pickle."""
+    """The settings for ``apply_settings`` in another process, so that it compiles equally; must pickle."""
     held = _held_settings.get()
     if held is not None:
         return held
@@ -116,7 +116,7 @@ def settings() -> Settings:
 
 
 def _flag(name: str) -> Any:
-    """A setting of torch's by its name; None where it cannot be told, since a newer one for the same is set."""
+    """A setting of torch by its name; None if it cannot be read, since its newer equivalent is set."""
     try:
         return operator.attrgetter(name)(torch)
     except RuntimeError:
@@ -124,7 +124,7 @@ def _flag(name: str) -> Any:
 
 
 def apply_settings(settings: Settings) -> None:
-    """Set all that differs."""
+    """Set all settings that differ."""
     flags, switches, configs = settings
     for name, value in flags.items():
         owner, _, attribute = name.rpartition(".")

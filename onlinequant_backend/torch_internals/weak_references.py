@@ -13,12 +13,13 @@ from torch.utils.weak import WeakIdRef
 
 
 class HarmlessReference(WeakIdRef):
-    """A weak reference to a tensor that does not keep torch from swapping it: it goes on referring to the same object,
-    whose content is another one then."""
+    """A weak reference to a tensor that does not keep torch from swapping it: afterwards it refers to the same object
+    with other content."""
 
     def __init__(self, tensor: torch.Tensor, callback: Callable[[Any], object]) -> None:
         super().__init__(tensor, callback)
-        # The function looks this name up whenever it is called; its own may have been imported by others long ago.
+        # The function looks this name up at every call; the function itself may have been imported by other modules
+        # already.
         vars(torch.utils)["weakref"] = _weakref_without_harmless
 
 

@@ -194,7 +194,7 @@ def test_it_says_8_bit_only_when_calls_are(
             step(X)
         assert saving.wait(60)
         assert torch.equal(step(X), expected)
-        assert (report().phase, report().phase_reason) == ("compiling", "in the background, float goes on")
+        assert (report().phase, report().phase_reason) == ("compiling", "in the background, calls run in float")
         assert not any("quantized" in text for text in told)
         may_save.set()
         join_background()
@@ -475,7 +475,7 @@ def test_a_compile_that_fails_is_told_and_float_goes_on(
     for _ in range(3):
         assert torch.equal(step(X), model(X))
     assert (report().phase, report().phase_reason) == ("float", "it failed: RuntimeError: no compiler")
-    assert sum("goes on in float" in message for message in caplog.messages) == 1
+    assert sum("continues in float" in message for message in caplog.messages) == 1
 
 
 @torch.no_grad()
@@ -566,7 +566,7 @@ def test_what_was_not_compiled_before_the_restart_is_aside(how: str, inductor: S
     assert report().phase == "compiling" and inductor.begun.wait(60)
     inductor.finish()
     assert inductor.thread is not threading.main_thread()
-    assert inductor.phases == [("compiling", "in the background, float goes on")]
+    assert inductor.phases == [("compiling", "in the background, calls run in float")]
     assert 0 < relative_error(step(x), model(x)) < CLOSE
     assert (report().phase, report().calls_observed) == ("quantized", 0)
 
