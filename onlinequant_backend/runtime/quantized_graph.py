@@ -27,8 +27,8 @@ from .sampling import SamplingRun, current_run
 from .selector import Selector
 from .weight_state import WeightState, WeightStates
 
-NEEDS_GRADIENTS = "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
-_DID_NOT_FIT = "its values did not fit the observed ranges, or were not finite; the next call is in 8 bit again"
+NEEDS_GRADIENTS = "gradients are needed, but 8-bit layers have none; call the model under torch.no_grad() for them"
+_DID_NOT_FIT = "its values did not fit the observed ranges, or were not finite; the next call is quantized again"
 _RACE = "another thread changes weights faster than they can be quantized"
 _MOST_TRIES = 10
 

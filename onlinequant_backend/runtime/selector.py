@@ -81,7 +81,7 @@ class Selector:
 
     def _start_over(self, state: WeightState) -> None:
         """Observe a set anew, since it now holds another checkpoint."""
-        _log.info("another checkpoint was loaded, so it is calibrated anew")
+        _log.info("another checkpoint was loaded, so the model is calibrated again")
         state.start_over()
         state.calibrated_rest = None
         state.release_entry()
