@@ -34,7 +34,7 @@ _MOST_TRIES = 10
 
 
 class QuantizedGraph:
-    """What the backend returns for one Dynamo graph.
+    """The callable that the backend returns for one Dynamo graph.
 
     While any layer lacks observed calls, and the cache has no calibration, each call runs the unchanged float graph and
     is observed. Then layers are selected, and the graph is rewritten and compiled without Dynamo: for the first shape,
