@@ -164,7 +164,7 @@ class OnlineQuantCompare(io.ComfyNode):
                 ),
             ],
             outputs=[
-                io.Image.Output("comparison", tooltip="Reference, picture and amplified difference."),
+                io.Image.Output("comparison", tooltip="Reference, image and amplified difference."),
                 io.Float.Output("psnr", tooltip="Peak signal-to-noise ratio in dB."),
                 io.Float.Output("ssim", tooltip="Structural similarity; 1 is equal."),
                 io.String.Output("text"),

@@ -37,7 +37,7 @@ def compare(picture: Any, reference: Any) -> Comparison:
         sizes = " and ".join(
             f"{len(each)} of {each.shape[3]} x {each.shape[2]} with {each.shape[1]} channels" for each in (x, y)
         )
-        raise ValueError(f"Pictures differ in number or size, {sizes}: draw both alike.")
+        raise ValueError(f"Images differ in number or size, {sizes}: sample both with the same settings.")
     low, high = (y.min(), y.max()) if isinstance(reference, dict) else (y.new_zeros(()), y.new_ones(()))
     peak = max(float(high - low), 1e-12)
     shown, expected = (_rgb((tensor - low) / peak) for tensor in (x, y))

@@ -42,7 +42,7 @@ def speed(snapshot: Snapshot) -> str:
 
 def table(snapshot: Snapshot, difference: str | None) -> str:
     """Speed, the difference from the float picture, and every graph's report, in plain text of 120 columns."""
-    head = [speed(snapshot), f"the picture against float's: {difference or 'connect both to have them compared'}"]
+    head = [speed(snapshot), f"difference from the float image: {difference or 'connect both images to compare them'}"]
     # A path on the server is of no use in a browser.
     reports = [dataclasses.replace(report, stats_path=None) for report in snapshot.reports]
     return "\n\n".join(["\n".join(head), *(report.table() for report in reports)])

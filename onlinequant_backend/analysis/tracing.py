@@ -301,7 +301,7 @@ def _say_it_is_uncompiled(compilation: dynamo_interface.Compilation) -> None:
     warn_once(
         f"{_name(compilation)} is uncompiled",
         "torch._dynamo.config.recompile_limit is reached: calls of %s that no graph fits run uncompiled, in float. "
-        "Raise that limit, or see with TORCH_LOGS=recompiles what differs from call to call",
+        "Raise that limit, or set TORCH_LOGS=recompiles to see what differs from call to call",
         _name(compilation),
     )
 

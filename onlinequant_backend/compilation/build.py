@@ -144,7 +144,7 @@ def _build(
     reference = region_check.Reference(job.graph, given, options, directory) if has_regions else None
     try:
         if has_regions and is_refused(job):
-            raise RuntimeError("they could not be the last time")
+            raise RuntimeError("compiling it in regions failed the last time")
         times = [start, time.perf_counter()]
         beforehand(job)
         times.append(time.perf_counter())

@@ -20,7 +20,7 @@ def main() -> None:
     if hasattr(os, "nice"):
         os.nice(5)  # sampling has priority; this process still gets a quarter of busy processors
     messages: queue.Queue[bytes] = queue.Queue()
-    # Not ``sys.stdin``: an interpreter that exits while a thread reads that aborts.
+    # Not ``sys.stdin``: the interpreter aborts if it exits while a thread reads from it.
     threading.Thread(target=_read, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
     patience = IDLE
     while True:

@@ -142,7 +142,7 @@ def trim_graph_memory(device: torch.device | None) -> None:
     except (OSError, AttributeError) as error:
         code = error
     if code:
-        _log.info("the memory of CUDA graphs is not given back: %s", code)
+        _log.info("the memory of CUDA graphs was not freed: %s", code)
 
 
 def give_back_freed_memory(device: torch.device | None) -> None:

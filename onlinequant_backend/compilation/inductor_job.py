@@ -152,8 +152,8 @@ def caches_in(directory: Path | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _compilation(fake_mode: FakeTensorMode, is_symbolic: bool) -> Iterator[None]:
-    """What Inductor needs outside Dynamo: a tracing context of its own (without one its caches are bypassed), and
-    ordinary tensors even under ``inference_mode``."""
+    """The context that Inductor needs outside Dynamo: a tracing context of its own (without one its caches are
+    bypassed), and ordinary tensors even under ``inference_mode``."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(dynamo_interface.compile_lock())
         stack.enter_context(dynamo_interface.others_call_uncompiled())

@@ -57,7 +57,7 @@ class Reference:
         errors = [relative_error(results[i], expected[i]) for i in known]
         worst = math.nan if any(map(math.isnan, errors)) else max(errors)
         if not worst <= _LARGEST_DIFFERENCE:
-            raise RuntimeError(f"compiled, they differ by {worst:.2g} from the same operations one by one")
+            raise RuntimeError(f"the compiled result differs by {worst:.2g} from the uncompiled one")
         if self._note is not None:
             with best_effort("cannot write %s", self._note):
                 self._note.touch()

@@ -120,7 +120,7 @@ class Entry:
             return False
         wrong = [of.name for layer, of in zip(layers, saved.layers, strict=True) if not layer.fits(of)]
         if wrong:
-            message = "calibrating anew: the cache's calibration has scales that do not belong to its ranges, of %s"
+            message = "calibrating again: the cached calibration has scales that do not belong to its ranges, of %s"
             warn_once("scales", message, ", ".join(wrong[:3]))
         return not wrong
 

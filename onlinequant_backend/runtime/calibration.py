@@ -25,7 +25,7 @@ _log = logging.getLogger("onlinequant")
 
 _MOST_REPLACED = 8
 _REPLACED = (
-    "its weights are other tensors at each call, as sequential offload makes them, so that they cannot be observed for "
+    "its weights are new tensors in each call, as with sequential offload, so that they cannot be observed for "
     "several calls; move the model as a whole instead, as enable_model_cpu_offload() does"
 )
 

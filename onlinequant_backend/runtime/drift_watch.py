@@ -119,7 +119,7 @@ class DriftWatch:
         """Change ranges in place, which needs no recompile, and repeat the call. Returns as ``run``."""
         if is_nonfinite and not self._said:
             self._said = True
-            _log.warning("an 8-bit step gave non-finite numbers; such steps run in float")
+            _log.warning("an 8-bit step gave a result that is not finite; such steps run in float")
         ways: list[tuple[Callable[[], Any], bool]] = [
             (lambda: self._step(compiled, args, weights, drifted, result), True)
         ]

@@ -236,7 +236,7 @@ class GraphCompiler:
             return
         start = time.perf_counter()
         with (
-            best_effort("the first calls in 8 bit are slow"),
+            best_effort("the first calls of the 8-bit graph are slow"),
             torch.no_grad(),
             inductor_interface.tuned_in_turns(lambda: turn(self._traced)),
         ):

@@ -27,14 +27,14 @@ from .sampling import SamplingRun, current_run
 from .selector import Selector
 from .weight_state import WeightState, WeightStates
 
-NEEDS_GRADIENTS = "gradients are needed and 8-bit layers have none; call the model under torch.no_grad() for 8 bit"
-_DID_NOT_FIT = "its values did not fit the observed ranges, or were not finite; the next call is in 8 bit again"
+NEEDS_GRADIENTS = "gradients are needed, but 8-bit layers have none; call the model under torch.no_grad() for them"
+_DID_NOT_FIT = "its values did not fit the observed ranges, or were not finite; the next call is quantized again"
 _RACE = "another thread changes weights faster than they can be quantized"
 _MOST_TRIES = 10
 
 
 class QuantizedGraph:
-    """What the backend returns for one Dynamo graph.
+    """The callable that the backend returns for one Dynamo graph.
 
     While any layer lacks observed calls, and the cache has no calibration, each call runs the unchanged float graph and
     is observed. Then layers are selected, and the graph is rewritten and compiled without Dynamo: for the first shape,

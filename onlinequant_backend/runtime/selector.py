@@ -39,7 +39,7 @@ class Selector:
         refusals = [layer.refusal() for layer in state.layers]
         if not self._choice.is_made:
             self._choice.make(args, state, refusals, self._states.entry(state, parameters).load_autotuning)
-            state.is_compared = state.is_compared or traced.config.max_error is not None  # which has it measured
+            state.is_compared = state.is_compared or traced.config.max_error is not None  # already measured
         chosen = tuple(i for i, info in enumerate(infos) if info.quantized and not refusals[i])
         state.kind = self._states.kind(state, chosen)
         state.select(parameters, chosen)
@@ -81,7 +81,7 @@ class Selector:
 
     def _start_over(self, state: WeightState) -> None:
         """Observe a set anew, since it now holds another checkpoint."""
-        _log.info("another checkpoint was loaded, so it is calibrated anew")
+        _log.info("another checkpoint was loaded, so the model is calibrated again")
         state.start_over()
         state.calibrated_rest = None
         state.release_entry()

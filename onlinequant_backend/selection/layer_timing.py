@@ -78,7 +78,7 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
         for info, timing in zip(members, timings, strict=True):
             info.float_us, info.quantized_us = timing.float_us, quantized_us * timing.float_us / float_us
             if not is_worth_it:
-                times = f"{info.quantized_us:.1f} us in 8 bit, {info.float_us:.1f} us in float"
+                times = f"{info.quantized_us:.1f} us quantized, {info.float_us:.1f} us in float"
                 reasons[info.name] = f"gains too little: {times}"
     return reasons
 
@@ -222,6 +222,6 @@ def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> T
             if not is_out_of_memory(error):
                 raise
             if is_last:
-                _log.warning("%s is not timed, but taken for faster in 8 bit: %s", info.name, error)
+                _log.warning("%s is not timed, but assumed to be faster quantized: %s", info.name, error)
         torch.cuda.empty_cache()  # memory cached for other streams may be enough
     return None

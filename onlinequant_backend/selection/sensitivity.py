@@ -25,7 +25,7 @@ from ..tensors import _flat, relative_error
 
 _log = logging.getLogger("onlinequant")
 
-# Not a seed of a model's noise: a mixture equal to its own input would not be random.
+# A seed unlikely to be used for noise: a mixture equal to the model's own input would not be random.
 _SEED = 987654321
 # The share of the free memory that is not used: a system that runs out of RAM kills the process without an error.
 _SPARED = 0.25

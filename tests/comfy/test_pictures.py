@@ -95,7 +95,7 @@ def test_the_table_tells_speed_difference_and_every_layer(seen: Record) -> None:
     text = summary.table(seen.snapshot(), "PSNR 31.0 dB, SSIM 0.9900")
     first, second, *_ = text.splitlines()
     assert first == "a step in float, observed: 2000 ms, 4 steps; in 8 bit: 1000 ms, 5 steps; 2x"
-    assert second == "the picture against float's: PSNR 31.0 dB, SSIM 0.9900"
+    assert second == "difference from the float image: PSNR 31.0 dB, SSIM 0.9900"
     assert made().table() in text
     seen.reports[0].stats_path = "a path of the server's"
     assert "path" not in summary.table(seen.snapshot(), None)

@@ -72,7 +72,7 @@ def test_every_shape_is_timed_once_and_what_is_not_faster_stays_in_float(timed: 
     probe = analyzed()
     reasons = layer_timing.measure(probe.graph_module, FP8, CPU)
     assert sorted(timed) == ["conv", "out", "q", "q and 1 more"]  # k is like q
-    assert reasons == {"out": "gains too little: 9.8 us in 8 bit, 10.0 us in float"}
+    assert reasons == {"out": "gains too little: 9.8 us quantized, 10.0 us in float"}
     times = {info.name: (info.float_us, info.quantized_us) for info in probe.infos}
     # q and k are one product of a tensor that is quantized by itself; what ``out`` reads is when it is computed.
     assert times == {"q": (10, 5.5), "k": (10, 5.5), "out": (10, 9.8), "conv": (10, 9)}

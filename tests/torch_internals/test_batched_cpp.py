@@ -55,7 +55,7 @@ def test_a_batch_computes_what_its_kernels_do(batches: list[int], caplog: pytest
     caplog.set_level("DEBUG", "onlinequant")
     check(compiled(many_kernels, X, torch.tensor(0.5)))
     assert max(batches) >= len(NAMES)
-    assert "by itself" not in caplog.text and "one by one" not in caplog.text
+    assert "separately" not in caplog.text and "one by one" not in caplog.text
 
 
 def test_a_batch_that_cannot_be_compiled_is_compiled_one_by_one(
