@@ -35,11 +35,12 @@ def getter(positions: Sequence[int]) -> Callable[[Sequence[Any]], tuple[Any, ...
 
 def relative_error(result: Any, expected: Any) -> float:
     """``||result - expected|| / ||expected||`` over all float tensors in two results of one graph; NaN if any is."""
-    flat = _flat(expected)
-    return float((_flat(result) - flat).norm() / flat.norm())
+    flat = flat_floats(expected)
+    return float((flat_floats(result) - flat).norm() / flat.norm())
 
 
-def _flat(result: Any) -> torch.Tensor:
+def flat_floats(result: Any) -> torch.Tensor:
+    """All values of the floating-point tensors in a result of any structure, as one float32 vector."""
     tensors = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
     return torch.cat([tensor.float().flatten() for tensor in tensors if tensor.is_floating_point()])
 

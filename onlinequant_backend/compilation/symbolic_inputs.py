@@ -15,7 +15,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..graph import fx_utils
-from ..graph.dynamic_shapes import _symbols_of, broadcast_sizes
+from ..graph.dynamic_shapes import symbols_of, broadcast_sizes
 from . import graph_transport
 
 # A batch of one would make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
@@ -111,7 +111,7 @@ class SymbolicInputs:
             return self._own(traced)
         if not isinstance(argument, torch.Tensor):
             return argument
-        if not _symbols_of(traced):
+        if not symbols_of(traced):
             return graph_transport.fake_tensors(self.fake_mode, [argument])[0]
         shape, strides = (tuple(map(self._own, numbers)) for numbers in (traced.shape, traced.stride()))
         return torch.empty_strided(shape, strides, dtype=argument.dtype, device=argument.device)

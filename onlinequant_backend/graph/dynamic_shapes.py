@@ -25,10 +25,11 @@ def is_first(layer: object) -> bool:
 
 def has_symbols(graph_module: fx.GraphModule) -> bool:
     """Whether any of the graph's inputs has a symbolic size, or is one."""
-    return any(_symbols_of(node.meta.get("example_value")) for node in fx_utils.placeholders(graph_module))
+    return any(symbols_of(node.meta.get("example_value")) for node in fx_utils.placeholders(graph_module))
 
 
-def _symbols_of(value: Any) -> set[sympy.Symbol]:
+def symbols_of(value: Any) -> set[sympy.Symbol]:
+    """The symbols in a traced input: in a symbolic integer, or in the sizes and strides of a tensor."""
     if isinstance(value, torch.SymInt):
         return set(value.node.expr.free_symbols)
     if isinstance(value, torch.Tensor):

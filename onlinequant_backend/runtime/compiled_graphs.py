@@ -20,7 +20,7 @@ from .weight_state import WeightState
 _log = logging.getLogger("onlinequant")
 
 # Between the relative error of a correct 8-bit graph, about 0.05, and that of a wrong one, about 1.
-_SAME_PICTURE = 0.3
+_SAME_GRAPH_ERROR = 0.3
 
 # The most kinds of calls, such as values of a float, to compile a graph for: Dynamo's own limit for a frame.
 _MOST_KINDS = 8
@@ -166,7 +166,7 @@ class CompiledGraphs:
             return False
         try:
             with torch.no_grad():
-                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_PICTURE
+                return relative_error(compiled(args, weights), self._graph(*args)) < _SAME_GRAPH_ERROR
         except Exception as error:  # Inductor's own checks of the sizes
             _log.debug("the graph for all sizes does not support these: %s", error)
             return False

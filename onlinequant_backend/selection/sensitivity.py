@@ -21,7 +21,7 @@ from ..graph.layer_info import Sensitivity
 from ..progress import Progress
 from ..quantization.layer_state import Layer
 from ..quantization.observation import Observation
-from ..tensors import _flat, relative_error
+from ..tensors import flat_floats, relative_error
 
 _log = logging.getLogger("onlinequant")
 
@@ -44,7 +44,7 @@ def estimate_by_gradient(observed: fx.GraphModule, args: Sequence[Any], layers: 
         observation = Observation(layers, gradients=gradients, spared=_spared_memory(args))
         with torch.inference_mode(False), torch.enable_grad():
             copies = [_without_gradient(x) if isinstance(x, torch.Tensor) else x for x in args]
-            output = _flat(observed(*copies, observation))
+            output = flat_floats(observed(*copies, observation))
             seeded = torch.Generator().manual_seed(_SEED)
             mixture = torch.randn(output.numel(), generator=seeded, dtype=torch.float32, device="cpu").to(output)
             (output * mixture).sum().backward()
@@ -99,14 +99,14 @@ def measure_end_to_end(
     if any(fx_utils.writes_in_place(node) for node in observed.graph.nodes):
         _log.warning("the graph writes in place, so it cannot be run again: keeping the local sensitivities")
         return 0
-    expected = _flat(result)
+    expected = flat_floats(result)
     measured = 0
     with Progress("measuring sensitivity", len(layers)) as progress, torch.no_grad():
         for index, (layer, info) in enumerate(zip(layers, infos, strict=True)):
             progress.advance(info.name)
             if layer.refusal() is not None or layer.weight is None:
                 continue
-            error = _flat(observed(*args, Observation(layers, probed=(index,)))) - expected
+            error = flat_floats(observed(*args, Observation(layers, probed=(index,)))) - expected
             mae = float(error.abs().mean())
             magnitude = max(float(expected.abs().mean()), torch.finfo(torch.float32).tiny)
             layer.sensitivity = Sensitivity(mae / magnitude, mae, float(error.square().mean()), of_model=True)
