@@ -15,7 +15,7 @@ from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..graph import fx_utils
-from ..graph.dynamic_shapes import symbols_of, broadcast_sizes
+from ..graph.dynamic_shapes import broadcast_sizes, symbols_of
 from . import graph_transport
 
 # A batch of one would make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
