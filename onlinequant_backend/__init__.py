@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING as _TYPE_CHECKING
 if not (_Path(__file__).parent / "passes").is_dir():
     __path__.append(str(_Path(__file__).parent.parent))
 
+from .errors import OnlineQuantError
+from .progress import Update, told_to
+from .report import NodeDecision, Report, reports
+from .runtime import SamplingRun, sampling_run
+
 if _TYPE_CHECKING:
     from .backend import onlinequant
     from .config import QuantConfig
-    from .errors import OnlineQuantError
-    from .progress import Update, told_to
-    from .report import NodeDecision, Report, reports
     from .runtime.control import copied_bytes, invalidate, release, reset
-    from .runtime.sampling import SamplingRun, sampling_run
 
 __all__ = [
     "NodeDecision",
@@ -35,26 +36,22 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-# A public name is imported when it is first used: most of these modules import torch's compiler, which takes seconds,
-# and whatever only reads the cache needs none of it.
+# These import torch's compiler, which takes seconds, and whatever only reads the cache needs none of it.
 _MODULES = {
-    name: module
-    for module, names in {
-        ".backend": ("onlinequant",),
-        ".config": ("QuantConfig",),
-        ".errors": ("OnlineQuantError",),
-        ".progress": ("Update", "told_to"),
-        ".report": ("NodeDecision", "Report", "reports"),
-        ".runtime.control": ("copied_bytes", "invalidate", "release", "reset"),
-        ".runtime.sampling": ("SamplingRun", "sampling_run"),
-    }.items()
-    for name in names
+    "QuantConfig": ".config",
+    "copied_bytes": ".runtime.control",
+    "invalidate": ".runtime.control",
+    "onlinequant": ".backend",
+    "release": ".runtime.control",
+    "reset": ".runtime.control",
 }
 
 
 def __getattr__(name: str) -> object:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # First what imports all others: threads that import them in different orders would wait for each other.
+    _import_module(".backend", __name__)
     value: object = getattr(_import_module(_MODULES[name], __name__), name)
     globals()[name] = value
     return value

@@ -167,7 +167,8 @@ def _split(data: bytes) -> tuple[dict[str, Any], bytes]:
     (length,) = struct.unpack_from("<Q", data)
     if length > min(len(data) - 8, MAX_HEADER_BYTES):
         raise InvalidEntryError(
-            f"its header claims {length} bytes, of {len(data)} in all and {MAX_HEADER_BYTES} allowed"
+            f"it is no safetensors file, or a damaged one: its header claims {length} bytes, of {len(data)} in all and "
+            f"{MAX_HEADER_BYTES} allowed"
         )
     return parse_object(data[8 : 8 + length], "its header"), data[8 + length :]
 

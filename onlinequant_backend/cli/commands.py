@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=_doctor)
 
     command = commands.add_parser(
-        "demo", help="draw pictures with eager, torch.compile and onlinequant on this CPU, in three minutes"
+        "demo", help="draw pictures with eager, torch.compile and onlinequant on this CPU, in two or three minutes"
     )
     command.add_argument(
         "--output", type=Path, default=Path("onlinequant-demo"), metavar="DIR", help="where its files go"

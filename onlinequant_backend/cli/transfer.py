@@ -62,7 +62,7 @@ def _find(cache: Cache, wanted: str) -> EntryInfo:
     matches = listing.matcher(wanted)
     found: dict[str, EntryInfo] = {}
     for entry in known:  # last used first
-        if matches(entry.key):
+        if wanted and matches(entry.key):
             found.setdefault(entry.key[:32], entry)
     if len(found) == 1:
         return next(iter(found.values()))

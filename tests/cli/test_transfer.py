@@ -129,3 +129,10 @@ def test_without_a_cache_nothing_is_imported(tmp_path: Path) -> None:
         import_calibration(Cache(None, 1), tmp_path / "file")
     with pytest.raises(CalibrationFileError, match="Cannot write to the cache"):
         import_calibration(Cache.open(str(tmp_path / "file")), tmp_path / "file")
+
+
+def test_an_empty_key_names_nothing(here: Cache, tmp_path: Path) -> None:
+    publish(here, KEY, 1)
+    with pytest.raises(CalibrationFileError, match="No key in .* begins with ''"):
+        export_calibration(here, "", tmp_path / "file")
+    assert not (tmp_path / "file").exists()
