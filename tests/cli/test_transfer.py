@@ -133,6 +133,6 @@ def test_without_a_cache_nothing_is_imported(tmp_path: Path) -> None:
 
 def test_an_empty_key_names_nothing(here: Cache, tmp_path: Path) -> None:
     publish(here, KEY, 1)
-    with pytest.raises(CalibrationFileError, match="No key in .* begins with ''"):
+    with pytest.raises(CalibrationFileError, match=r"No key in .* begins with ''"):
         export_calibration(here, "", tmp_path / "file")
     assert not (tmp_path / "file").exists()
