@@ -16,7 +16,7 @@ import json
 import math
 import re
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from .calibration_checks import MAX_LAYERS, InvalidEntryError, check, short
@@ -97,10 +97,7 @@ class Calibration:
             ],
             "about": self.about,
         }
-        columns = [_float32(value for layer in self.layers for value in column.write(layer)) for column in _COLUMNS]
-        body = struct.pack(f"<{sum(map(len, columns))}f", *itertools.chain(*columns)) + b"".join(
-            map(_given, self.layers)
-        )
+        body = _pack(self.layers)
         metadata = {"format": FORMAT, "version": VERSION, "key": key, "calibration": _dumps(about), "sha256": ""}
         sizes = len(self.layers), sum(len(layer.smoothing or ()) for layer in self.layers)
         # Over everything: the header as it is without the digest, and the tensors.
@@ -265,8 +262,8 @@ def _check_tensors(header: Mapping[str, Any], body: bytes, layers: int, factors:
         raise InvalidEntryError(f"its tensors have {len(body)} bytes instead of {end}")
 
 
-def _pack(layers: Iterable[LayerCalibration]) -> bytes:
-    layers = tuple(layers)
+def _pack(layers: Sequence[LayerCalibration]) -> bytes:
+    """The tensors' bytes: a column after the other, then what each layer has."""
     floats = [value for column in _COLUMNS for layer in layers for value in column.write(layer)]
     return struct.pack(f"<{len(floats)}f", *floats) + b"".join(map(_given, layers))
 

@@ -20,7 +20,6 @@ SAMPLES = 16384
 # float shows that its range is right (``Layer.accept``). Of 640 values that are the same in all rows, one is 0.16%.
 _TOLERANCE = 0.002
 _FACTOR = 2
-# A share does not say how far beyond the range its values are: right after a change, any more is a reason to look.
 # So few values beyond a range say nothing in a tensor of a thousand; in one of a dozen each is a large part of it.
 _HANDFUL = 4
 _HANDFUL_OF = 32  # one in so many
@@ -94,7 +93,10 @@ def seen_in(clipped: torch.Tensor, bounds: torch.Tensor, lengths: Mapping[int, i
 
 
 def has_drifted(share: float, expected: float, is_after_change: bool = False) -> bool:
-    """Whether a layer clips a larger share than was expected; ``is_after_change``: in the first call after one."""
+    """Whether a layer clips a larger share than was expected; ``is_after_change``: in the first call after one.
+
+    A share does not say how far beyond the range its values are, so after a change any larger one counts.
+    """
     return share > (expected if is_after_change else _FACTOR * expected + _TOLERANCE)
 
 

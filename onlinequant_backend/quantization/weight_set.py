@@ -271,10 +271,7 @@ class WeightSet(CalibratedLayers):
         """Whether every 8-bit copy still belongs to these parameters, the same objects as in the set. Runs at every
         call, so it is fast. The generation shows whether another set quantized a shared layer for other weights.
         """
-        if self.generation != Generation.number:
-            return False
-        assert self._snapshot is not None and self._watched is not None
-        return self._snapshot.is_current(self._watched(parameters))
+        return self.generation == Generation.number and self.has_same_values(parameters)
 
     def has_same_values(self, parameters: Sequence[torch.Tensor]) -> bool:
         """Whether, by addresses and versions, the weights have the same values as when this set was brought up to

@@ -74,8 +74,9 @@ class Calibration:
             if not state.is_calibrated():
                 return self._observe(args, parameters, state)
             # It is fast for another set of weights, which needs no compile, and for a graph in the cache.
-            is_quick = self._compiler.graphs.known or self._compiler.is_cached(state, parameters)
-            if self._finisher.may_use_background() and not is_quick:
+            if self._finisher.may_use_background() and not (
+                self._compiler.graphs.known or self._compiler.is_cached(state, parameters)
+            ):
                 self._finisher.finish_in_background(args)
                 return self._run_float(args)
             self._selector.select(args, parameters, state)

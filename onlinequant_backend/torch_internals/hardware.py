@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import torch._refs
 
 
 @functools.lru_cache(maxsize=1)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, cast, get_origin
 
 import torch
-import torch._refs
 
 from .torch_settings import autocast_dtypes, settings
 

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch._refs
 from torch._C._dynamo.guards import GlobalStateGuard
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._refs
 from torch.utils.weak import WeakIdRef
 
 
