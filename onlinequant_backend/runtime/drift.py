@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -114,19 +114,59 @@ class Extents:
 
     def have_changed(self, args: Sequence[Any]) -> bool:
         """Whether an input exceeds its earlier bounds by far, or is far smaller than in every earlier call."""
+        return self.update({position: _bounds(x) for position, x in self.floats(args).items()})
+
+    def floats(self, args: Sequence[Any]) -> dict[int, torch.Tensor]:
+        """The floating-point tensors among the inputs, by position."""
+        found = {position: args[position] for position in self._known}
+        return {i: x for i, x in found.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
+
+    def update(self, bounds: Mapping[int, tuple[float, float]]) -> bool:
+        """As for ``have_changed``, from the minimum and maximum of each input."""
         changed = False
-        for position, (low, high, peak) in self._known.items():
-            x = args[position]
-            if isinstance(x, torch.Tensor) and x.is_floating_point():
-                new_low, new_high = _bounds(x)
-                new_peak = max(-new_low, new_high)
-                if not 0 < new_peak < math.inf:
-                    continue
-                margin = _GROWTH * (high - low)
-                if new_low < low - margin or high + margin < new_high or _DECLINE * new_peak < peak:
-                    self._known[position] = min(low, new_low), max(high, new_high), min(peak, new_peak)
-                    changed = True
+        for position, (new_low, new_high) in bounds.items():
+            low, high, peak = self._known[position]
+            new_peak = max(-new_low, new_high)
+            if not 0 < new_peak < math.inf:
+                continue
+            margin = _GROWTH * (high - low)
+            if new_low < low - margin or high + margin < new_high or _DECLINE * new_peak < peak:
+                self._known[position] = min(low, new_low), max(high, new_high), min(peak, new_peak)
+                changed = True
         return changed
+
+
+class LateExtents:
+    """``Extents`` on a GPU, where waiting for the bounds of an input would delay the caller: a call learns whether the
+    inputs of an earlier one have changed."""
+
+    def __init__(self, positions: Sequence[int]) -> None:
+        self._extents = Extents(positions)
+        self._pending: tuple[list[int], torch.Tensor, torch.cuda.Event] | None = None
+
+    def note(self, args: Sequence[Any]) -> None:
+        """Have the GPU compute the bounds of a call's inputs. Does nothing while an earlier call's are not known."""
+        floats = {i: x for i, x in self._extents.floats(args).items() if x.is_cuda and x.numel()}
+        if self._pending is not None or not floats:
+            return
+        ends = [torch.stack(torch.aminmax(x.detach())).float() for x in floats.values()]
+        bounds = torch.empty(len(ends), 2, dtype=torch.float32, device="cpu", pin_memory=True)
+        bounds.copy_(torch.stack([end.to(ends[0].device) for end in ends]), non_blocking=True)
+        self._pending = list(floats), bounds, _recorded_event(ends[0].device)
+
+    def have_changed(self) -> bool:
+        """Whether the inputs of the call that was noted last had changed, as far as the GPU has computed that."""
+        if self._pending is None or not self._pending[2].query():
+            return False
+        positions, bounds, _ = self._pending
+        self._pending = None
+        return self._extents.update({i: (low, high) for i, (low, high) in zip(positions, bounds.tolist(), strict=True)})
+
+
+def _recorded_event(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 class Bounds:

@@ -53,6 +53,7 @@ class DriftWatch:
         self._nonfinite: list[torch.Tensor] = []
         self._said = False
         self._extents = drift.Extents(traced.inputs.others)
+        self._late_extents = drift.LateExtents(traced.inputs.others)
 
     def run(
         self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState, run: SamplingRun | None = None
@@ -62,7 +63,12 @@ class DriftWatch:
         """
         device = weights.layers[0].device
         is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        have_changed = device.type == "cpu" and self._extents.have_changed(args)
+        if device.type == "cpu":
+            have_changed = self._extents.have_changed(args)
+        else:
+            have_changed = self._late_extents.have_changed()
+            if not is_capturing:
+                self._late_extents.note(args)
         due = weights.schedule.is_due(run, have_changed) and not is_capturing
         if not due:
             result = compiled(args, weights)
