@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -136,37 +136,52 @@ class Extents:
         return changed
 
 
-class LateExtents:
-    """``Extents`` on a GPU, where waiting for the bounds of an input would delay the caller: a call learns whether the
-    inputs of an earlier one have changed."""
+class Event(Protocol):
+    """Queued work of a device, as ``torch.cuda.Event``."""
 
-    def __init__(self, positions: Sequence[int]) -> None:
-        self._extents = Extents(positions)
-        self._pending: tuple[list[int], torch.Tensor, torch.cuda.Event] | None = None
-
-    def note(self, args: Sequence[Any]) -> None:
-        """Have the GPU compute the bounds of a call's inputs. Does nothing while an earlier call's are not known."""
-        floats = {i: x for i, x in self._extents.floats(args).items() if x.is_cuda and x.numel()}
-        if self._pending is not None or not floats:
-            return
-        ends = [torch.stack(torch.aminmax(x.detach())).float() for x in floats.values()]
-        bounds = torch.empty(len(ends), 2, dtype=torch.float32, device="cpu", pin_memory=True)
-        bounds.copy_(torch.stack([end.to(ends[0].device) for end in ends]), non_blocking=True)
-        self._pending = list(floats), bounds, _recorded_event(ends[0].device)
-
-    def have_changed(self) -> bool:
-        """Whether the inputs of the call that was noted last had changed, as far as the GPU has computed that."""
-        if self._pending is None or not self._pending[2].query():
-            return False
-        positions, bounds, _ = self._pending
-        self._pending = None
-        return self._extents.update({i: (low, high) for i, (low, high) in zip(positions, bounds.tolist(), strict=True)})
+    def query(self) -> bool:
+        """Whether it is done."""
 
 
-def _recorded_event(device: torch.device) -> torch.cuda.Event:
+def _recorded_event(device: torch.device) -> Event:
     event = torch.cuda.Event()
     event.record(torch.cuda.current_stream(device))
     return event
+
+
+class LateExtents:
+    """``Extents`` on a GPU, where waiting for the bounds of an input would delay the caller: a call learns whether the
+    inputs of an earlier one have changed.
+
+    ``record``: returns the event of all that is queued on a device's current stream.
+    """
+
+    def __init__(self, positions: Sequence[int], record: Callable[[torch.device], Event] = _recorded_event) -> None:
+        self._extents = Extents(positions)
+        self._record = record
+        self._pending: tuple[list[int], torch.Tensor, Event] | None = None
+
+    def have_changed(self, args: Sequence[Any], device: torch.device) -> bool:
+        """Whether the inputs of the last call that was looked at had changed, if that is known by now; then looks at
+        this call's inputs on ``device``."""
+        changed = False
+        pending = self._pending
+        if pending is not None:
+            positions, bounds, event = pending
+            if not event.query():
+                return False
+            changed = self._extents.update(dict(zip(positions, map(tuple, bounds.tolist()), strict=True)))
+        self._pending = self._look(args, device)
+        return changed
+
+    def _look(self, args: Sequence[Any], device: torch.device) -> tuple[list[int], torch.Tensor, Event] | None:
+        """Queue the computation of the inputs' bounds: positions, bounds and when they are there."""
+        inputs = {i: x for i, x in self._extents.floats(args).items() if x.device == device and x.numel()}
+        if not inputs:
+            return None
+        ends = torch.stack([torch.stack(_ends(x)).float() for x in inputs.values()])
+        bounds = torch.empty(ends.shape, pin_memory=ends.is_cuda).copy_(ends, non_blocking=True)
+        return list(inputs), bounds, self._record(device)
 
 
 class Bounds:
@@ -197,8 +212,13 @@ def _bounds(x: torch.Tensor) -> tuple[float, float]:
     """Minimum and maximum, NaN if any value is; takes a tenth of the time of ``torch.isfinite``."""
     if not x.numel():
         return 0.0, 0.0
-    low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has no aminmax
+    low, high = _ends(x)
     return float(low), float(high)
+
+
+def _ends(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has no aminmax
+    return low, high
 
 
 def nonfinite_masks(result: Any) -> list[torch.Tensor]:

@@ -66,9 +66,7 @@ class DriftWatch:
         if device.type == "cpu":
             have_changed = self._extents.have_changed(args)
         else:
-            have_changed = self._late_extents.have_changed()
-            if not is_capturing:
-                self._late_extents.note(args)
+            have_changed = not is_capturing and self._late_extents.have_changed(args, device)
         due = weights.schedule.is_due(run, have_changed) and not is_capturing
         if not due:
             result = compiled(args, weights)

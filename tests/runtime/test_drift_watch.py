@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -129,6 +130,28 @@ def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(calls: int, ind
     for _ in range(3):
         assert relative_error(step(large), model(large)) < CLOSE
     assert oq.reports()[-1].widened["conv_in"] == pytest.approx(8, rel=0.3)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("calls", [1, 60, 200])
+def test_on_a_gpu_inputs_that_are_larger_from_a_call_on_are_found_a_call_later(
+    calls: int, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = drift.LateExtents([0], lambda device: Mock(query=lambda: True))
+
+    def have_changed(_: drift.Extents, args: Sequence[Any]) -> bool:
+        (x,) = (arg for arg in args if isinstance(arg, torch.Tensor) and arg.shape == X.shape)
+        return late.have_changed([x], X.device)
+
+    monkeypatch.setattr(drift.Extents, "have_changed", have_changed)
+    model = small()
+    step = started(model, drift_check_every=1000)
+    for _ in range(calls):
+        step(X)
+    large = 8 * noise(1, 4, 8, 8, seed=2)
+    step(large)
+    for _ in range(3):
+        assert relative_error(step(large), model(large)) < CLOSE
 
 
 @torch.no_grad()
