@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils._pytree import tree_leaves
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from .sampling import SamplingRun
 
 
-# Share of the distance between minimum and maximum: the maximum of small normal noise tensors varies by a fifth.
-_GROWTH = 0.25
-# Inputs smaller than any before by this factor count as far smaller.
-_DECLINE = 8
 # Runs of more steps are rare.
 _LONGEST_RUN = 64
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -101,89 +97,6 @@ class Schedule:
         return int(self._window * (self._number**2 * _GOLDEN % 1))
 
 
-class Extents:
-    """The bounds of a graph's inputs so far, which are cheap to compute on a CPU: where these change, activations
-    usually change too.
-
-    ``positions``: of the inputs among a call's arguments.
-    """
-
-    def __init__(self, positions: Sequence[int]) -> None:
-        # By position: minimum and maximum over all calls, and the least of the calls' largest magnitudes.
-        self._known = dict.fromkeys(positions, (0.0, 0.0, math.inf))
-
-    def have_changed(self, args: Sequence[Any]) -> bool:
-        """Whether an input exceeds its earlier bounds by far, or is far smaller than in every earlier call."""
-        return self.update({position: _bounds(x) for position, x in self.floats(args).items()})
-
-    def floats(self, args: Sequence[Any]) -> dict[int, torch.Tensor]:
-        """The floating-point tensors among the inputs, by position."""
-        found = {position: args[position] for position in self._known}
-        return {i: x for i, x in found.items() if isinstance(x, torch.Tensor) and x.is_floating_point()}
-
-    def update(self, bounds: Mapping[int, tuple[float, float]]) -> bool:
-        """As for ``have_changed``, from the minimum and maximum of each input."""
-        changed = False
-        for position, (new_low, new_high) in bounds.items():
-            low, high, peak = self._known[position]
-            new_peak = max(-new_low, new_high)
-            if not 0 < new_peak < math.inf:
-                continue
-            margin = _GROWTH * (high - low)
-            if new_low < low - margin or high + margin < new_high or _DECLINE * new_peak < peak:
-                self._known[position] = min(low, new_low), max(high, new_high), min(peak, new_peak)
-                changed = True
-        return changed
-
-
-class Event(Protocol):
-    """Queued work of a device, as ``torch.cuda.Event``."""
-
-    def query(self) -> bool:
-        """Whether it is done."""
-
-
-def _recorded_event(device: torch.device) -> Event:
-    event = torch.cuda.Event()
-    event.record(torch.cuda.current_stream(device))
-    return event
-
-
-class LateExtents:
-    """``Extents`` on a GPU, where waiting for the bounds of an input would delay the caller: a call learns whether the
-    inputs of an earlier one have changed.
-
-    ``record``: returns the event of all that is queued on a device's current stream.
-    """
-
-    def __init__(self, positions: Sequence[int], record: Callable[[torch.device], Event] = _recorded_event) -> None:
-        self._extents = Extents(positions)
-        self._record = record
-        self._pending: tuple[list[int], torch.Tensor, Event] | None = None
-
-    def have_changed(self, args: Sequence[Any], device: torch.device) -> bool:
-        """Whether the inputs of the last call that was looked at had changed, if that is known by now; then looks at
-        this call's inputs on ``device``."""
-        changed = False
-        pending = self._pending
-        if pending is not None:
-            positions, bounds, event = pending
-            if not event.query():
-                return False
-            changed = self._extents.update(dict(zip(positions, map(tuple, bounds.tolist()), strict=True)))
-        self._pending = self._look(args, device)
-        return changed
-
-    def _look(self, args: Sequence[Any], device: torch.device) -> tuple[list[int], torch.Tensor, Event] | None:
-        """Queue the computation of the inputs' bounds: positions, bounds and when they are there."""
-        inputs = {i: x for i, x in self._extents.floats(args).items() if x.device == device and x.numel()}
-        if not inputs:
-            return None
-        ends = torch.stack([torch.stack(_ends(x)).float() for x in inputs.values()])
-        bounds = torch.empty(ends.shape, pin_memory=ends.is_cuda).copy_(ends, non_blocking=True)
-        return list(inputs), bounds, self._record(device)
-
-
 class Bounds:
     """The bounds of the numbers among a model's inputs so far: activations may grow with each of them."""
 
@@ -205,20 +118,15 @@ class Bounds:
 
 def is_finite(result: Any) -> bool:
     """Whether all floats in the tensors of a result are finite; synchronizes with the device."""
-    return all(math.isfinite(bound) for tensor in _floats(result) for bound in _bounds(tensor))
+    return all(math.isfinite(bound) for tensor in _floats(result) for bound in bounds(tensor))
 
 
-def _bounds(x: torch.Tensor) -> tuple[float, float]:
+def bounds(x: torch.Tensor) -> tuple[float, float]:
     """Minimum and maximum, NaN if any value is; takes a tenth of the time of ``torch.isfinite``."""
     if not x.numel():
         return 0.0, 0.0
-    low, high = _ends(x)
-    return float(low), float(high)
-
-
-def _ends(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     low, high = torch.aminmax(x.detach() if x.itemsize > 1 else x.detach().float())  # float8 has no aminmax
-    return low, high
+    return float(low), float(high)
 
 
 def nonfinite_masks(result: Any) -> list[torch.Tensor]:

@@ -15,6 +15,7 @@ from ..kernels import clip_counting
 from ..quantization.observation import Observation
 from ..tensors import relative_error
 from . import drift
+from .extents import Extents
 
 if TYPE_CHECKING:
     from ..analysis.traced_graph import TracedGraph
@@ -52,8 +53,7 @@ class DriftWatch:
         # Masks of non-finite values in the last computed float result.
         self._nonfinite: list[torch.Tensor] = []
         self._said = False
-        self._extents = drift.Extents(traced.inputs.others)
-        self._late_extents = drift.LateExtents(traced.inputs.others)
+        self._extents = Extents(traced.inputs.others)
 
     def run(
         self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState, run: SamplingRun | None = None
@@ -63,20 +63,12 @@ class DriftWatch:
         """
         device = weights.layers[0].device
         is_capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if device.type == "cpu":
-            have_changed = self._extents.have_changed(args)
-        else:
-            have_changed = not is_capturing and self._late_extents.have_changed(args, device)
-        due = weights.schedule.is_due(run, have_changed) and not is_capturing
-        if not due:
-            result = compiled(args, weights)
-            # On a GPU, checking every result would keep the caller from preparing the next step meanwhile.
-            drifted: Mapping[int, clip_counting.Seen] = {}
-            looks = device.type == "cpu"
-        else:
-            result, seen = compiled.count(args, weights)
+        result, seen = self._call(compiled, args, weights, run, is_capturing)
+        drifted: Mapping[int, clip_counting.Seen] = {}
+        # On a GPU, checking every result would keep the caller from preparing the next step meanwhile.
+        looks = seen is not None or device.type == "cpu"
+        if seen is not None:
             drifted = weights.drifted(seen, weights.schedule.is_first and self._may_run_float(weights))
-            looks = True
             if weights in self._changed and weights.are_coarse(seen):  # in case larger inputs have widened a range
                 self._changed.discard(weights)
                 weights.is_compared = False
@@ -90,6 +82,25 @@ class DriftWatch:
         if not weights.is_compared and not is_capturing:
             self._compare(args, weights, result)
         return result, True
+
+    def _call(
+        self,
+        compiled: CompiledGraph,
+        args: Sequence[Any],
+        weights: WeightState,
+        run: SamplingRun | None,
+        is_capturing: bool,
+    ) -> tuple[Any, dict[int, clip_counting.Seen] | None]:
+        """The 8-bit result, and what a drift check counted if one was due."""
+        device = weights.layers[0].device
+        have_changed = (lambda: False) if is_capturing else self._extents.begin(args, device)
+        # On a GPU the answer is awaited only when all kernels of the step are queued, if the step can be repeated.
+        is_late = self._extents.are_late(device) and self._traced.may_repeat
+        is_due = weights.schedule.is_due(run, not is_late and have_changed()) and not is_capturing
+        result = None if is_due else compiled(args, weights)
+        if is_late and have_changed():
+            is_due = True
+        return compiled.count(args, weights) if is_due else (result, None)
 
     def _compare(self, args: Sequence[Any], weights: WeightState, result: Any) -> None:
         """Report the error of quantization: ranges may cover all values and still be too coarse, as with strong

@@ -41,19 +41,20 @@ class Operands:
         return self.xq, self.qparams[2:], self.weight, self.weight_scale, self.bias
 
     @property
-    def _given(self) -> kernels.Operands:
+    def given(self) -> kernels.Operands:
+        """What the ops are given."""
         return kernels.Operands(self.xq, self.qparams, self.weight, self.weight_scale, self.bias)
 
     def linear(self) -> torch.Tensor:
-        return reference.linear(self._given, torch.float64)
+        return reference.linear(self.given, torch.float64)
 
     def geglu(self) -> torch.Tensor:
-        return reference.geglu(self._given, torch.float64)
+        return reference.geglu(self.given, torch.float64)
 
     def conv(self, stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> torch.Tensor:
         """What a convolution must be, [N, *spatial, K]."""
         x, w = self.xq.movedim(-1, 1), self.weight.movedim(-1, 1)
-        given = self._given._replace(xq=x, weight=w)
+        given = self.given._replace(xq=x, weight=w)
         geometry = ConvGeometry(tuple(stride), tuple(padding), tuple(dilation))
         y = reference.conv(given, geometry, torch.float64)
         return y.movedim(1, -1)

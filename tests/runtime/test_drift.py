@@ -81,47 +81,6 @@ def test_zero_switches_the_checks_off() -> None:
     assert not due(schedule, 100)
 
 
-def test_only_inputs_far_from_those_before_have_changed() -> None:
-    extents = drift.Extents([0, 2])
-    weight, text = noise(4), noise(4).half()
-    calls = [(1, True), (1.2, False), (0.2, False), (2, True), (2, False), (torch.inf, False), (torch.nan, False)]
-    assert [extents.have_changed((factor * noise(9), 9 * weight, text)) for factor, _ in calls] == [
-        grown for _, grown in calls
-    ]
-    assert extents.have_changed((noise(9), weight, 2 * text))
-    assert not extents.have_changed((0 * noise(9), weight, text))
-    assert extents.have_changed((0.01 * noise(9), weight, text))
-    assert not extents.have_changed((0.01 * noise(9), weight, text))
-    assert not extents.have_changed((3, weight, torch.ones(0)))
-
-
-class Queue:
-    """A device's work, done when ``is_done``."""
-
-    is_done = True
-
-    def query(self) -> bool:
-        return self.is_done
-
-
-def test_a_call_learns_whether_an_earlier_one_had_other_inputs() -> None:
-    queue, device = Queue(), torch.device("cpu")
-    extents = drift.LateExtents([0, 1, 2], lambda device: queue)
-    x, text = noise(9), noise(4).to(torch.float8_e4m3fn)
-
-    def have_changed(factor: float) -> bool:
-        return extents.have_changed((factor * x, text, 3), device)
-
-    assert [have_changed(factor) for factor in (1, 1, 8, 8, 8, 1)] == [False, True, False, True, False, False]
-    queue.is_done = False
-    assert [have_changed(factor) for factor in (50, 1, 1)] == [False] * 3
-    queue.is_done = True
-    assert not have_changed(100)  # those of the first call after the last answer, 1, are known
-    assert have_changed(1)
-    assert not have_changed(1)
-    assert not extents.have_changed((3, torch.ones(0), x.to("meta")), device)
-
-
 def quantized(x: torch.Tensor, qparams: torch.Tensor, format: Format) -> torch.Tensor:
     return ops.quantize(x, qparams, format.activation, False)
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +19,7 @@ from onlinequant_backend.report.report import VISIBLE
 from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import DriftWatch
+from onlinequant_backend.runtime.extents import Extents
 from onlinequant_backend.runtime.weight_state import WeightState
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, compiled, forget_everything, small
@@ -38,8 +38,8 @@ def started(model: torch.nn.Module, **options: Any) -> Callable[..., torch.Tenso
 
 @pytest.fixture
 def unseen_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Inputs are not looked at, as on a GPU."""
-    monkeypatch.setattr(drift.Extents, "have_changed", lambda extents, args: False)
+    """Inputs are not looked at, as where only activations change."""
+    monkeypatch.setattr(Extents, "have_changed", lambda extents, args: False)
 
 
 @torch.no_grad()
@@ -120,8 +120,15 @@ def test_a_number_beyond_those_observed_is_checked_at_once(inductor: EagerInduct
     assert not torch.equal(picture, model(X * number))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("are_late", [False, True])
 @pytest.mark.parametrize("calls", [1, 60, 200])
-def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(calls: int, inductor: EagerInductor) -> None:
+def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(
+    calls: int, are_late: bool, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if are_late:  # the answer comes after the step, as on a GPU
+        monkeypatch.setattr(Extents, "are_late", lambda _, device: True)
+        monkeypatch.setattr(Extents, "begin", lambda extents, args, device: lambda: extents.have_changed(args))
     model = small()
     step = started(model, drift_check_every=64)
     for _ in range(calls):
@@ -130,28 +137,6 @@ def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(calls: int, ind
     for _ in range(3):
         assert relative_error(step(large), model(large)) < CLOSE
     assert oq.reports()[-1].widened["conv_in"] == pytest.approx(8, rel=0.3)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("calls", [1, 60, 200])
-def test_on_a_gpu_inputs_that_are_larger_from_a_call_on_are_found_a_call_later(
-    calls: int, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    late = drift.LateExtents([0], lambda device: Mock(query=lambda: True))
-
-    def have_changed(_: drift.Extents, args: Sequence[Any]) -> bool:
-        (x,) = (arg for arg in args if isinstance(arg, torch.Tensor) and arg.shape == X.shape)
-        return late.have_changed([x], X.device)
-
-    monkeypatch.setattr(drift.Extents, "have_changed", have_changed)
-    model = small()
-    step = started(model, drift_check_every=1000)
-    for _ in range(calls):
-        step(X)
-    large = 8 * noise(1, 4, 8, 8, seed=2)
-    step(large)
-    for _ in range(3):
-        assert relative_error(step(large), model(large)) < CLOSE
 
 
 @torch.no_grad()

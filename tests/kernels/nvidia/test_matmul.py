@@ -121,6 +121,6 @@ def test_cublas_takes_scales_at_any_address(device):
     if device != "cuda":
         pytest.skip("cuBLAS is on GPUs alone")
     operands = new_operands((64, 64), (32, 64), torch.float8_e4m3fn, device, bias=torch.float16, scales=1)
-    out = run_linear(operands.xq, operands.qparams, *operands.arguments[2:], torch.float16, Tile(CUBLAS))
+    out = run_linear(operands.given, torch.float16, Tile(CUBLAS))
     assert operands.qparams[2].data_ptr() % 16
     assert_near(out, operands.linear(), operands)
