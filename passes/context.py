@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch
+import torch.fx as fx
 
 from onlinequant_backend.config import QuantConfig
 from onlinequant_backend.graph import LayerInfo
@@ -30,6 +31,7 @@ class PassContext:
         at_largest: each of these layers, by name, at the largest size that its model was traced at.
         smoothing: by layer index, an identifier of the smoothing factors of its input, if it is smoothed.
         merge: merges the weights of several layers, by their indices; returns whether that was possible.
+        values: what each node of the rewritten graph returns, with the strides that it has there.
         extra_inputs: inputs that rewriting appended, in order: (what, index of the layer or indices of merged ones).
     """
 
@@ -43,6 +45,7 @@ class PassContext:
     at_largest: Callable[[Sequence[LayerInfo]], Mapping[str, LayerInfo]] = lambda infos: {}
     smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
+    values: Callable[[fx.GraphModule], Mapping[fx.Node, object]] = lambda graph_module: {}
     extra_inputs: list[tuple[str, int | tuple[int, ...]]] = dataclasses.field(default_factory=list)
 
     @property

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import operator
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,6 +16,8 @@ from onlinequant_backend.graph.repeated_runs import repeated_runs
 from onlinequant_backend.torch_internals import dynamo_interface
 
 from .context import PassContext
+
+_log = logging.getLogger("onlinequant")
 
 # Regions of fewer calls are not outlined, nor those that save less than this share of the graph's calls.
 _LEAST_CALLS, _LEAST_SAVED = 20, 0.02
@@ -50,6 +53,14 @@ def outline_regions(graph_module: fx.GraphModule, context: PassContext) -> int:
     """
     if not _may_be_outlined(graph_module, context):
         return 0
+    try:
+        values = context.values(graph_module)
+    except Exception:  # what cannot be run with fake tensors
+        _log.debug("not compiled in regions: the results' strides are not known", exc_info=True)
+        return 0
+    # Rewriting has changed strides: those of the traced graph would make regions of calls that differ.
+    for node, value in values.items():
+        node.meta["example_value"] = value
     number = 0
     calls = _calls(graph_module)
     least_saved = int(_LEAST_SAVED * len(calls))

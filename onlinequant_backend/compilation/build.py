@@ -10,9 +10,10 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.fx as fx
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..analysis.traced_graph import TracedGraph
@@ -36,6 +37,22 @@ class _JobError(Exception):
         self.job, self.error = job, error
 
 
+class _Inputs(NamedTuple):
+    """The inputs of a rewritten graph.
+
+    Attributes:
+        taken: the positions of the first ones among a call's arguments.
+        extras: those that rewriting has added.
+        moved: positions in ``taken`` of CPU tensors that are passed on the GPU.
+        examples: fake tensors for all of them.
+    """
+
+    taken: list[int]
+    extras: list[torch.Tensor]
+    moved: list[int]
+    examples: list[Any]
+
+
 def build(
     traced: TracedGraph,
     args: Sequence[Any],
@@ -49,23 +66,25 @@ def build(
     ``symbolic``: for all sizes that Dynamo left open, or only for those of ``args``. ``directory``: for Inductor's
     caches; None means their default place. Files in it may be damaged, so a failed compile is tried once more in an
     empty one. If it is no longer writable, a temporary directory is used. A graph that cannot be compiled in regions is
-    compiled as a whole. ``beforehand`` is called with the job, and may have another process compile it first.
+    compiled in other ones, or at last as a whole. ``beforehand`` is called with the job, and may have another process
+    compile it first.
     """
-
-    def attempt(directory: Path | None) -> CompiledGraph:
-        return _build(traced, args, weights, symbolic, directory, beforehand)
-
-    try:
-        return _build_anywhere(attempt, directory)
-    except _JobError as failure:
-        job, error = failure.job, failure.error
-    if not job.has_regions:
-        raise error
-    refuse(job)
-    _log.info("compiling as a whole, since regions cannot be compiled: %s: %s", type(error).__name__, error)
-    config = dataclasses.replace(traced.config, regional_compilation=False)
-    whole = dataclasses.replace(traced, config=config)
-    return build(whole, args, weights, symbolic, directory, beforehand)
+    whole = dataclasses.replace(traced, config=dataclasses.replace(traced.config, regional_compilation=False))
+    # Computing the strides takes seconds, and those of the traced graph are right for most models.
+    ways = [(traced, False, "in other regions"), (traced, True, "as a whole"), (whole, False, "")]
+    while True:
+        graph, has_strides, then = ways.pop(0)
+        attempt = functools.partial(
+            _build, graph, args, weights, symbolic, beforehand=beforehand, has_strides=has_strides
+        )
+        try:
+            return _build_anywhere(attempt, directory)
+        except _JobError as failure:
+            job, error = failure.job, failure.error
+        if not job.has_regions:
+            raise error
+        refuse(job)
+        _log.info("compiling %s, since regions cannot be compiled: %s: %s", then, type(error).__name__, error)
 
 
 def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: Path | None) -> CompiledGraph:
@@ -80,7 +99,7 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
         if not _can_be_written(directory):
             _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
             return attempt(Path(_temporary_directory().name))
-        if not held_code or is_refused(job):
+        if not held_code or job.has_regions or is_refused(job):
             raise
         _log.warning("compiling in an empty directory, since what %s holds may be damaged: %s", directory, error)
         try:
@@ -100,7 +119,9 @@ def _build(
     symbolic: bool,
     directory: Path | None,
     beforehand: Callable[[Job], object],
+    has_strides: bool,
 ) -> CompiledGraph:
+    """``has_strides``: the rewritten graph's strides are computed, on which its regions depend."""
     start = time.perf_counter()
     graph_module, config = traced.module, traced.config
     inputs = SymbolicInputs(graph_module, args) if symbolic else FixedInputs(args)
@@ -115,17 +136,25 @@ def _build(
         smoothing=weights.smoothing(),
         merge=lambda indices: weights.merge(indices) is not None,
     )
-    has_regions = run_passes(rewritten, REWRITE, context)["outline_regions"] > 0
     positions = {name: position for position, name in enumerate(traced.inputs.names)}
-    names = [node.name for node in fx_utils.placeholders(rewritten)]
-    taken = [positions[name] for name in names if name in positions]
-    extras = [weights.extra(what, of) for what, of in context.extra_inputs]
-    moved = [i for i, at in enumerate(taken) if device.type == "cuda" and _is_cpu_number(inputs.values[at])]
-    examples = [inputs.values[at] for at in taken]
-    with inputs.fake_mode, torch.inference_mode(False):
-        for i in moved:
-            examples[i] = examples[i].to(device)
-    examples += graph_transport.fake_tensors(inputs.fake_mode, extras)
+
+    def inputs_of(graph_module: fx.GraphModule) -> _Inputs:
+        names = [node.name for node in fx_utils.placeholders(graph_module)]
+        taken = [positions[name] for name in names if name in positions]
+        extras = [weights.extra(what, of) for what, of in context.extra_inputs]
+        moved = [i for i, at in enumerate(taken) if device.type == "cuda" and _is_cpu_number(inputs.values[at])]
+        examples = [inputs.values[at] for at in taken]
+        with inputs.fake_mode, torch.inference_mode(False):
+            for i in moved:
+                examples[i] = examples[i].to(device)
+        return _Inputs(taken, extras, moved, [*examples, *graph_transport.fake_tensors(inputs.fake_mode, extras)])
+
+    if has_strides:
+        context.values = lambda graph_module: fx_utils.values(
+            graph_module, inputs_of(graph_module).examples, inputs.fake_mode
+        )
+    has_regions = run_passes(rewritten, REWRITE, context)["outline_regions"] > 0
+    taken, extras, moved, examples = inputs_of(rewritten)
     options = {"force_layout_optimization": True, **config.inductor_options()}
     graphed = None
     if traced.provider.captures_graphs:

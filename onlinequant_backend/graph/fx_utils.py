@@ -5,12 +5,13 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
+from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from ..torch_internals import dynamo_interface
@@ -46,6 +47,28 @@ def copy_graph(graph_module: fx.GraphModule) -> fx.GraphModule:
         if hasattr(original, "_dynamo_source"):
             node._dynamo_source = original._dynamo_source
     return copy
+
+
+def values(graph_module: fx.GraphModule, inputs: Sequence[Any], fake_mode: FakeTensorMode) -> dict[fx.Node, Any]:
+    """What each node returns, as fake tensors, for fake ``inputs``."""
+    interpreter = _Recorder(graph_module, fake_mode)
+    with fake_mode, torch.no_grad():
+        interpreter.run(*inputs)
+    return interpreter.values
+
+
+class _Recorder(fx.Interpreter):
+    def __init__(self, graph_module: fx.GraphModule, fake_mode: FakeTensorMode) -> None:
+        super().__init__(graph_module)
+        self.values: dict[fx.Node, Any] = {}
+        self._fake_mode = fake_mode
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.op == "get_attr" and isinstance(value, torch.Tensor):
+            value = self._fake_mode.from_tensor(value)
+        self.values[n] = value
+        return value
 
 
 def requires_grad(value: Any) -> bool:

@@ -11,6 +11,7 @@ import torch
 import torch.fx as fx
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensor
 
 import onlinequant_backend as oq
 from onlinequant_backend.compilation import region_check
@@ -346,3 +347,63 @@ def test_the_reference_is_no_part_of_what_is_compiled(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="differ"):
         reference.check(probe.graph_module)
     reference.check(lambda *_: expected)
+
+
+class Strided(nn.Module):
+    """The same calls on a contiguous tensor and, in 8 bit only, on one that is channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+        self.requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = long(F.silu(x), x.sigmoid())
+        x = self.conv(x)
+        return F.gelu(long(F.silu(x), x.sigmoid()))
+
+
+def strides_of_regions(module: fx.GraphModule, args: Sequence[Any]) -> dict[str, set[tuple[int, ...]]]:
+    """Of the tensors of four dimensions that each region receives."""
+    found: dict[str, set[tuple[int, ...]]] = {}
+
+    class Run(fx.Interpreter):
+        def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+            if target is dynamo_interface.invoke_subgraph:
+                found.setdefault(args[1], set()).update(x.stride() for x in args[2:] if x.dim() == 4)
+            return super().call_function(target, args, kwargs)
+
+    with next(arg.fake_mode for arg in args if isinstance(arg, FakeTensor)):
+        Run(module).run(*args)
+    return found
+
+
+@torch.no_grad()
+def test_regions_are_alike_in_the_strides_that_they_have_in_8_bit(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Inductor refuses others, and then compiling the whole graph takes minutes longer."""
+    compiled = []
+
+    def compile_fx(module: fx.GraphModule, inputs: Sequence[Any], *_: object, **__: object) -> Callable[..., Any]:
+        strides = strides_of_regions(module, inputs)
+        compiled.append(max(map(len, strides.values()), default=0))
+        if compiled[-1] > 1:
+            raise AssertionError("subgraph args must have consistent values!")
+        return module
+
+    monkeypatch.setattr(inductor_interface, "compile_fx", compile_fx)
+    caplog.set_level(logging.INFO, "onlinequant")
+    module, x = Strided(), noise(1, 8, 6, 6)
+    step = torch.compile(module, backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
+    for _ in range(3):
+        result = step(x)
+    assert compiled == [2, 0]
+    assert relative_error(result, module(x)) < CLOSE
+    assert "compiling in other regions" in caplog.text and "as a whole" not in caplog.text
+    forget_everything()
+    module(x)
+    step = torch.compile(Strided(), backend=oq.onlinequant, options={**OPTIONS, "regional_compilation": True})
+    step(x)
+    assert compiled == [2, 0, 0]  # what has failed is not tried again
