@@ -34,7 +34,7 @@ __all__ = [
     "sampling_run",
     "told_to",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # These import torch's compiler, which takes seconds, and whatever only reads the cache needs none of it.
 _MODULES = {

@@ -85,3 +85,19 @@ def inductor(monkeypatch: pytest.MonkeyPatch) -> EagerInductor:
     stand_in = EagerInductor()
     monkeypatch.setattr(inductor_interface, "compile_fx", stand_in)
     return stand_in
+
+
+@pytest.fixture(scope="session")
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution of this checkout."""
+    from tests.helpers.checkout import build_sdist
+
+    return build_sdist(tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="session")
+def wheel(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel that is built from ``sdist``."""
+    from tests.helpers.checkout import build_wheel
+
+    return build_wheel(sdist, tmp_path_factory.mktemp("wheel"))

@@ -59,9 +59,10 @@ def test_what_has_been_made_is_old_afterwards_and_still_collected() -> None:
 
 def test_what_the_program_has_frozen_stays_frozen() -> None:
     gc.freeze()
+    frozen = gc.get_freeze_count()
     try:
         with without_garbage_collection():
             pass
-        assert gc.get_freeze_count() > 0
+        assert gc.get_freeze_count() > frozen // 2
     finally:
         gc.unfreeze()

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.helpers.checkout import PYPROJECT, ROOT, copy_checkout, run_python
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-ROOT = Path(__file__).parent.parent
 DEPENDENCIES = [Path(folder) for folder in sys.path if folder.endswith("-packages")]
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 ENTRY_POINTS = [
     ["console_scripts", "onlinequant", "onlinequant_backend.cli:main"],
     ["torch_dynamo_backends", "onlinequant", "onlinequant_backend.backend:onlinequant"],
@@ -58,27 +49,14 @@ print(json.dumps({
 """
 
 
-def copy_checkout(to: Path) -> Path:
-    """A clone's files, without those that are made here (a build must not pick up an old one's)."""
-    made = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "shared")
-    return Path(shutil.copytree(ROOT, to, ignore=made))
-
-
-def run(*command: str | Path, cwd: Path, **environment: str) -> str:
-    """Run Python with these arguments and return what it prints."""
-    done = subprocess.run(
-        [sys.executable, *command], cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def run_report(code: str, cwd: Path, path: Iterable[Path], **environment: str) -> dict[str, Any]:
     """The JSON that ``code`` prints, run in a new folder, where Python looks for modules on ``path`` alone."""
     cwd.mkdir()
     # -S: the .pth file of a development install would bring this checkout in.
     python_path = os.pathsep.join(map(str, path))
-    return dict(json.loads(run("-S", "-c", code, cwd=cwd, PYTHONPATH=python_path, **environment).splitlines()[-1]))
+    return dict(
+        json.loads(run_python("-S", "-c", code, cwd=cwd, PYTHONPATH=python_path, **environment).splitlines()[-1])
+    )
 
 
 def package_files(package: Path, others: Path) -> dict[str, str]:
@@ -88,14 +66,6 @@ def package_files(package: Path, others: Path) -> dict[str, str]:
         "onlinequant_backend.passes": str(others / "passes" / "__init__.py"),
         "onlinequant_backend.comfy_integration": str(others / "comfy_integration" / "__init__.py"),
     }
-
-
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    checkout = copy_checkout(tmp_path_factory.mktemp("wheel") / "checkout")
-    run("-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation", "--wheel-dir", "dist", cwd=checkout)
-    (built,) = checkout.glob("dist/*.whl")
-    return built
 
 
 def test_listed_packages_are_the_folders() -> None:
@@ -136,7 +106,7 @@ def test_unpacked_wheel_imports(wheel: Path, tmp_path: Path) -> None:
 def test_editable_install_imports(tmp_path: Path) -> None:
     checkout, site = copy_checkout(tmp_path / "checkout"), tmp_path / "site"
     install = ("pip", "install", "--no-deps", "--no-build-isolation", "--target", site, "--editable", ".")
-    run("-m", *install, cwd=checkout)
+    run_python("-m", *install, cwd=checkout)
     # What an editable install consists of is a .pth file, which is heeded only in a known site-packages folder.
     code = "import os, site; site.addsitedir(os.environ['SITE'])" + REPORT_IMPORTS
     report = run_report(code, tmp_path / "elsewhere", [site, *DEPENDENCIES], SITE=str(site))

@@ -1,4 +1,4 @@
-"""The example workflows, the help pages and what ComfyUI's registry and manager read, compared with each other.
+"""The example workflows and the help pages, compared with each other.
 
 Where asked for, they are compared with a real ComfyUI, too.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import json
 import re
-import sys
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -24,15 +23,9 @@ from example_workflows.workflows import workflows
 if TYPE_CHECKING:
     from tests.comfy.conftest import Server
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "example_workflows"
 HELP = ROOT / "comfy_integration" / "web" / "docs"
-PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 NODES = re.findall(r'node_id="(\w+)"', (ROOT / "comfy_integration" / "nodes.py").read_text())
 
 NAMES = [f"{model}_{kind}" for model in ("sdxl", "sd15", "svd") for kind in ("baseline", "compiled", "quantized")]
@@ -222,21 +215,6 @@ def test_every_node_has_a_help_page_that_names_each_parameter() -> None:
 def test_every_node_is_in_a_workflow() -> None:
     used = {node["class_type"] for name in NAMES for node in read_api(name).values()}
     assert set(NODES) <= used
-
-
-def test_requirements_are_the_dependencies_without_torch() -> None:
-    lines = (ROOT / "requirements.txt").read_text().splitlines()
-    required = [line for line in lines if line and not line.startswith("#")]
-    dependencies = PYPROJECT["project"]["dependencies"]
-    assert required == [name for name in dependencies if not re.match(r"torch\b", name)]
-
-
-def test_what_the_registry_asks_for() -> None:
-    comfy = PYPROJECT["tool"]["comfy"]
-    assert comfy["PublisherId"] and comfy["DisplayName"] and comfy["requires-comfyui"]
-    # Where something that needs an address is said, there is one.
-    urls = [comfy.get("Icon"), comfy.get("Banner"), *PYPROJECT["project"].get("urls", {}).values()]
-    assert all(url is None or url.startswith("https://") for url in urls)
 
 
 @pytest.fixture(scope="module")
