@@ -115,7 +115,7 @@ def show(console: Console, title: str, cells: dict[str, dict[str, Any]]) -> None
 def read(path: Path) -> dict[str, dict[str, dict[str, Any]]]:
     """The cells that ``--json`` wrote, by title and column: of each the last that did not fail, if there is one."""
     tables: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         cell = json.loads(line)
         cells = tables.setdefault(cell["title"], {})
         if "failed" not in cell or "failed" in cells.get(cell["column"], {"failed": ""}):

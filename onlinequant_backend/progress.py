@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from time import monotonic
 from types import TracebackType
 
-from rich.console import Console
+from rich.console import Console, OverflowMethod
 from rich.control import Control
 from rich.segment import ControlType
 from rich.text import Text
+
+from .console import encodable
 
 _log = logging.getLogger("onlinequant")
 
@@ -209,11 +211,12 @@ class Progress:
         return f"{' '.join(filter(None, [self._where(), self._text]))} ({self._times(elapsed)})"
 
     def _line(self, elapsed: float) -> Text:
-        line = Text(f"{self._where()} ", no_wrap=True, overflow="ellipsis")
+        line = Text(f"{self._where()} ")
         if self._total:
             full = _BAR_WIDTH * min(self._done, self._total) // self._total
-            line.append("━" * full, "cyan").append("━" * (_BAR_WIDTH - full), "dim").append(" ")
-        return line.append(f"{self._times(elapsed)} ", "green").append(self._text, "dim")
+            bar = encodable("━", sys.stderr) * _BAR_WIDTH
+            line.append(bar[:full], "cyan").append(bar[full:], "dim").append(" ")
+        return line.append(f"{self._times(elapsed)} ", "green").append(encodable(self._text, sys.stderr), "dim")
 
 
 def _duration(seconds: float) -> str:
@@ -242,7 +245,7 @@ def _is_log_configured() -> bool:
 
 def _write_line(text: str) -> None:
     if sys.stderr is not None:
-        sys.stderr.write(f"{text}\n")
+        sys.stderr.write(f"{encodable(text, sys.stderr)}\n")
         sys.stderr.flush()
 
 
@@ -257,7 +260,8 @@ def _terminal() -> Console | None:
 def _draw_line(console: Console, line: Text) -> None:
     _erase_line(console)
     # The cursor goes back to the line's beginning, so that whatever is printed next writes over it.
-    console.print(line, end="\r", no_wrap=True, overflow="ellipsis", width=console.width - 1)
+    overflow: OverflowMethod = "ellipsis" if encodable("…", console.file) == "…" else "crop"
+    console.print(line, end="\r", no_wrap=True, overflow=overflow, width=console.width - 1)
 
 
 def _erase_line(console: Console) -> None:

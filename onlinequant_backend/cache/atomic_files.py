@@ -9,13 +9,13 @@ import contextlib
 import errno
 import os
 import secrets
-import shlex
 import shutil
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from ..errors import InsecureCacheDirectoryError
+from ..operating_system import is_link, is_own_group, patiently, quoted, user_id
 from .calibration_checks import InvalidEntryError
 
 # Folders of a cache for what is not yet and what is no longer of use.
@@ -33,21 +33,22 @@ def insecurity(path: Path, info: os.stat_result) -> str | None:
 
     ``info``: what ``lstat`` says of it. Raises NotADirectoryError for anything but a folder or a link.
     """
-    if stat.S_ISLNK(info.st_mode):
+    if is_link(info):
         return f"it is a link to {str(path.readlink())!r}. Remove it: nothing in a cache may lead out of it."
     if not stat.S_ISDIR(info.st_mode):
         raise NotADirectoryError(f"{str(path)!r} is no directory")
-    if os.name == "nt":  # a user's folders are private there, and modes and owners say nothing
+    user = user_id()
+    if user is None:  # on Windows: a user's folders are private there, and modes and owners say nothing
         return None
-    if info.st_uid != os.geteuid():
+    if info.st_uid != user:
         return (
-            f"it belongs to the user {info.st_uid}, and this is the user {os.geteuid()}. Choose a directory of your "
+            f"it belongs to the user {info.st_uid}, and this is the user {user}. Choose a directory of your "
             "own, with the option cache_dir or ONLINEQUANT_CACHE_DIR."
         )
     if info.st_mode & stat.S_ISVTX and info.st_mode & stat.S_IWOTH:  # /tmp and the like, which are meant to be shared
         return "everybody may write to it. Choose a folder inside it as the cache directory."
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        return f"others may write to it. Forbid that: chmod 700 {shlex.quote(str(path))}"
+        return f"others may write to it. Forbid that: chmod 700 {quoted(str(path))}"
     return None
 
 
@@ -70,32 +71,19 @@ def _refuse(folder: Path, reason: str | None) -> None:
 
 
 def _exposure(folder: Path, info: os.stat_result) -> str | None:
-    if os.name == "nt":
+    user = user_id()
+    if user is None:
         return None
     elsewhere = "choose a cache directory elsewhere, with the option cache_dir or ONLINEQUANT_CACHE_DIR."
     # Whoever owns "/", another user than root in some containers, can replace everything anyway.
-    if info.st_uid not in (0, os.geteuid(), Path("/").stat().st_uid):
+    if info.st_uid not in (0, user, Path("/").stat().st_uid):
         return f"it belongs to the user {info.st_uid}, who can replace all that lies in it. So {elsewhere}"
     # With the sticky bit, as /tmp has it, nobody can move what others have put there.
-    is_open = info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not _is_own_group(info.st_gid))
+    is_open = info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not is_own_group(info.st_gid))
     if is_open and not info.st_mode & stat.S_ISVTX:
-        forbid = f"chmod go-w {shlex.quote(str(folder))}"
+        forbid = f"chmod go-w {quoted(str(folder))}"
         return f"others may write to it, and so replace all that lies in it. Forbid that: {forbid}; or {elsewhere}"
     return None
-
-
-def _is_own_group(group: int) -> bool:
-    """Whether a group is the one of this user's name, which has no other members: with it come a umask of 002, and so
-    folders that the group may write to."""
-    import grp
-    import pwd
-
-    try:
-        name, members = grp.getgrgid(group).gr_name, grp.getgrgid(group).gr_mem
-        user = pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return False
-    return group != 0 and name == user and set(members) <= {user}
 
 
 def make_private(root: Path, *names: str) -> Path:
@@ -120,7 +108,7 @@ def read_file(path: Path, limit: int) -> bytes:
     _check_readable(path, path.lstat(), limit)
     # In case it has become a link or a pipe since, which would lead elsewhere or wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
-    with os.fdopen(os.open(path, flags), "rb") as file:
+    with os.fdopen(patiently(os.open, path, flags), "rb") as file:
         _check_readable(path, os.fstat(file.fileno()), limit)
         return file.read(limit)
 
@@ -162,7 +150,7 @@ def publish_folder(root: Path, kind: str, name: str, files: Mapping[str, bytes])
             old.append(_move_away(folder, trash))
             _step("before renaming")
             try:
-                new.rename(folder)
+                patiently(new.rename, folder)
                 break
             except OSError:
                 if attempt == _ATTEMPTS or not os.path.lexists(folder):
@@ -213,7 +201,7 @@ def _move_away(path: Path, trash: Path) -> Path | None:
     away = trash / secrets.token_hex(16)
     _step("before moving the old away")
     try:
-        path.rename(away)  # of a link, the link itself
+        patiently(path.rename, away)  # of a link, the link itself
     except FileNotFoundError:
         return None
     _step("after moving the old away")
@@ -231,7 +219,7 @@ def replaced(folder: Path, aside: Path) -> Iterator[None]:
     except BaseException:
         if old is not None:
             discard(folder, aside)
-            old.rename(folder)
+            patiently(old.rename, folder)
         raise
     if old is not None:
         delete(old)
@@ -240,7 +228,8 @@ def replaced(folder: Path, aside: Path) -> Iterator[None]:
 def delete(path: Path) -> None:
     """Delete a file, a link or a folder, or as much of it as can be deleted."""
     if path.is_symlink() or not path.is_dir():
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
     else:
         shutil.rmtree(path, ignore_errors=True)
 
@@ -255,9 +244,9 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        temporary.replace(path)
+        patiently(temporary.replace, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        delete(temporary)
         raise
 
 

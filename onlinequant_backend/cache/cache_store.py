@@ -31,6 +31,7 @@ from pathlib import Path
 import platformdirs
 
 from ..best_effort import best_effort, warn_once
+from ..operating_system import patiently
 from . import eviction, listing, locks
 from .atomic_files import (
     TEMPORARY,
@@ -283,7 +284,7 @@ def _read_again(root: Path, folder: Path, error: InvalidEntryError) -> Calibrati
                 return _read(folder)
             except InvalidEntryError as still:
                 error = still
-            folder.rename(make_private(root, ASIDE) / f"{folder.name}.{secrets.token_hex(4)}")
+            patiently(folder.rename, make_private(root, ASIDE) / f"{folder.name}.{secrets.token_hex(4)}")
         outcome = "was moved aside"
     except OSError as obstacle:
         outcome = f"cannot be moved aside ({obstacle})"

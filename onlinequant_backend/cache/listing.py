@@ -10,10 +10,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from ..console import SIMPLE_HEAD
 from . import eviction
 from .atomic_files import read_file
 from .calibration_checks import MAX_LAYERS
@@ -92,7 +92,7 @@ def render(found: Sequence[EntryInfo]) -> str:
     """A table of entries, at most 120 columns wide."""
     text = io.StringIO()
     console = Console(file=text, width=_WIDTH, color_system=None, markup=False, highlight=False)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("key", no_wrap=True)
     table.add_column("model", overflow="fold")
     table.add_column("in 8 bit", no_wrap=True)

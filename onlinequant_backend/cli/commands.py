@@ -8,7 +8,6 @@ import contextlib
 import logging
 import math
 import os
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from ..cache.atomic_files import read_where_told
 from ..cache.cache_store import ENVIRONMENT_VARIABLES, Cache
 from ..cache.calibration_checks import InvalidEntryError
 from ..cache.calibration_file import MAX_BYTES, STATS_FILE, Calibration, decode
+from ..console import accept_any_text
 from ..errors import OnlineQuantError, StatsFileError
+from ..operating_system import quoted
 from ..report.report import Report
 from . import transfer
 
@@ -29,6 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns the exit status: 0 for success, 1 where the machine cannot do what was asked, 2 for a wrong argument.
     """
+    for stream in (sys.stdout, sys.stderr):
+        accept_any_text(stream)
     arguments = _parser().parse_args(argv)
     try:
         status: int = arguments.command(arguments)
@@ -154,7 +157,7 @@ def _list(cache: Cache) -> int:
     print(listing.render(found), end="\n\n")
     # An imported calibration has no statistics before a model has used it.
     has_statistics = any((entry.path / STATS_FILE).is_file() for entry in found)
-    hint = f"; `onlinequant stats {shlex.quote(str(cache.root))}` prints every layer." if has_statistics else "."
+    hint = f"; `onlinequant stats {quoted(str(cache.root))}` prints every layer." if has_statistics else "."
     print(f"{_count(len(found), 'calibration')} in {cache.root}{hint}")
     return 0
 
@@ -192,7 +195,7 @@ def _described(file: Path, calibration: Calibration) -> str:
     made = "".join(f"\n  {name}: {value}" for name, value in calibration.about.items())
     return (
         f"{file} is a calibration of {len(calibration.layers)} layers of {calibration.model}, observed in "
-        f"{_count(calibration.calls, 'call')}. `onlinequant import {shlex.quote(str(file))}` takes it into the cache; "
+        f"{_count(calibration.calls, 'call')}. `onlinequant import {quoted(str(file))}` takes it into the cache; "
         f"there are statistics of its layers once a model has used it.{made}"
     )
 

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from ..cache.calibration_file import STATS_FILE
+from ..console import SIMPLE_HEAD
 from ..kernels import precision
 from ..progress import Progress
 from ..report import report
@@ -76,8 +76,8 @@ def run(
     console.print(
         f"{pictures} captions that it was not trained on, {steps} steps, guidance in batches of {2 * pictures}"
     )
-    # A cache of its own: every time the demo is the first time.
-    with tempfile.TemporaryDirectory(prefix="onlinequant-demo-") as cache:
+    # A cache of its own: every time the demo is the first time. Windows cannot delete the libraries that are loaded.
+    with tempfile.TemporaryDirectory(prefix="onlinequant-demo-", ignore_cleanup_errors=True) as cache:
         contestants = _drawn(model, texts, steps, cache)
         _race(contestants, model, pictures, rounds)
     made = report.reports()[-1]
@@ -140,7 +140,7 @@ def _race(contestants: Sequence[Contestant], model: ScenesModel, pictures: int, 
 
 def _table(contestants: Sequence[Contestant], texts: Sequence[str], made: report.Report) -> Table:
     """A column each; pictures are compared with those of the first, and speed with the second."""
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("", no_wrap=True)
     for contestant in contestants:
         table.add_column(contestant.name, justify="right", no_wrap=True)

@@ -12,14 +12,17 @@ from pathlib import Path
 
 import torch
 
+from .. import operating_system
 from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
 from ..kernels import precision
 from ..kernels.formats import Format
+from ..kernels.provider import providers_for
 from ..torch_internals import hardware
 from . import kernel_check
+from .system_check import accelerators, compiler, describe, path_note, triton_version
 
-_PACKAGES = ("torch", "triton", "safetensors", "diffusers")
+_PACKAGES = ("torch", "safetensors", "diffusers")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +33,13 @@ class Findings:
         lines: (what, value) in the order to print them in.
         obstacles: what keeps 8 bit from working, each with its remedy where there is one.
         devices: where it works nevertheless.
+        float_devices: those that have no 8-bit kernels.
     """
 
     lines: list[tuple[str, str]]
     obstacles: list[str]
     devices: list[str]
+    float_devices: list[str] = dataclasses.field(default_factory=list)
 
     @property
     def works(self) -> bool:
@@ -48,7 +53,7 @@ def examine(cache_dir: str | None = None) -> Findings:
     ``cache_dir``: as the option of that name.
     """
     lines = [("onlinequant", _version("onlinequant")), ("python", platform.python_version())]
-    lines += [(name, _version(name)) for name in _PACKAGES]
+    lines += [("triton", triton_version()), *((name, _version(name)) for name in _PACKAGES)]
     lines += _device_lines()
     found = [_examine_cpu()]
     if torch.cuda.device_count():
@@ -56,18 +61,19 @@ def examine(cache_dir: str | None = None) -> Findings:
     lines += [line for part in found for line in part.lines]
     obstacles = [obstacle for part in found for obstacle in part.obstacles]
     devices = [device for part in found for device in part.devices]
-    compiler = _cpp_compiler()
-    lines.append(("C++ compiler", compiler or "none"))
-    if compiler is None:
-        devices = []
-        obstacles.append("Inductor needs a C++ compiler: install g++ or clang++, or let CXX name one.")
+    cpp_compiler, remedy = compiler()
+    lines.append(("C++ compiler", cpp_compiler or "none"))
+    if cpp_compiler is None:
+        # On Windows, Triton brings a C compiler along, and so needs no other one for a GPU.
+        devices = [device for device in devices if device != "cpu" and operating_system.is_windows()]
+        obstacles.append(remedy)
     try:
         cache_store.Cache.open(cache_dir)
     except InsecureCacheDirectoryError as error:
         devices = []
         obstacles.append(str(error))
     lines.append(("cache directory", _describe_cache(cache_dir)))
-    return Findings(lines, obstacles, devices)
+    return Findings(lines, obstacles, devices, [str(device) for device in accelerators() if not providers_for(device)])
 
 
 def render(findings: Findings) -> str:
@@ -75,7 +81,7 @@ def render(findings: Findings) -> str:
     width = max(len(what) for what, _ in findings.lines)
     lines = [f"{what:<{width}}  {value}" for what, value in findings.lines]  # none folded: paths are to be copied
     lines += [f"problem: {obstacle}" for obstacle in findings.obstacles]
-    if findings.works:
+    if findings.works and not findings.float_devices:
         verdict = "can work here"
     else:
         verdict = f"can work on {', '.join(findings.devices)} only" if findings.devices else "cannot work here"
@@ -99,7 +105,7 @@ def _examine_cpu() -> Findings:
 def _examine_gpu(device: torch.device) -> Findings:
     automatic = precision.resolve("auto", device)
     capability = torch.cuda.get_device_capability(device)
-    if capability < (8, 0):  # nothing to be done about it
+    if not providers_for(device) or capability < (8, 0):  # nothing to be done about it
         return Findings([], [], [])
     if automatic.name == "float":
         obstacle = f"No 8 bit on {device}: {automatic.reason}. pip install '{_triton_requirement()}'"
@@ -137,6 +143,8 @@ def _version(package: str) -> str:
 
 def _triton_requirement() -> str:
     """How pip names the triton that this torch was made for."""
+    if operating_system.is_windows():  # torch requires none there
+        return "triton-windows"
     required = importlib.metadata.requires("torch") or []
     return next((text.partition(";")[0].strip() for text in required if text.startswith("triton")), "triton")
 
@@ -145,14 +153,13 @@ def _device_lines() -> list[tuple[str, str]]:
     flags = [flag for flag, there in hardware.cpu_flags().items() if there]
     lines = [("CPU", f"{_cpu_name()}, {torch.get_num_threads()} threads"), ("CPU flags", ", ".join(flags) or "none")]
     devices = [torch.device("cpu")]
-    for index in range(torch.cuda.device_count()):
-        major, minor = torch.cuda.get_device_capability(index)
-        lines.append((f"GPU {index}", f"{torch.cuda.get_device_name(index)}, compute capability {major}.{minor}"))
-        devices.append(torch.device("cuda", index))
+    for index, device in enumerate(accelerators()):
+        lines.append((f"GPU {index}", describe(device)))
+        devices.append(device)
     if len(devices) == 1:
         made_for = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "without CUDA"
         lines.append(("GPU", f"none seen by this torch, which was built {made_for}"))
-    else:
+    elif torch.version.hip is None and devices[1].type == "cuda":
         driver = _first_match(Path("/proc/driver/nvidia/version"), r"Module.*?(\d+\.[\d.]+)")
         lines.append(("NVIDIA driver", f"{driver or 'unknown'}; this torch was built for CUDA {torch.version.cuda}"))
     for device in devices:
@@ -163,7 +170,7 @@ def _device_lines() -> list[tuple[str, str]]:
 
 def _cpu_name() -> str:
     name = _first_match(Path("/proc/cpuinfo"), r"model name\s*: (.+)")
-    return name or platform.processor() or platform.machine()
+    return name or platform.processor() or operating_system.processor()
 
 
 def _first_match(path: Path, pattern: str) -> str | None:
@@ -173,16 +180,6 @@ def _first_match(path: Path, pattern: str) -> str | None:
     except OSError:  # not Linux
         return None
     return found and found[1].strip()
-
-
-def _cpp_compiler() -> str | None:
-    """The compiler that Inductor would call, or None."""
-    from torch._inductor import cpp_builder, exc
-
-    try:
-        return cpp_builder.get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, OSError):
-        return None
 
 
 def _describe_cache(cache_dir: str | None) -> str:
@@ -199,4 +196,4 @@ def _describe_cache(cache_dir: str | None) -> str:
             pass
     except OSError as error:
         state = f"cannot be written ({error.strerror}): {remedy}"
-    return f"{directory}, {listing.human_size(atomic_files.directory_size(directory))}, {state}"
+    return f"{directory}, {listing.human_size(atomic_files.directory_size(directory))}, {state}{path_note(directory)}"

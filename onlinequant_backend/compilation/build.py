@@ -108,7 +108,9 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
         except _JobError:
             refuse(job)  # the directory was not damaged
         except OSError as obstacle:
-            _log.info("%s cannot be emptied: %s", directory, obstacle)
+            # On Windows, while code that was loaded from it is in use.
+            _log.warning("compiling in a temporary directory, since %s cannot be emptied: %s", directory, obstacle)
+            return attempt(Path(_temporary_directory().name))
         raise
 
 
@@ -209,4 +211,5 @@ def _can_be_written(directory: Path) -> bool:
 
 @functools.lru_cache(maxsize=1)
 def _temporary_directory() -> tempfile.TemporaryDirectory[str]:
-    return tempfile.TemporaryDirectory(prefix="onlinequant-")  # deleted when the process exits
+    # Deleted when the process exits, on Windows without the libraries that are still loaded.
+    return tempfile.TemporaryDirectory(prefix="onlinequant-", ignore_cleanup_errors=True)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import json
 import logging
-import os
 import pickle
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import fork_locks
+from ..operating_system import background_process
 from ..torch_internals import torch_settings
 
 _log = logging.getLogger("onlinequant")
@@ -26,6 +27,12 @@ _log = logging.getLogger("onlinequant")
 IDLE = 30.0
 # Seconds after the last piece of work, when 8-bit steps may need that memory.
 IDLE_AT_THE_END = 5.0
+_PROGRAM = """
+import json, sys
+sys.path[:] = json.loads(sys.argv.pop())
+from onlinequant_backend.compilation.compile_worker import main
+main()
+"""
 
 
 class CompileProcessError(Exception):
@@ -98,13 +105,12 @@ class CompileProcess:
 
 
 def _started() -> subprocess.Popen[bytes]:
-    path = os.pathsep.join(entry for entry in sys.path if entry)
-    environment = {**os.environ, "PYTHONPATH": path}
-    command = [sys.executable, "-m", "onlinequant_backend.compilation.compile_worker"]
+    # Not in PYTHONPATH, which an embedded Python, as in ComfyUI's portable version for Windows, does not read.
+    path = [str(Path(entry).absolute()) for entry in sys.path if entry]
+    command = [sys.executable, "-c", _PROGRAM, json.dumps(path)]
     _log.debug("starting %s", command)
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment
-    )
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, **background_process())
     threading.Thread(target=_log_lines, args=(process.stderr,), name="onlinequant-compile-log", daemon=True).start()
     return process
 

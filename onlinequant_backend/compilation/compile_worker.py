@@ -9,6 +9,7 @@ import threading
 import traceback
 from typing import IO
 
+from ..operating_system import be_nice
 from .compile_process import IDLE, receive, send
 
 
@@ -17,11 +18,13 @@ def main() -> None:
     # Other prints to standard output must not get between the messages.
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
-    if hasattr(os, "nice"):
-        os.nice(5)  # sampling has priority; this process still gets a quarter of busy processors
+    be_nice()  # sampling has priority
     messages: queue.Queue[bytes] = queue.Queue()
     # Not ``sys.stdin``: the interpreter aborts if it exits while a thread reads from it.
-    threading.Thread(target=_read, args=(os.fdopen(os.dup(0), "rb"), messages), daemon=True).start()
+    requests = os.fdopen(os.dup(0), "rb")
+    # A compiler must not inherit the pipe: on Windows it would wait for its next message when it starts.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_read, args=(requests, messages), daemon=True).start()
     patience = IDLE
     while True:
         try:
@@ -49,7 +52,3 @@ def _done(work: bytes) -> tuple[bytes, float]:
         return pickle.dumps((function(*args), None)), patience
     except BaseException:
         return pickle.dumps((None, traceback.format_exc())), patience
-
-
-if __name__ == "__main__":
-    main()

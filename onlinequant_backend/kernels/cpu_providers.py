@@ -6,11 +6,14 @@ from collections.abc import Sequence
 
 import torch
 
+from .. import operating_system
 from ..graph.conv_geometry import ConvGeometry
 from ..torch_internals import hardware
 from . import cpu, formats, x86
 from .formats import Format
 from .plain_weights import PlainWeights
+
+_X86 = ("x86_64", "i386", "i686", "x86")
 
 
 class _Cpu:
@@ -49,6 +52,10 @@ class X86(_Cpu):
         """int8 alone."""
         if precision != "int8":
             return f"CPUs have no {precision} instructions"
+        processor = operating_system.processor()
+        # oneDNN's int8 is right on Arm, too, but nobody has measured whether it is faster than float.
+        if processor not in _X86:
+            return f"the 8-bit kernels for CPUs are for x86, and this one is {processor}"
         if not hardware.onednn_has_int8():
             return "this torch has no oneDNN int8 kernels for this CPU"
         return formats.ONEDNN_7 if hardware.int8_instructions() is None else formats.ONEDNN

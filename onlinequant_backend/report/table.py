@@ -8,9 +8,10 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from ..console import SIMPLE_HEAD
 
 if TYPE_CHECKING:
     from .decision import NodeDecision
@@ -100,7 +101,7 @@ def _reason(decision: NodeDecision, standing: str) -> str:
 
 
 def _rows(outcomes: Iterable[tuple[NodeDecision, str, str]]) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column("layer", no_wrap=True)
     table.add_column("kind", no_wrap=True)
     table.add_column("input", no_wrap=True)

@@ -36,6 +36,7 @@ def test_folders_are_made_for_this_user_alone(tmp_path: Path) -> None:
     assert atomic_files.make_private(tmp_path / "deep" / "root", "a", "b") == made
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("mode", [0o770, 0o720, 0o707, 0o702, 0o777])
 def test_a_folder_that_others_can_write_to_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
     folder = tmp_path / "a folder"
@@ -53,6 +54,7 @@ def test_a_folder_that_others_can_only_read_is_fine(tmp_path: Path, mode: int) -
     atomic_files.check_private(tmp_path)
 
 
+@pytest.mark.posix
 def test_a_shared_folder_is_not_to_be_made_private(tmp_path: Path) -> None:
     (tmp_path / "tmp").mkdir()
     (tmp_path / "tmp").chmod(0o1777)
@@ -61,6 +63,7 @@ def test_a_shared_folder_is_not_to_be_made_private(tmp_path: Path) -> None:
     assert "chmod" not in str(raised.value)
 
 
+@pytest.mark.posix
 def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     owner = tmp_path.stat().st_uid
     monkeypatch.setattr(atomic_files.os, "geteuid", lambda: owner + 1)
@@ -77,6 +80,7 @@ def test_a_link_to_a_folder_is_refused(tmp_path: Path) -> None:
         atomic_files.make_private(tmp_path, "link")
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o722])
 def test_a_folder_above_that_others_can_write_to_is_refused_with_the_remedy(tmp_path: Path, mode: int) -> None:
     """They could put another folder in the place of ours, after every check of that has passed."""
@@ -92,6 +96,7 @@ def test_a_folder_above_that_others_can_write_to_is_refused_with_the_remedy(tmp_
     assert Cache.open(str(root)).root == root
 
 
+@pytest.mark.posix
 def test_in_a_folder_that_others_can_write_to_nothing_is_made(tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     with pytest.raises(InsecureCacheDirectoryError, match="others may write to it"):
@@ -99,6 +104,7 @@ def test_in_a_folder_that_others_can_write_to_nothing_is_made(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a folder to somebody else")
 @pytest.mark.parametrize("mode", [0o755, 0o1777])
 def test_a_folder_above_that_is_somebody_elses_is_refused(tmp_path: Path, mode: int) -> None:
@@ -112,6 +118,7 @@ def test_a_folder_above_that_is_somebody_elses_is_refused(tmp_path: Path, mode: 
         atomic_files.make_private(root)
 
 
+@pytest.mark.posix
 def test_the_group_of_a_user_alone_may_write_above(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where a user has a group of the same name, a umask of 002 is common."""
     (tmp_path / "above" / "root").mkdir(parents=True)

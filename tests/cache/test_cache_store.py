@@ -169,6 +169,7 @@ def test_entries_are_listed_and_cleared(root: Path, store: Cache) -> None:
     assert store.load(KEY) is None and store.entries() == []
 
 
+@pytest.mark.posix
 def test_a_directory_that_others_can_write_to_is_refused(root: Path) -> None:
     root.mkdir()
     root.chmod(0o775)
@@ -178,6 +179,7 @@ def test_a_directory_that_others_can_write_to_is_refused(root: Path) -> None:
     Cache.open(str(root))
 
 
+@pytest.mark.posix
 def test_a_directory_of_somebody_else_is_refused(root: Path, store: Cache, monkeypatch: pytest.MonkeyPatch) -> None:
     store.publish(KEY, CALIBRATION, STATS)
     monkeypatch.setattr(atomic_files.os, "geteuid", lambda: root.stat().st_uid + 1)
@@ -185,6 +187,7 @@ def test_a_directory_of_somebody_else_is_refused(root: Path, store: Cache, monke
         Cache.open(str(root))
 
 
+@pytest.mark.posix
 @pytest.mark.parametrize("name", ["entries", "imported", "inductor", "locks", "aside", "temporary", "trash"])
 def test_a_part_that_is_a_link_or_open_to_others_is_refused(root: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").mkdir(mode=0o700)
@@ -228,6 +231,7 @@ def test_an_entry_in_a_linked_folder_is_not_read(root: Path, store: Cache, tmp_p
     assert store.load(KEY) is None and (tmp_path / "outside" / KEY).exists()
 
 
+@pytest.mark.posix
 def test_inductors_folder_may_not_be_open_to_others(store: Cache, caplog: pytest.LogCaptureFixture) -> None:
     folder = store.inductor_directory(KEY)
     assert folder is not None

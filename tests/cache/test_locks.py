@@ -96,6 +96,7 @@ def test_a_killed_process_holds_nothing(root: Path) -> None:
     lock.release()
 
 
+@pytest.mark.posix
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork")
 def test_a_fork_neither_has_its_parents_lock_nor_releases_it(root: Path) -> None:

@@ -14,7 +14,7 @@ from torch._inductor import config as inductor_config
 import onlinequant_backend
 from onlinequant_backend import ops
 from onlinequant_backend.cache.calibration_file import STATS_FILE
-from onlinequant_backend.cli import commands, demo, doctor, kernel_check
+from onlinequant_backend.cli import commands, demo, doctor, kernel_check, system_check
 from onlinequant_backend.kernels.formats import Format
 from onlinequant_backend.report import NodeDecision, Report
 from onlinequant_backend.torch_internals import hardware
@@ -154,7 +154,7 @@ def test_doctor_leaves_an_old_gpu_alone(gpu: Callable[..., None]) -> None:
 
 
 def test_doctor_misses_the_compiler(capsys: pytest.CaptureFixture[str]) -> None:
-    assert doctor._cpp_compiler() is not None
+    assert system_check.compiler()[0] is not None
     with inductor_config.patch({"cpp.cxx": ("no-such-compiler",)}):
         assert commands.main(["doctor"]) == 1
     assert "install g++ or clang++" in capsys.readouterr().out

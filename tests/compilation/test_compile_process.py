@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import operator
 import os
 import signal
@@ -21,6 +22,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
+from onlinequant_backend import operating_system
 from onlinequant_backend.compilation import compile_process, graph_transport
 from onlinequant_backend.compilation.compile_process import (
     CompileProcess,
@@ -242,6 +244,35 @@ def test_it_is_asked_by_background_threads_alone(monkeypatch: pytest.MonkeyPatch
 def test_a_program_that_has_python_built_in(executable: str, is_python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", executable)
     assert is_possible() == is_python
+
+
+def test_an_embedded_python_finds_what_this_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ComfyUI's portable version for Windows has it: it reads neither PYTHONPATH nor the current directory."""
+    python = tmp_path / "python-embedded"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" -I -S "$@"\n', encoding="utf-8")
+    python.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(python))
+    process = CompileProcess()
+    try:
+        assert process.run(os.getpid) != os.getpid()
+        assert process.run(importlib.import_module("onlinequant_backend.config").QuantConfig).mode is None
+    finally:
+        process.stop()
+
+
+def test_what_it_starts_does_not_share_its_messages(idle: CompileProcess) -> None:
+    """On Windows a compiler would wait for the next message before it starts; anywhere it could read one."""
+    command = [sys.executable, "-c", "import sys; sys.exit(len(sys.stdin.read()))"]
+    assert idle.run(subprocess.call, command) == 0
+
+
+def test_on_windows_it_opens_no_window_and_has_a_low_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(operating_system, "is_windows", lambda: True)
+    monkeypatch.setattr(subprocess, "CREATE_NO_WINDOW", 0x08000000, raising=False)
+    monkeypatch.setattr(subprocess, "BELOW_NORMAL_PRIORITY_CLASS", 0x4000, raising=False)
+    assert operating_system.background_process() == {"creationflags": 0x08004000}
+    monkeypatch.delattr(os, "nice")
+    operating_system.be_nice()
 
 
 def test_it_stays_for_what_comes_next_whatever_happens(idle: CompileProcess) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ... import operating_system
 from .. import formats
 from ..formats import Format
 from ..plain_weights import PlainWeights
@@ -32,6 +33,8 @@ class Nvidia(PlainWeights):
     def format(self, precision: str, device: torch.device) -> Format | str:
         """By the compute capability; Triton has no int8 products for GPUs before 8.0."""
         if importlib.util.find_spec("triton") is None:
+            if operating_system.is_windows():
+                return "Triton is not installed: pip install triton-windows, of the version that this torch needs"
             return "Triton is not installed, which CUDA builds of torch bring along"
         capability = torch.cuda.get_device_capability(device)
         needed = (8, 9) if precision == "fp8" else (8, 0)
