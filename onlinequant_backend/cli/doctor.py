@@ -17,7 +17,7 @@ from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
 from ..kernels import precision
 from ..kernels.formats import Format
-from ..kernels.provider import providers_for
+from ..kernels.provider import provider_of, providers_for
 from ..torch_internals import hardware
 from . import kernel_check
 from .system_check import accelerators, compiler, describe, path_note, triton_version
@@ -110,14 +110,14 @@ def _examine_gpu(device: torch.device) -> Findings:
     if automatic.name == "float":
         obstacle = f"No 8 bit on {device}: {automatic.reason}. pip install '{_triton_requirement()}'"
         return Findings([], [obstacle], [])
-    has_descriptors = capability >= (9, 0)
-    # Without descriptors, GEGLU is left to Inductor.
-    checks = {name: check for name, check in kernel_check.GPU_CHECKS.items() if has_descriptors or name != "geglu"}
+    # A GEGLU without a kernel is left to Inductor.
+    provider = provider_of(automatic.format, device)
+    has_geglu = provider.lacks("geglu", automatic.format, device, kernel_check.GEGLU_WEIGHT) is None
+    checks = {name: check for name, check in kernel_check.GPU_CHECKS.items() if has_geglu or name != "geglu"}
     outcomes = _outcomes(checks, automatic.format, device)
-    descriptors = "available" if has_descriptors else "none: they need compute capability 9.0"
-    lines = [(f"tensor descriptors on {device}", descriptors)]
-    for name, (passed, text) in outcomes.items():
-        lines.append((f"kernel {name} on {device}", f"ok, {text}" if passed else text))
+    lines = [
+        (f"kernel {name} on {device}", f"ok, {text}" if passed else text) for name, (passed, text) in outcomes.items()
+    ]
     failed = [name for name, (passed, _) in outcomes.items() if not passed]
     if not failed:
         return Findings(lines, [], [str(device)])
@@ -165,7 +165,17 @@ def _device_lines() -> list[tuple[str, str]]:
     for device in devices:
         automatic = precision.resolve("auto", device)
         lines.append((f'precision="auto" on {device}', f"{automatic.name}: {automatic.reason}"))
+        lines += _family_lines(device)
     return lines
+
+
+def _family_lines(device: torch.device) -> list[tuple[str, str]]:
+    """Which families of kernels are on, and why others are off."""
+    return [
+        (f"{family} on {device}", "on" if reason is None else f"off: {reason}")
+        for provider in providers_for(device)
+        for family, reason in provider.families(device).items()
+    ]
 
 
 def _cpu_name() -> str:

@@ -18,6 +18,7 @@ from ..tensors import CHANNELS_LAST
 # The relative error of an op in this format on this device.
 Check = Callable[[Format, torch.device], float]
 _CHANNELS = 80  # not a whole block of any kernel
+GEGLU_WEIGHT = (96, _CHANNELS)
 
 
 class Outcome(NamedTuple):
@@ -60,7 +61,7 @@ def _conv(format: Format, device: torch.device, dimensions: int) -> float:
 
 
 def _geglu(format: Format, device: torch.device) -> float:
-    operands = _operands(format, device, (20, _CHANNELS), (96, _CHANNELS))
+    operands = _operands(format, device, (20, _CHANNELS), GEGLU_WEIGHT)
     got = ops.geglu(*operands, None, torch.float32)
     return _relative_error(got, reference.geglu(_on_cpu(operands), torch.float64))
 

@@ -74,6 +74,11 @@ class X86(_Cpu):
         """What is fused costs as much as its parts."""
         return None if op in ("linear", "conv") else f"fusing {op} gains nothing on a CPU"
 
+    def families(self, device: torch.device) -> dict[str, str | None]:
+        """All kernels are oneDNN's."""
+        format = self.format("int8", device)
+        return {"oneDNN int8": format if isinstance(format, str) else None}
+
     def new_weight(self, shape: torch.Size, format: Format, device: torch.device) -> torch.Tensor:
         """A handle."""
         return x86.new_handle(shape)
@@ -99,3 +104,7 @@ class Emulated(PlainWeights, _Cpu):
     def lacks(self, op: str, format: Format, device: torch.device, weight: Sequence[int] = ()) -> str | None:
         """Nothing: graphs are as they are for a GPU."""
         return None
+
+    def families(self, device: torch.device) -> dict[str, str | None]:
+        """Plain torch, which is everywhere."""
+        return {"emulation": None}

@@ -61,6 +61,9 @@ class Provider(Protocol):
         """Why no single kernel computes ``op``, for weights of this shape; None if one does. ``op``: of ``ops``, or an
         operand of one, as "channel_add"."""
 
+    def families(self, device: torch.device) -> dict[str, str | None]:
+        """By family of kernels, why it is off on a device, or None if it is on."""
+
     def least_density(self, kind: str) -> float:
         """FLOPs per byte from which a layer of this kind, "conv" or "linear", gains by 8 bit."""
 

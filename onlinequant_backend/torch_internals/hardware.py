@@ -2,22 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
-
-
-@functools.lru_cache(maxsize=1)
-def has_gluon() -> bool:
-    """Whether this Triton has a Gluon that the kernel supports. Gluon is experimental, so only the versions with which
-    the kernel was compiled, 3.6 to 3.8, count."""
-    try:
-        import triton
-        from triton.experimental.gluon.language.nvidia.hopper import warpgroup_mma  # noqa: F401
-    except ImportError:
-        return False
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return (3, 6) <= version < (3, 9)
 
 
 def onednn_has_int8() -> bool:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import importlib.machinery
 import importlib.util
 import logging
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from onlinequant_backend import ops
 from onlinequant_backend.cache.calibration_file import STATS_FILE
 from onlinequant_backend.cli import commands, demo, doctor, kernel_check, system_check
 from onlinequant_backend.kernels.formats import Format
+from onlinequant_backend.kernels.nvidia import families
+from onlinequant_backend.kernels.nvidia import provider as nvidia
+from onlinequant_backend.kernels.nvidia.gpu import NONE
 from onlinequant_backend.report import NodeDecision, Report
 from onlinequant_backend.torch_internals import hardware
 
@@ -48,6 +52,8 @@ def test_doctor_finds_that_8_bit_can_work_here(
     lines = out.splitlines()
     for what in ("onlinequant", "torch", "triton", "CPU flags", "GPU", 'precision="auto" on cpu', "C++ compiler"):
         assert any(line.startswith(f"{what} ") for line in lines), what
+    for family in ("oneDNN int8", "emulation"):
+        assert any(line.split() == [*family.split(), "on", "cpu", "on"] for line in lines), family
     for kernel in ("quantize", "linear", "conv2d", "conv3d"):
         assert any(line.split() == ["kernel", kernel, "ok"] for line in lines), kernel
     assert "3.1 MB, can be written" in " ".join(out.split())
@@ -62,6 +68,9 @@ def test_doctor_without_int8_says_why_and_exits_with_1(
     assert commands.main(["doctor"]) == 1
     out = capsys.readouterr().out
     assert "problem: precision='int8' has no kernels here: this torch has no oneDNN int8 kernels" in out
+    assert any(
+        re.match("oneDNN int8 on cpu +off: this torch has no oneDNN int8 kernels", line) for line in out.splitlines()
+    )
     assert out.splitlines()[-1] == "8-bit quantization cannot work here."
 
 
@@ -87,6 +96,11 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
         monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        stand_in = NONE._replace(has_tma=capability >= (9, 0))
+        monkeypatch.setattr(nvidia, "gpu_of", lambda device: stand_in)
+        monkeypatch.setattr(families, "missing_triton", lambda: None if triton else "Triton is not installed")
+        monkeypatch.setattr(families, "missing_descriptors", lambda: None)
+        monkeypatch.setattr(families, "missing_gluon", lambda: "Triton 3.9.0 has another Gluon: no tma.async_load")
         for name, check in kernel_check.GPU_CHECKS.items():
 
             def on_cpu(format: Format, device: torch.device, check: kernel_check.Check = check) -> float:
@@ -98,21 +112,30 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return set_gpu
 
 
+NEEDS_HOPPER = "off: needs compute capability 9.0"
+
+
 @pytest.mark.parametrize(
-    ("capability", "automatic", "descriptors"),
-    [((8, 0), "int8", "none"), ((8, 9), "fp8", "none"), ((9, 0), "fp8", "available"), ((12, 0), "fp8", "available")],
+    ("capability", "automatic", "tma", "gluon"),
+    [
+        ((8, 0), "int8", NEEDS_HOPPER, NEEDS_HOPPER),
+        ((8, 9), "fp8", NEEDS_HOPPER, NEEDS_HOPPER),
+        ((9, 0), "fp8", "on", "off: Triton 3.9.0 has another Gluon: no tma.async_load"),
+        ((12, 0), "fp8", "on", "off: its instructions exist only on compute capability 9.0"),
+    ],
 )
 def test_doctor_examines_a_gpu(
-    capability: tuple[int, int], automatic: str, descriptors: str, gpu: Callable[..., None]
+    capability: tuple[int, int], automatic: str, tma: str, gluon: str, gpu: Callable[..., None]
 ) -> None:
     gpu(capability)
     findings = doctor.examine()
     lines = dict(findings.lines)
     assert lines["GPU 0"].startswith("A GPU, compute capability ")
     assert lines['precision="auto" on cuda:0'] == f"{automatic}: this GPU has {automatic} matrix instructions"
-    assert lines["tensor descriptors on cuda:0"].startswith(descriptors)
+    for family, state in (("TMA matmul", tma), ("Gluon convolutions", gluon), ("gather convolutions", "on")):
+        assert lines[f"{family} on cuda:0"] == state
     for kernel in kernel_check.GPU_CHECKS:
-        if kernel == "geglu" and descriptors == "none":
+        if kernel == "geglu" and tma != "on":
             assert f"kernel {kernel} on cuda:0" not in lines  # it would never be used
         else:
             assert lines[f"kernel {kernel} on cuda:0"].startswith("ok, relative error ")
@@ -139,7 +162,9 @@ def test_doctor_names_a_gpu_kernel_that_is_wrong(monkeypatch: pytest.MonkeyPatch
 def test_doctor_misses_triton(gpu: Callable[..., None]) -> None:
     gpu((9, 0), triton=False)
     findings = doctor.examine()
-    assert dict(findings.lines)['precision="auto" on cuda:0'].startswith("float: Triton is not installed")
+    lines = dict(findings.lines)
+    assert lines['precision="auto" on cuda:0'].startswith("float: Triton is not installed")
+    assert lines["LayerNorm on cuda:0"] == lines["cuBLAS matmul on cuda:0"] == "off: Triton is not installed"
     (obstacle,) = findings.obstacles
     assert obstacle.startswith("No 8 bit on cuda:0: Triton is not installed") and "pip install 'triton" in obstacle
     assert findings.devices == ["cpu"]
@@ -148,7 +173,9 @@ def test_doctor_misses_triton(gpu: Callable[..., None]) -> None:
 def test_doctor_leaves_an_old_gpu_alone(gpu: Callable[..., None]) -> None:
     gpu((7, 5))
     findings = doctor.examine()
-    assert "compute capability is 7.5" in dict(findings.lines)['precision="auto" on cuda:0']
+    lines = dict(findings.lines)
+    assert "compute capability is 7.5" in lines['precision="auto" on cuda:0']
+    assert lines["gather convolutions on cuda:0"] == "off: needs compute capability 8.0"
     assert not any(what.startswith("kernel") and "cuda" in what for what, _ in findings.lines)
     assert findings.works
 

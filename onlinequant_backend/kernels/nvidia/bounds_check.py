@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 _BLOCK = 1024
 _PROGRAMS = 64  # for each tensor, at most
 _KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -100,7 +102,7 @@ class Check:
             self._staged.copy_(torch.tensor(rows))
             self._tensors.copy_(self._staged, non_blocking=True)
         programs = min(_PROGRAMS, triton.cdiv(max(n for _, n, _ in rows), _BLOCK))
-        _check_kernel[(len(rows), max(1, programs))](self._tensors, limits, self._found, self._call, BLOCK=_BLOCK)
+        launch(_check_kernel, len(rows), max(1, programs))(self._tensors, limits, self._found, self._call, BLOCK=_BLOCK)
         self._answer.copy_(self._found, non_blocking=True)
         if self._answered is not None:
             self._answered.record()

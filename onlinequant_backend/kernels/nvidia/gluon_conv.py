@@ -17,17 +17,18 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
-)
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .conv import pixel_block
 from .gluon_epilogue import finish, load_coefficients, new_room
+from .gluon_names import (
+    TensorDescriptor,
+    async_load,
+    fence_async_shared,
+    mbarrier,
+    store_wait,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from .launch import launch, processors
 from .tuning import Tile
 
@@ -71,11 +72,11 @@ def _fetch(x, w, pixels, weights, full, place, sizes, tap, c, KERNEL_W: gl.const
     dw = tap % KERNEL_W - padding_w
     mbarrier.expect(full, x.block_type.nbytes + w.block_type.nbytes)
     if STRIDE == 1:
-        tma.async_copy_global_to_shared(x, [n0, h0 + dh, w0 + dw, c], full, pixels)
+        async_load(x, [n0, h0 + dh, w0 + dw, c], full, pixels)
     else:
         at = [n0, h0 + (dh >> 1), dh & 1, w0 + (dw >> 1), (dw & 1) * C + c]
-        tma.async_copy_global_to_shared(x, at, full, pixels)
-    tma.async_copy_global_to_shared(w, [k0, tap * C + c], full, weights)
+        async_load(x, at, full, pixels)
+    async_load(w, [k0, tap * C + c], full, weights)
 
 
 @gluon.jit
@@ -177,7 +178,7 @@ def _consume(
         mbarrier.arrive(empty.index((i + STAGES - 1) % STAGES), count=1)
         finish(sums, coefficients, room, place, sizes, ends, BLOCK, PART)
     if ends[1] is not None:
-        tma.store_wait(0)
+        store_wait(0)
 
 
 @gluon.jit

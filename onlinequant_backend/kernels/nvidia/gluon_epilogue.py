@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from .gluon_names import async_store, fence_async_shared, store_wait
 
 
 @gluon.jit
@@ -96,14 +97,14 @@ def _finished(sums, piece, k0, place, sizes, ends, BLOCK: gl.constexpr, PART: gl
 def _send(y, out_boxes, room, n0, h0, w0, k, BLOCK: gl.constexpr, PART: gl.constexpr):
     """Have ``y`` [ROWS, columns] stored by the TMA, which leaves out what is not in the image."""
     SIZE: gl.constexpr = out_boxes.block_shape
-    tma.store_wait(0)  # what was in the room before has left
+    store_wait(0)  # what was in the room before has left
     room.reshape([y.shape[0], y.shape[1]]).store(y)
     fence_async_shared()
     # Parts follow each other in the first dimension that is divided.
     at_n = n0 + PART * (BLOCK[0] - SIZE[0])
     at_h = h0 + PART * (BLOCK[1] - SIZE[1])
     at_w = w0 + PART * (BLOCK[2] - SIZE[2])
-    tma.async_copy_shared_to_global(out_boxes, [at_n, at_h, at_w, k], room)
+    async_store(out_boxes, [at_n, at_h, at_w, k], room)
 
 
 @gluon.jit

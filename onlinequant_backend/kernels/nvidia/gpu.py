@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...torch_internals import hardware
+from . import families
 
 
 class Gpu(NamedTuple):
@@ -45,5 +45,5 @@ def _gpu(device: torch.device) -> Gpu:
         return NONE
     properties = torch.cuda.get_device_properties(device)
     capability = (properties.major, properties.minor)
-    has_gluon = capability[0] == 9 and hardware.has_gluon()
-    return Gpu(properties.name, properties.multi_processor_count, capability >= (9, 0), has_gluon)
+    has_tma, has_gluon = families.without_tma(capability) is None, families.without_gluon(capability) is None
+    return Gpu(properties.name, properties.multi_processor_count, has_tma, has_gluon)

@@ -11,7 +11,7 @@ from ... import operating_system
 from .. import formats
 from ..formats import Format
 from ..plain_weights import PlainWeights
-from . import operators, tuning
+from . import families, operators, tuning
 from .gpu import gpu_of
 
 
@@ -62,6 +62,10 @@ class Nvidia(PlainWeights):
         if op == "geglu" and weight and tuning.geglu_tile(weight[1], gpu_of(device)) is None:
             return f"no kernel has {weight[1]} inputs on this GPU"
         return None
+
+    def families(self, device: torch.device) -> dict[str, str | None]:
+        """By the compute capability and by what Triton has."""
+        return families.families(torch.cuda.get_device_capability(device))
 
     def least_density(self, kind: str) -> float:
         """A GPU waits for its memory until far more than a CPU."""

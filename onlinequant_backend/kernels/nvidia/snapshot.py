@@ -8,6 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import launch
+
 _BLOCK = 256
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -41,7 +43,9 @@ class Samples:
         """Have the GPU compare when it gets there, after all that it has been given before."""
         n = len(self._addresses)
         with torch.cuda.device(self._changed.device):
-            _compare_kernel[(triton.cdiv(n, _BLOCK),)](self._addresses, self._expected, self._changed, n, BLOCK=_BLOCK)
+            launch(_compare_kernel, triton.cdiv(n, _BLOCK))(
+                self._addresses, self._expected, self._changed, n, BLOCK=_BLOCK
+            )
             self._answer.copy_(self._changed, non_blocking=True)
             if self._answered is not None:
                 self._answered.record()

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from onlinequant_backend.kernels.nvidia import families
 from onlinequant_backend.kernels.nvidia.tuning import GLUON, Tile
-from onlinequant_backend.torch_internals import hardware
 from tests.helpers.kernel_operands import FORMATS, assert_near, new_operands, output_of
 
 hopper = pytest.mark.skipif(
@@ -62,8 +62,8 @@ def test_matches_the_reference(shape, K, kernel, padding, stride, out_dtype, dty
     ],
 )
 def test_other_tiles_are_refused(tile: Tile) -> None:
-    if not hardware.has_gluon():
-        pytest.skip("this Triton has no such Gluon")
+    if reason := families.missing_gluon():
+        pytest.skip(reason)
     from onlinequant_backend.kernels.nvidia.gluon_conv import gluon_conv
 
     x, weight, out = torch.empty(1, 4, 4, 128), torch.empty(8, 3, 3, 128), torch.empty(1, 4, 4, 8)
@@ -82,8 +82,8 @@ def test_other_tiles_are_refused(tile: Tile) -> None:
     ids=lambda case: " ".join(case),
 )
 def test_compiles_for_hopper_with_both_operands_in_shared_memory(case: dict[str, Any], tmp_path: Path) -> None:
-    if not hardware.has_gluon():
-        pytest.skip("this Triton has no such Gluon")
+    if reason := families.missing_gluon():
+        pytest.skip(reason)
     script = Path(__file__).with_name("compile_gluon.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, str(script), json.dumps(case)]

@@ -8,9 +8,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from onlinequant_backend.kernels.nvidia import gpu
+from onlinequant_backend.kernels.nvidia import families, gpu
 from onlinequant_backend.kernels.nvidia.gpu import NONE, Gpu, gpu_of
-from onlinequant_backend.torch_internals import hardware
 
 ADA = SimpleNamespace(name="Ada", major=8, minor=9, multi_processor_count=76)
 HOPPER = SimpleNamespace(name="Hopper", major=9, minor=0, multi_processor_count=132)
@@ -23,7 +22,8 @@ def _three_gpus(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpus[device.index])
-    monkeypatch.setattr(hardware, "has_gluon", lambda: True)
+    for what in ("triton", "descriptors", "gluon"):
+        monkeypatch.setattr(families, f"missing_{what}", lambda: None)
     gpu._gpu.cache_clear()
     yield
     gpu._gpu.cache_clear()
@@ -45,9 +45,14 @@ def test_it_is_the_tensor_s_own(device: str, expected: Gpu) -> None:
     assert gpu_of(torch.device(device)) == expected
 
 
-def test_gluon_needs_a_triton_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hardware, "has_gluon", lambda: False)
-    assert not gpu_of(torch.device("cuda", 1)).has_gluon
+@pytest.mark.parametrize(
+    ("what", "has_tma"), [("triton", False), ("descriptors", False), ("gluon", True)], ids=lambda what: str(what)
+)
+def test_kernels_need_a_triton_that_has_what_they_are_written_in(
+    what: str, has_tma: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, f"missing_{what}", lambda: "there is none")
+    assert gpu_of(torch.device("cuda", 1)) == Gpu("Hopper", 132, has_tma, has_gluon=False)
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1", "meta"])

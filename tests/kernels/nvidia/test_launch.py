@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
+import pkgutil
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ class _Function(triton.JITFunction):  # type: ignore[misc]
         return str(super().cache_key)
 
     def __getitem__(self, grid: Any) -> Any:
-        return grid
+        return functools.partial(dict, grid=grid)
 
 
 def _add(x, y):  # type: ignore[no-untyped-def]
@@ -39,11 +42,41 @@ def _kernel(x):  # type: ignore[no-untyped-def]
 add, twice, kernel = _Function(_add), _Function(_twice), _Function(_kernel)
 
 
+@pytest.fixture(autouse=True)
+def _fusing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch.FUSES_PRODUCTS_AND_SUMS, "_kernel", True)
+
+
 def test_called_functions_have_keys_before_their_callers() -> None:
     """Else Triton 3.6 makes other keys in another process, which then compiles again what is in the cache."""
-    assert launch.launch(kernel, 3) == (3,)  # the grid, which ``__getitem__`` gives back
+    launch.launch(kernel, 3)
     first_asked = list(dict.fromkeys(asked))
     assert first_asked == ["_add", "_twice", "_kernel"]
     asked.clear()
     launch.launch(kernel, 3)
     assert asked == []
+
+
+@pytest.mark.parametrize("is_fused", [True, False])
+def test_triton_is_told_whether_to_fuse(is_fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its default depends on the version."""
+    monkeypatch.setitem(launch.FUSES_PRODUCTS_AND_SUMS, "_kernel", is_fused)
+    assert launch.launch(kernel, 3)(x=1) == {"grid": (3,), "x": 1, "enable_fp_fusion": is_fused}
+    compiled = []
+    monkeypatch.setattr(launch.precompile, "is_ahead", lambda: True)
+    monkeypatch.setattr(launch, "_compile", lambda *args, **options: compiled.append((args, options)))
+    launch.launch(kernel, 3)("x", num_warps=4)
+    assert compiled == [((kernel, (3,), "x"), {"num_warps": 4, "enable_fp_fusion": is_fused})]
+
+
+def test_each_kernel_says_whether_to_fuse() -> None:
+    package = importlib.import_module(launch.__package__)
+    kernels = set()
+    for module in pkgutil.iter_modules(package.__path__):
+        try:
+            names = vars(importlib.import_module(f"{package.__name__}.{module.name}"))
+        except ImportError:  # this Triton has no Gluon
+            kernels.add("_gluon_conv_kernel")
+            continue
+        kernels.update(name for name, value in names.items() if name.endswith("_kernel") and hasattr(value, "fn"))
+    assert kernels == launch.FUSES_PRODUCTS_AND_SUMS.keys() - {"_kernel"}

@@ -19,10 +19,9 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from onlinequant_backend import ops
-from onlinequant_backend.kernels.nvidia import gpu, launch, operators, precompile
+from onlinequant_backend.kernels.nvidia import families, gpu, launch, operators, precompile
 from onlinequant_backend.kernels.nvidia.tuning import CUBLAS, Tile
 from onlinequant_backend.kernels.operands import Operands
-from onlinequant_backend.torch_internals import hardware
 
 CPU = torch.device("cpu")
 
@@ -123,7 +122,7 @@ def test_tensors_that_are_nowhere_are_for_the_current_gpu(monkeypatch: pytest.Mo
     assert found == [1, 101, 103, 103]
 
 
-@pytest.mark.skipif(not hardware.has_gluon(), reason="this Triton has no such Gluon")
+@pytest.mark.skipif(families.missing_gluon() is not None, reason=str(families.missing_gluon()))
 def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
     script = Path(__file__).with_name("compile_ahead.py")
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
