@@ -19,6 +19,7 @@ from ..best_effort import best_effort
 from ..cache import source_digest
 from ..kernels.nvidia import precompile
 from ..torch_internals import dynamo_interface, inductor_interface, torch_settings
+from ..torch_internals.fake_tensors import new_fake_mode
 from . import graph_transport
 from .compile_process import WorkFailedError, done_elsewhere, is_wanted
 from .symbolic_inputs import Symbol, symbolic_sizes
@@ -138,7 +139,7 @@ def compile_elsewhere(job: Job) -> bool:
 def compile_packed(symbols: Sequence[Symbol], data: bytes) -> None:
     """Compile in this process for another one, which will find the result in the cache."""
     shape_env = ShapeEnv(duck_shape=False) if symbols else ShapeEnv()
-    fake_mode = FakeTensorMode(shape_env=shape_env)
+    fake_mode = new_fake_mode(shape_env)
     compile_job(Job(*graph_transport.loads(data, fake_mode, symbolic_sizes(shape_env, symbols))), fake_mode)
 
 

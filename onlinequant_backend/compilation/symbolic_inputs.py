@@ -9,13 +9,13 @@ import sympy
 import torch
 import torch.fx as fx
 from torch._dynamo.source import ConstantSource
-from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 from ..graph import fx_utils
 from ..graph.dynamic_shapes import broadcast_sizes, symbols_of
+from ..torch_internals.fake_tensors import new_fake_mode
 from . import graph_transport
 
 # A batch of one would make a graph that takes no other, so graphs with symbolic sizes are compiled as for two. Then
@@ -38,7 +38,7 @@ class FixedInputs:
     symbols: tuple[Symbol, ...] = ()
 
     def __init__(self, arguments: Sequence[Any]) -> None:
-        self.fake_mode = FakeTensorMode(shape_env=ShapeEnv())
+        self.fake_mode = new_fake_mode(ShapeEnv())
         self.values = graph_transport.fake_tensors(self.fake_mode, arguments)
 
 
@@ -70,7 +70,7 @@ class SymbolicInputs:
         """Make fake inputs for the ``arguments`` of a call; sizes that Dynamo has fixed stay fixed."""
         self._shape_env = ShapeEnv(duck_shape=False)
         self._guards: str | None = None
-        self.fake_mode = FakeTensorMode(shape_env=self._shape_env)
+        self.fake_mode = new_fake_mode(self._shape_env)
         traced = [node.meta.get("example_value") for node in fx_utils.placeholders(graph_module)]
         # Every symbol that a graph uses is among its inputs; the same one may be there twice.
         self._positions = {
