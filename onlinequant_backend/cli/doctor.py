@@ -12,11 +12,12 @@ from pathlib import Path
 
 import torch
 
+from .. import tested_torch
 from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
 from ..kernels import precision
 from ..kernels.formats import Format
-from ..torch_internals import hardware
+from ..torch_internals import hardware, parts
 from . import kernel_check
 
 _PACKAGES = ("torch", "triton", "safetensors", "diffusers")
@@ -49,6 +50,8 @@ def examine(cache_dir: str | None = None) -> Findings:
     """
     lines = [("onlinequant", _version("onlinequant")), ("python", platform.python_version())]
     lines += [(name, _version(name)) for name in _PACKAGES]
+    lines.append(("tested", tested_torch.describe(torch.__version__)))
+    lines += [("absent", absence) for absence in parts.absences()]
     lines += _device_lines()
     found = [_examine_cpu()]
     if torch.cuda.device_count():
@@ -56,6 +59,9 @@ def examine(cache_dir: str | None = None) -> Findings:
     lines += [line for part in found for line in part.lines]
     obstacles = [obstacle for part in found for obstacle in part.obstacles]
     devices = [device for part in found for device in part.devices]
+    if (lack := parts.why_float()) is not None:
+        obstacles.append(f"{lack}: models stay in float.")
+        devices = []
     compiler = _cpp_compiler()
     lines.append(("C++ compiler", compiler or "none"))
     if compiler is None:
@@ -177,6 +183,8 @@ def _first_match(path: Path, pattern: str) -> str | None:
 
 def _cpp_compiler() -> str | None:
     """The compiler that Inductor would call, or None."""
+    if parts.lacks(parts.COMPILER_NAME):
+        return "not looked for"
     from torch._inductor import cpp_builder, exc
 
     try:
