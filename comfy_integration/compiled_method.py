@@ -17,7 +17,7 @@ from onlinequant_backend.backend import failures_raised
 from onlinequant_backend.garbage_collection import without_garbage_collection
 from onlinequant_backend.progress import Listener, Progress, Update, is_listened_to
 from onlinequant_backend.runtime import SamplingRun, current_run
-from onlinequant_backend.torch_internals import dynamo_interface
+from onlinequant_backend.torch_internals import parts
 
 _log = logging.getLogger("onlinequant")
 
@@ -49,12 +49,13 @@ class CompiledMethod:
     """
 
     def __init__(self, options: Mapping[str, Any], listener: Listener) -> None:
-        self.trouble: str | None = None
+        lack = parts.why_float()
+        self.trouble = None if lack is None else f"in float: {lack}"
         self._options = dict(options)
         self._listener = listener
         self._original: Callable[..., Any] | None = None
         self._compiled: Callable[..., Any] | None = None
-        self._failures = 0
+        self._failures = 0 if lack is None else _MOST_FAILURES
         self._run: Callable[[], SamplingRun | None] = lambda: None
 
     @contextlib.contextmanager
@@ -98,6 +99,8 @@ class CompiledMethod:
 
     def _guarded(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """``original`` run through the backend; if that fails, ``original`` itself until the run ends."""
+        from onlinequant_backend.torch_internals import dynamo_interface  # not without what ``parts`` looks for
+
         if original != self._original:
             # With equal options, Dynamo reuses its graphs. A new dict, since torch may change it.
             dynamo_interface.watch_compilations(_tracing_begins, _tracing_ends)

@@ -14,9 +14,8 @@ from .report import NodeDecision, Report, reports
 from .runtime import SamplingRun, sampling_run
 
 if _TYPE_CHECKING:
-    from .backend import onlinequant
+    from .backend import copied_bytes, invalidate, onlinequant, release, reset
     from .config import QuantConfig
-    from .runtime.control import copied_bytes, invalidate, release, reset
 
 __all__ = [
     "NodeDecision",
@@ -39,11 +38,11 @@ __version__ = "0.2.0"
 # These import torch's compiler, which takes seconds, and whatever only reads the cache needs none of it.
 _MODULES = {
     "QuantConfig": ".config",
-    "copied_bytes": ".runtime.control",
-    "invalidate": ".runtime.control",
+    "copied_bytes": ".backend",
+    "invalidate": ".backend",
     "onlinequant": ".backend",
-    "release": ".runtime.control",
-    "reset": ".runtime.control",
+    "release": ".backend",
+    "reset": ".backend",
 }
 
 

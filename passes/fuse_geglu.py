@@ -76,7 +76,7 @@ def _product(linear: fx.Node) -> fx.Node | None:
     gelu = None if gate is None else _only_user(gate)
     if (
         gelu is None
-        or gelu.target is not torch._C._nn.gelu
+        or gelu.target is not torch.nn.functional.gelu
         or fx_utils.argument(gelu, 1, "approximate", "none") != "none"
     ):
         return None

@@ -11,7 +11,7 @@ from onlinequant_backend.graph.aliasing import Memory
 from .context import PassContext
 
 _ACTIVATIONS = (
-    *(torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.gelu, torch._C._nn.gelu),
+    *(torch.nn.functional.silu, torch.nn.functional.relu, torch.nn.functional.gelu),
     *(torch.relu, torch.sigmoid, torch.tanh),
 )
 

@@ -23,6 +23,7 @@ COUNTED = (
     "ops",
     "passes",
     "quantization",
+    "quantizing_backend",
     "runtime",
     "selection",
     "tensors",

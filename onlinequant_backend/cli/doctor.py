@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from .. import operating_system
+from .. import operating_system, tested_torch
 from ..cache import atomic_files, cache_store, listing
 from ..errors import InsecureCacheDirectoryError, OnlineQuantError
 from ..kernels import precision
 from ..kernels.formats import Format
 from ..kernels.provider import provider_of, providers_for
-from ..torch_internals import hardware
+from ..torch_internals import hardware, parts
 from . import kernel_check
 from .system_check import accelerators, compiler, describe, path_note, triton_version
 
@@ -54,6 +54,8 @@ def examine(cache_dir: str | None = None) -> Findings:
     """
     lines = [("onlinequant", _version("onlinequant")), ("python", platform.python_version())]
     lines += [("triton", triton_version()), *((name, _version(name)) for name in _PACKAGES)]
+    lines.append(("tested", tested_torch.describe(torch.__version__)))
+    lines += [("absent", absence) for absence in parts.absences()]
     lines += _device_lines()
     found = [_examine_cpu()]
     if torch.cuda.device_count():
@@ -61,6 +63,9 @@ def examine(cache_dir: str | None = None) -> Findings:
     lines += [line for part in found for line in part.lines]
     obstacles = [obstacle for part in found for obstacle in part.obstacles]
     devices = [device for part in found for device in part.devices]
+    if (lack := parts.why_float()) is not None:
+        obstacles.append(f"{lack}: models stay in float.")
+        devices = []
     cpp_compiler, remedy = compiler()
     lines.append(("C++ compiler", cpp_compiler or "none"))
     if cpp_compiler is None:

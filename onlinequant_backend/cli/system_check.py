@@ -9,6 +9,7 @@ import torch
 
 from .. import operating_system
 from ..kernels.provider import providers_for
+from ..torch_internals import parts
 
 # Whoever builds Triton for a system or vendor gives it a name of its own; all of them are imported as ``triton``.
 _TRITONS = ("triton", "triton-windows", "pytorch-triton-rocm", "triton-rocm", "pytorch-triton-xpu", "triton-xpu")
@@ -48,6 +49,8 @@ def describe(device: torch.device) -> str:
 
 def compiler() -> tuple[str | None, str]:
     """The C++ compiler that Inductor would call, or None and the remedy."""
+    if parts.lacks(parts.COMPILER_NAME):
+        return "not looked for", ""
     from torch._inductor import cpp_builder, exc
 
     try:

@@ -14,7 +14,7 @@ import torch.fx as fx
 from . import fx_utils
 from .conv_geometry import ConvGeometry
 
-LINEAR_TARGETS = (torch._C._nn.linear, torch.nn.functional.linear)
+LINEAR_TARGETS = (torch.nn.functional.linear,)
 CONV_TARGETS = (
     torch.conv1d,
     torch.conv2d,

@@ -35,7 +35,7 @@ _LEAST_GAIN = 0.08
 _VIEWS = ("contiguous", "flatten", "movedim", "permute", "reshape", "squeeze", "to", "transpose", "unsqueeze", "view")
 _VIEW_FUNCTIONS = (torch.flatten, torch.movedim, torch.permute, torch.reshape, torch.transpose, F.dropout)
 _POINTWISE = (
-    *(F.layer_norm, F.group_norm, F.silu, F.gelu, F.interpolate, torch._C._nn.gelu, torch.cat, torch.add, torch.mul),
+    *(F.layer_norm, F.group_norm, F.silu, F.gelu, F.interpolate, torch.cat, torch.add, torch.mul),
     *(operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, "mul"),
 )
 

@@ -1,6 +1,5 @@
 """Caches which vector instructions the C++ compiler supports, rather than checking at each start. Inductor compiles a
-program for the check and loads it in another process, which imports torch: three seconds per start. This uses torch's
-internals: if they are not as expected, torch's own check runs.
+program for the check and loads it in another process, which imports torch: three seconds per start.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ def asked_once(folder: Path) -> contextlib.AbstractContextManager[Any]:
     """Within the block, supported instructions are recorded in ``folder``, for this compiler and version of torch.
     Inductor only checks the instructions of this CPU. Failed checks are repeated.
     """
-    fingerprint = getattr(cpu_vec_isa, "_get_isa_dry_compile_fingerprint", None)
-    ask = getattr(cpu_vec_isa.VecISA, "check_build", None)
-    if fingerprint is None or ask is None:
-        return contextlib.nullcontext()
+    fingerprint, ask = cpu_vec_isa._get_isa_dry_compile_fingerprint, cpu_vec_isa.VecISA.check_build
 
     def ask_once(instructions: Any, code: str) -> bool:
         asked = f"{fingerprint(instructions.build_arch_flags())}\0{code}"  # programs differ for equal flags

@@ -1,4 +1,4 @@
-"""Access to Dynamo's internals, for all supported versions of torch (2.11 to 2.13)."""
+"""Access to Dynamo's internals."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from torch._dynamo.variables import builder
 from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
 
+from . import parts
 from .torch_settings import GlobalState
 
 
@@ -108,7 +109,7 @@ def guarded_values(scope: Mapping[str, Any]) -> dict[str, Any]:
     flags and other constants, kinds of tensors, and the state of the process and the thread."""
     found: dict[str, Any] = {"": GlobalState.now()}
     for guard in TracingContext.get().guards_context.dynamo_guards:
-        if guard.create_fn_name() not in _GUARDS_OF_VALUES or guard.name in found:
+        if guard.inner_create_fn().__name__ not in _GUARDS_OF_VALUES or guard.name in found:
             continue
         with contextlib.suppress(Exception):  # not all names are expressions
             value = eval(guard.name, dict(scope))
@@ -303,8 +304,8 @@ def others_call_uncompiled() -> Iterator[None]:
 def graph_module(root: Any, graph: torch.fx.Graph) -> torch.fx.GraphModule:
     """An ``fx.GraphModule`` whose Python code is generated at its first call. Most of this package's graphs are never
     called, and generating SDXL's code takes a second."""
-    try:
-        from torch.fx._lazy_graph_module import _LazyGraphModule
-    except ImportError:
+    if parts.lacks(parts.LAZY_GRAPHS):
         return torch.fx.GraphModule(root, graph)
+    from torch.fx._lazy_graph_module import _LazyGraphModule
+
     return _LazyGraphModule(root, graph)

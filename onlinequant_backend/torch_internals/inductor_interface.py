@@ -14,6 +14,7 @@ from typing import Any, cast, get_origin
 
 import torch
 
+from . import parts
 from .torch_settings import autocast_dtypes, settings
 
 
@@ -81,8 +82,6 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-    from . import cached_isa_check
-
     # Inductor also writes its default directory into the environment.
     chosen = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
     try:
@@ -93,8 +92,16 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
     with _tagged(tag), contextlib.ExitStack() as stack:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
-            stack.enter_context(cached_isa_check.asked_once(directory))
+            stack.enter_context(_instructions_remembered(directory))
         yield
+
+
+def _instructions_remembered(directory: Path) -> contextlib.AbstractContextManager[Any]:
+    if parts.lacks(parts.INSTRUCTION_CHECK):
+        return contextlib.nullcontext()
+    from .cached_isa_check import asked_once
+
+    return asked_once(directory)
 
 
 def _tagged(tag: str) -> contextlib.AbstractContextManager[None]:
@@ -140,9 +147,11 @@ _turns = threading.local()
 
 @functools.cache
 def _have_tuning_take_turns() -> None:
+    if parts.lacks(parts.TUNING_IN_TURNS):
+        return
     try:
         from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    except ImportError:
+    except ImportError:  # there is no Triton
         return
     kind: Any = CachingAutotuner
     measure = kind.benchmark_all_configs
@@ -157,10 +166,10 @@ def _have_tuning_take_turns() -> None:
 
 
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:
-    try:
-        from .batched_cpp import in_batches
-    except ImportError:  # torch's internals have other names
+    if parts.lacks(parts.KERNEL_BATCHES):
         return contextlib.nullcontext()
+    from .batched_cpp import in_batches
+
     return in_batches()
 
 

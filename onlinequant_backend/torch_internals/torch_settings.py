@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch._C._dynamo.guards import GlobalStateGuard
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +29,8 @@ class GlobalState:
     @classmethod
     def now(cls) -> GlobalState:
         """The current state in this thread."""
+        from torch._C._dynamo.guards import GlobalStateGuard
+
         guard: Any = GlobalStateGuard()
         return cls(str(guard.__getstate__()), torch.get_default_dtype(), autocast_dtypes())
 
@@ -43,10 +44,13 @@ class GlobalState:
             yield
 
 
+_AUTOCAST_DEVICES = ("cpu", "cuda", "mps", "xpu")  # torch has no public list of them
+
+
 def autocast_dtypes() -> dict[str, torch.dtype]:
     """The dtype of autocast for each type of device for which it is on in this thread."""
-    devices = torch._C._autocast_supported_devices()
-    return {device: torch.get_autocast_dtype(device) for device in devices if torch.is_autocast_enabled(device)}
+    devices = (device for device in _AUTOCAST_DEVICES if torch.is_autocast_enabled(device))
+    return {device: torch.get_autocast_dtype(device) for device in devices}
 
 
 # The settings on which a compile depends besides its graph, which another process needs as well: the keys of Inductor's
@@ -115,10 +119,10 @@ def settings() -> Settings:
 
 
 def _flag(name: str) -> Any:
-    """A setting of torch by its name; None if it cannot be read, since its newer equivalent is set."""
+    """A setting of torch by its name; None if this torch lacks it, or if its newer equivalent is set."""
     try:
         return operator.attrgetter(name)(torch)
-    except RuntimeError:
+    except (AttributeError, RuntimeError):
         return None
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
-from onlinequant_backend import backend, best_effort
+from onlinequant_backend import best_effort, quantizing_backend
 from tests.helpers.graph_probe import EIGHT_BITS, GraphProbe
 from tests.helpers.small import CLOSE, compiled
 from tests.helpers.tiny import noise, relative_error
@@ -56,7 +56,7 @@ class Called(nn.Module):
 def test_where_nothing_qualifies_the_reason_names_what_to_change(options: dict[str, Any], expected: str | None) -> None:
     net = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Conv2d(16, 8, 3), nn.ReLU(), nn.Linear(12, 16), nn.ReLU())
     probe = GraphProbe(net, torch.empty(2, 8, 16, 16), **options).analyze()
-    assert backend._why_float(probe.infos, EIGHT_BITS, []) == expected
+    assert quantizing_backend._why_float(probe.infos, EIGHT_BITS, []) == expected
 
 
 @pytest.mark.parametrize("precision", ["int8", "auto"])
@@ -105,7 +105,7 @@ def test_a_model_is_called_by_its_class_whatever_its_methods_call_it() -> None:
 
 def test_excluding_everything_is_called_that() -> None:
     probe = GraphProbe(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), torch.empty(8, 8), exclude=("*",)).analyze()
-    assert backend._why_float(probe.infos, EIGHT_BITS, []) == "exclude matches all layers"
+    assert quantizing_backend._why_float(probe.infos, EIGHT_BITS, []) == "exclude matches all layers"
 
 
 def jagged(rows: torch.Tensor) -> torch.Tensor:
@@ -164,7 +164,7 @@ def test_what_cannot_be_analyzed_stays_in_float(
     def fail(*_: object) -> int:
         raise NotImplementedError("no such thing")
 
-    monkeypatch.setattr(backend, "ANALYZE", (fail,))
+    monkeypatch.setattr(quantizing_backend, "ANALYZE", (fail,))
     model = Called(lambda layers, x: layers(x))
     step = compiled(model)
     for _ in range(2):
