@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from pathlib import Path
 
@@ -42,19 +43,23 @@ class Result:
 
 def recorded(page: Path = PAGE) -> list[Result]:
     """The rows of the table."""
-    _, _, rest = page.read_text(encoding="utf-8").partition(f"{_HEAD}\n{_LINE}\n")
-    return [Result.parse(row) for row in rest.partition("\n\n")[0].splitlines()]
+    return _split(page)[1]
 
 
 def record(result: Result, page: Path = PAGE) -> None:
     """Add a row, in place of the one with the same versions of torch and Python."""
-    text = page.read_text(encoding="utf-8")
-    before, head, rest = text.partition(f"{_HEAD}\n{_LINE}\n")
+    before, rows, after = _split(page)
+    rows = [row for row in rows if row.order() != result.order()]
+    table = "".join(f"{row}\n" for row in sorted([*rows, result], key=Result.order, reverse=True))
+    page.write_text(before + table + after, encoding="utf-8")
+
+
+def _split(page: Path) -> tuple[str, list[Result], str]:
+    """The page up to the table's first row, the rows, and the rest."""
+    before, head, rest = page.read_text(encoding="utf-8").partition(f"{_HEAD}\n{_LINE}\n")
     assert head, f"{page} has no table"
-    old, gap, after = rest.partition("\n\n")
-    rows = [row for row in map(Result.parse, old.splitlines()) if row.order() != result.order()]
-    table = "\n".join(map(str, sorted([*rows, result], key=Result.order, reverse=True)))
-    page.write_text(f"{before}{head}{table}{gap or chr(10)}{after}", encoding="utf-8")
+    lines = list(itertools.takewhile(lambda line: line.startswith("|"), rest.splitlines(keepends=True)))
+    return before + head, [Result.parse(line) for line in lines], rest[sum(map(len, lines)) :]
 
 
 def _numbers(version: str) -> list[int]:
