@@ -23,9 +23,11 @@ NOT_COUNTED = {
     "cache.source_digest",
     "cli",
     "errors",
+    "float_backend",
     "fork_locks",
     "garbage_collection",
     "progress",
+    "tested_torch",
     "report",
     "scenes",
 }
