@@ -74,6 +74,7 @@ NEEDS = (
         "the settings that a graph depends on",
         """_C._dynamo.guards.GlobalStateGuard _C._get_mkldnn_enabled
         _C._set_mkldnn_enabled _C._get_sdp_priority_order _C._set_sdp_priority_order _dynamo.config._config
+        _dynamo.config.error_on_nested_fx_trace
         _dynamo.config.recompile_limit _functorch.config _guards.TracingContext.get _guards.Guard.inner_create_fn
         utils._config_module.ConfigModule.patch utils._config_module.ConfigModule.load_config
         utils._config_module.ConfigModule.save_config_portable""",

@@ -24,10 +24,12 @@ NOT_COUNTED = {
     "cli",
     "console",
     "errors",
+    "float_backend",
     "fork_locks",
     "garbage_collection",
     "operating_system",
     "progress",
+    "tested_torch",
     "report",
     "scenes",
 }

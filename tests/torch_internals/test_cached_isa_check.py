@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from torch._inductor import cpu_vec_isa
 
-from onlinequant_backend.torch_internals import cached_isa_check
+from onlinequant_backend.torch_internals import cached_isa_check, parts
 from onlinequant_backend.torch_internals.inductor_interface import inductor_cache
 
 
@@ -61,9 +61,16 @@ def test_a_folder_that_cannot_be_written_changes_nothing(tmp_path: Path, answers
 
 
 def test_a_torch_that_asks_in_another_way_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     monkeypatch.delattr(cpu_vec_isa, "_get_isa_dry_compile_fingerprint")
-    with cached_isa_check.asked_once(tmp_path):
-        pass
+    check_build = cpu_vec_isa.VecISA.check_build
+    parts._absent.cache_clear()
+    try:
+        with inductor_cache(tmp_path, tag=""):
+            assert cpu_vec_isa.VecISA.check_build is check_build
+    finally:
+        monkeypatch.undo()
+        parts._absent.cache_clear()
 
 
 def test_inductor_asks_through_this_in_a_cache_of_ours(

@@ -22,8 +22,8 @@ SOURCES = [
 ]
 TABLE = {name.partition("(")[0] for need in parts.NEEDS for name in parts.names_of(need)}
 REQUIRED = [need for need in parts.NEEDS if need.otherwise is None and not need.is_cuda]
-# Nothing can lack it: it is an attribute of every tensor, in a class that cannot be changed.
-LEFT_OUT = ["torch.Tensor._version"]
+# The helper cannot hide them: an attribute of every tensor, and what a config module looks its own attributes up in.
+LEFT_OUT = ["torch.Tensor._version", "torch._dynamo.config._config"]
 
 
 def is_in_table(name: str) -> bool:
