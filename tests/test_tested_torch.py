@@ -36,7 +36,7 @@ More.
 )
 def test_a_version_is_compared_with_those_that_were_tested(version: str, expected: str) -> None:
     assert tested_torch.standing(version) == expected
-    assert f"torch {version} is {expected}; tested: 2.13, 2.15" == tested_torch.describe(version)
+    assert f"torch {version} is {expected}; tested: 2.11, 2.13, 2.15" == tested_torch.describe(version)
 
 
 def test_one_line_of_the_log_says_it(caplog: pytest.LogCaptureFixture) -> None:
