@@ -68,7 +68,7 @@ class Parts:
 
 def watched() -> Parts:
     """The parts of this backend's first calls."""
-    from onlinequant_backend import backend
+    from onlinequant_backend import quantizing_backend
     from onlinequant_backend.analysis import traced_graph
     from onlinequant_backend.compilation import build, region_check
     from onlinequant_backend.quantization import layer_state, weight_set
@@ -80,7 +80,7 @@ def watched() -> Parts:
     owners: dict[str, list[tuple[Any, str]]] = {
         "cache lookup": [(weight_state.WeightStates, "entry"), (cache_entry.Entry, "restore")],
         "cache writing": [(weight_state.WeightStates, "publish")],
-        "passes": [(module, "run_passes") for module in (backend, build, layer_choice, traced_graph)],
+        "passes": [(module, "run_passes") for module in (quantizing_backend, build, layer_choice, traced_graph)],
         "weights": [(weight_set.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
         "kernels ahead": [(layer_timing, "compile_ahead")],
         "timing": [(layer_timing, "measure")],

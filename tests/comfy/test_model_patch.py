@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
+from onlinequant_backend.analysis import graph_key
 from onlinequant_backend.comfy_integration import compiled_method
 from onlinequant_backend.comfy_integration.model_patch import (
     APPLY_MODEL,
@@ -282,7 +283,7 @@ def test_what_fails_is_tried_again_in_the_next_run(
 ) -> None:
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
     with monkeypatch.context() as broken:
-        broken.setattr(oq.backend.graph_key, "identity", lambda *_: 1 // 0)
+        broken.setattr(graph_key, "identity", lambda *_: 1 // 0)
         assert all(torch.equal(result, expected) for result in model.run())
         assert told[-1].startswith("in float, since it failed (tried again at the next run)")
     model.run()
@@ -299,7 +300,7 @@ def test_what_always_fails_is_left_alone_after_three_runs(
         attempts.append(1)
         raise ZeroDivisionError
 
-    monkeypatch.setattr(oq.backend.graph_key, "identity", fail)
+    monkeypatch.setattr(graph_key, "identity", fail)
     model, expected = patched(Patcher(denoiser), told), denoiser(X)
     for _ in range(5):
         assert all(torch.equal(result, expected) for result in model.run())
