@@ -29,6 +29,9 @@ from .symbolic_inputs import FixedInputs, SymbolicInputs
 
 _log = logging.getLogger("onlinequant")
 
+# What Inductor says of regions that are called with tensors of different strides. No damaged file is the cause.
+_INCONSISTENT = "subgraph args must have consistent values"
+
 
 class _JobError(Exception):
     """``job`` cannot be compiled in its directory, because of ``error``."""
@@ -99,7 +102,7 @@ def _build_anywhere(attempt: Callable[[Path | None], CompiledGraph], directory: 
         if not _can_be_written(directory):
             _log.warning("compiling in a temporary directory, since %s cannot be written: %s", directory, error)
             return attempt(Path(_temporary_directory().name))
-        if not held_code or job.has_regions or is_refused(job):
+        if not held_code or _INCONSISTENT in str(error) or is_refused(job):
             raise
         _log.warning("compiling in an empty directory, since what %s holds may be damaged: %s", directory, error)
         try:

@@ -83,10 +83,10 @@ class Check:
         self._idle = idle
         self._call = 0
         self._rows: list[tuple[int, int, int]] = []
-        self._staged = torch.zeros(count, 3, dtype=torch.int64, pin_memory=is_gpu)
+        self._staged = torch.zeros(count, 3, dtype=torch.int64, device="cpu", pin_memory=is_gpu)
         self._tensors = torch.zeros(count, 3, dtype=torch.int64, device=device)
         self._found = torch.zeros(count, 3, dtype=torch.int32, device=device)
-        self._answer = torch.zeros(count, 3, dtype=torch.int32, pin_memory=is_gpu)
+        self._answer = torch.zeros(count, 3, dtype=torch.int32, device="cpu", pin_memory=is_gpu)
         self._answered = torch.cuda.Event() if is_gpu else None
         self._values: list[torch.Tensor | None] = []
 
@@ -99,7 +99,7 @@ class Check:
         ]
         if rows != self._rows:
             self._rows = rows
-            self._staged.copy_(torch.tensor(rows))
+            self._staged.copy_(torch.tensor(rows, dtype=torch.int64, device="cpu"))
             self._tensors.copy_(self._staged, non_blocking=True)
         programs = min(_PROGRAMS, triton.cdiv(max(n for _, n, _ in rows), _BLOCK))
         launch(_check_kernel, len(rows), max(1, programs))(self._tensors, limits, self._found, self._call, BLOCK=_BLOCK)
