@@ -10,7 +10,7 @@ import torch
 
 _log = logging.getLogger("onlinequant")
 
-TESTED = ("2.11", "2.13", "2.14", "2.15")
+TESTED = ("2.11", "2.12", "2.13", "2.14", "2.15")
 
 
 def standing(version: str) -> str:

@@ -28,7 +28,7 @@ More.
         ("2.13.0+cu128", "tested"),
         ("2.14.1", "tested"),
         ("2.15.0", "tested"),
-        ("2.12.1", "untested"),
+        ("2.12.1", "tested"),
         ("2.15.1+cpu", "tested"),
         ("2.16.0.dev20270101", "newer than tested"),
         ("3.0.0", "newer than tested"),
@@ -37,7 +37,7 @@ More.
 )
 def test_a_version_is_compared_with_those_that_were_tested(version: str, expected: str) -> None:
     assert tested_torch.standing(version) == expected
-    assert f"torch {version} is {expected}; tested: 2.11, 2.13, 2.14, 2.15" == tested_torch.describe(version)
+    assert f"torch {version} is {expected}; tested: 2.11, 2.12, 2.13, 2.14, 2.15" == tested_torch.describe(version)
 
 
 def test_one_line_of_the_log_says_it(caplog: pytest.LogCaptureFixture) -> None:
