@@ -51,6 +51,11 @@ class Schedule:
         self._number = 1  # of the window
         self._left = self._place()
 
+    @property
+    def is_on(self) -> bool:
+        """Whether any call is ever a check."""
+        return bool(self._every)
+
     def restart(self, checks_all: bool = False, in_float: bool = False) -> None:
         """Something has changed, so the next call is a check; ``checks_all``: so is every call of two runs;
         ``in_float``: a float call has just included the change."""
@@ -59,7 +64,7 @@ class Schedule:
 
     def is_due(self, run: SamplingRun | None = None, have_changed: bool = False) -> bool:
         """Whether a call is a check; to be called once per call. ``have_changed``: its inputs alone are a reason."""
-        if not self._every:
+        if not self.is_on:
             return False
         if run is not self._run():
             self._run = (lambda: None) if run is None else weakref.ref(run)

@@ -93,7 +93,8 @@ class DriftWatch:
     ) -> tuple[Any, dict[int, clip_counting.Seen] | None]:
         """The 8-bit result, and what a drift check counted if one was due."""
         device = weights.layers[0].device
-        have_changed = (lambda: False) if is_capturing else self._extents.begin(args, device)
+        looks = weights.schedule.is_on and not is_capturing
+        have_changed = self._extents.begin(args, device) if looks else lambda: False
         # On a GPU the answer is awaited only when all kernels of the step are queued, if the step can be repeated.
         is_late = self._extents.are_late(device) and self._traced.may_repeat
         is_due = weights.schedule.is_due(run, not is_late and have_changed()) and not is_capturing

@@ -122,6 +122,21 @@ def test_a_number_beyond_those_observed_is_checked_at_once(inductor: EagerInduct
 
 @torch.no_grad()
 @pytest.mark.parametrize("are_late", [False, True])
+def test_inputs_are_not_looked_at_where_checks_are_switched_off(
+    are_late: bool, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Extents, "are_late", lambda _, device: are_late)
+    monkeypatch.setattr(Extents, "begin", lambda extents, args, device: lambda: extents.have_changed(args))
+    model = small()
+    step = started(model, drift_check_every=0)
+    large = 8 * noise(1, 4, 8, 8, seed=2)
+    for _ in range(3):
+        assert relative_error(step(large), model(large)) > CLOSE
+    assert not oq.reports()[-1].widened
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("are_late", [False, True])
 @pytest.mark.parametrize("calls", [1, 60, 200])
 def test_inputs_that_are_larger_from_a_call_on_are_found_at_once(
     calls: int, are_late: bool, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
