@@ -33,13 +33,26 @@ class Seen(NamedTuple):
     """What a call has seen of one quantized tensor.
 
     Attributes:
-        clipped: the share of values beyond the range, less what a handful may be.
+        clipped: the share of values beyond the range.
         lowest, highest: the least and the largest stored value; of float8 both are the largest magnitude.
+        handful: the share that so few values are that they say little.
     """
 
     clipped: float
     lowest: float
     highest: float
+    handful: float = 0.0
+
+    @property
+    def clipped_of_many(self) -> float:
+        """The share of values beyond the range, less a handful."""
+        return max(0.0, self.clipped - self.handful)
+
+    @property
+    def clipped_in_doubt(self) -> float:
+        """The share of values beyond the range, less half a handful: among as many values as were observed, one is
+        expected at each end beyond all of them."""
+        return max(0.0, self.clipped - self.handful / 2)
 
 
 class Counts:
@@ -85,19 +98,20 @@ def seen_in(clipped: torch.Tensor, bounds: torch.Tensor, lengths: Mapping[int, i
     totals = clipped.cumsum(0, dtype=torch.int32)[ends].tolist()
     counts = [total - before for before, total in itertools.pairwise([0, *totals])]
     return {
-        address: Seen(max(0, count - min(_HANDFUL, length // _HANDFUL_OF)) / length, lowest, highest)
+        address: Seen(count / length, lowest, highest, min(_HANDFUL, length // _HANDFUL_OF) / length)
         for (address, length), count, (lowest, highest) in zip(
             lengths.items(), counts, bounds.view(-1, 2).tolist(), strict=True
         )
     }
 
 
-def has_drifted(share: float, expected: float, is_after_change: bool = False) -> bool:
-    """Whether a layer clips a larger share than was expected; ``is_after_change``: in the first call after one.
-
-    A share does not say how far beyond the range its values are, so after a change any larger one counts.
+def has_drifted(seen: Seen, expected: float, is_in_doubt: bool = False) -> bool:
+    """Whether a layer clips a larger share than was expected. ``is_in_doubt``: after a change a share that is little
+    larger counts, too, since it does not say how far beyond the range its values are.
     """
-    return share > (expected if is_after_change else _FACTOR * expected + _TOLERANCE)
+    if is_in_doubt:
+        return seen.clipped_in_doubt > expected
+    return seen.clipped_of_many > _FACTOR * expected + _TOLERANCE
 
 
 @contextlib.contextmanager

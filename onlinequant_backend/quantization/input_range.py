@@ -77,9 +77,9 @@ class InputRange:
     def _smoothed(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.smoothing is None else x * self.smoothing
 
-    def has_drifted(self, seen: Seen, is_after_change: bool = False) -> bool:
-        """Whether inputs exceed the range, or use only a small part of it; see ``drift.has_drifted``."""
-        return has_drifted(seen.clipped, self.clipped, is_after_change) or self._is_lost(self._peak(seen))
+    def has_drifted(self, seen: Seen, is_in_doubt: bool = False) -> bool:
+        """Whether inputs exceed the range, or use only a small part of it; see ``clip_counting.has_drifted``."""
+        return has_drifted(seen, self.clipped, is_in_doubt) or self._is_lost(self._peak(seen))
 
     def is_coarse(self, seen: Seen) -> bool:
         """Whether the range is too coarse for the inputs with these counts."""
@@ -92,7 +92,7 @@ class InputRange:
 
     def accept(self, seen: Seen) -> None:
         """Accept the inputs with these counts: repeating their call in float would change no range."""
-        self.clipped = max(self.clipped, seen.clipped)
+        self.clipped = max(self.clipped, seen.clipped_in_doubt)
         self.lowest_peak = min(self.lowest_peak, self._peak(seen))
 
     def _peak(self, seen: Seen) -> float:
@@ -142,7 +142,7 @@ class InputRange:
         they allow. Inputs that are all zeros change nothing, since they do not tell which range is right."""
         _, zero_point, scale = self._values
         with torch.inference_mode(False), torch.no_grad():
-            if has_drifted(seen.clipped, self.clipped):
+            if has_drifted(seen, self.clipped):
                 self._move(doubled(self.qparams, self.format), self.observed)
             elif self._is_lost(self._peak(seen)) and (seen.lowest, seen.highest) != (zero_point, zero_point):
                 half = self.format.step / 2

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 
 from ..cache.calibration_checks import LEAST_SCALE
-from ..kernels.clip_counting import FEW
 from ..kernels.formats import Format
 
 if TYPE_CHECKING:
@@ -39,14 +38,12 @@ class ActivationRange:
     Attributes:
         histograms: for each call with a histogram, the share of values in each bin and the bins' centres, float32
             [BINS] both; undefined if the range is not finite.
-        values: the number of values in the smallest call.
     """
 
     def __init__(
         self, minimum: float | None = None, maximum: float | None = None, lowest_peak: float | None = None
     ) -> None:
         self.histograms: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self.values = math.inf
         # Combined only on access: on a GPU that would take four more kernels per call.
         self._bounds: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._known: _Known | None = None
@@ -58,7 +55,6 @@ class ActivationRange:
         """Extend the range to ``x`` (any float dtype and shape) and keep its histogram; never synchronizes with a
         GPU."""
         low, high = torch.aminmax(x)
-        self.values = min(self.values, x.numel())
         self._bounds.append((low, high))
         if with_histogram:
             self.histograms.append(_histogram(x, low.float(), high.float()))
@@ -67,7 +63,7 @@ class ActivationRange:
         """An independent copy."""
         other = ActivationRange()
         other.histograms, other._bounds = list(self.histograms), list(self._bounds)
-        other.values, other._known = self.values, self._known
+        other._known = self._known
         return other
 
     def joined(self, other: ActivationRange) -> ActivationRange:
@@ -230,18 +226,16 @@ def _range(qparams: Sequence[float], format: Format) -> tuple[float, float]:
 
 
 def clipped_share(observed: ActivationRange, qparams: torch.Tensor, format: Format) -> float:
-    """The largest share of values outside the range in any observed call; see ``clip_counting.clipped``. Among equally
-    many new values, one is expected at each end beyond all observed ones.
-    """
+    """The largest share of values outside the range in any observed call; see ``clip_counting.clipped``."""
     inverse, zero_point, _ = qparams.tolist()
     lowest, highest = format.limits
-    largest, unseen = 0.0, 2 / observed.values if observed.histograms and observed.values >= FEW else 0.0
+    largest = 0.0
     for shares, centres in observed.histograms:
         q = centres * inverse + zero_point
         # Values within half a step round to a limit, and a bin extends an eighth of a step beyond its centre.
         clipped = (q > highest - 0.625) | (q < lowest + 0.625)
         largest = max(largest, float(shares[clipped].sum()))
-    return min(largest + unseen, 1.0)
+    return min(largest, 1.0)
 
 
 def _clipped(

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 # Runs of more steps are rare.
 _LONGEST_RUN = 64
+# Float calls because of the least signs of drift, for each change.
+_MOST_DOUBTS = 3
 _GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -31,16 +33,17 @@ class Schedule:
 
     Attributes:
         checks: the number of checks so far.
-        is_first: whether the last call passed to ``is_due`` is the first since a change that no float call has
-            included.
+        is_in_doubt: whether the last call passed to ``is_due`` follows a change, by at most two sampling runs, or has
+            inputs beyond earlier ones; no longer once ``settle`` was called often enough since the last change. In
+            doubt, the least sign of drift counts.
     """
 
     def __init__(self, every: int) -> None:
         self.checks = 0
-        self.is_first = False
+        self.is_in_doubt = False
+        self._doubts = _MOST_DOUBTS
         self._every = every
         self._is_new = False  # the state at the start has just been observed
-        self._is_known = False
         self._checks_all = False  # every call of two runs
         self._calls = 0  # since the last change
         self._runs = 0  # begun since the last change
@@ -59,8 +62,18 @@ class Schedule:
     def restart(self, checks_all: bool = False, in_float: bool = False) -> None:
         """Something has changed, so the next call is a check; ``checks_all``: so is every call of two runs;
         ``in_float``: a float call has just included the change."""
-        self._is_new, self._checks_all, self._is_known = True, checks_all, in_float
+        self._is_new, self._checks_all = True, checks_all
         self._calls = self._runs = 0
+        if not in_float:
+            self._doubts = _MOST_DOUBTS
+
+    def doubt(self) -> None:
+        """The call has inputs beyond those of all earlier calls."""
+        self.is_in_doubt = self._doubts > 0
+
+    def settle(self) -> None:
+        """A call in doubt was repeated in float. Inputs that grow at each step would have all of them repeated."""
+        self._doubts -= 1
 
     def is_due(self, run: SamplingRun | None = None, have_changed: bool = False) -> bool:
         """Whether a call is a check; to be called once per call. ``have_changed``: its inputs alone are a reason."""
@@ -70,8 +83,8 @@ class Schedule:
             self._run = (lambda: None) if run is None else weakref.ref(run)
             self._runs += 1
             self._position = 0
-        self.is_first = self._is_new and self._calls == 0 and not self._is_known
         is_due = self._is_after_change(run is not None) if self._is_new else self._is_in_turn()
+        self.is_in_doubt = self._doubts > 0 and (self._is_new or have_changed)
         self._calls += 1
         self._position += 1
         is_due = is_due or have_changed

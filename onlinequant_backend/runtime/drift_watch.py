@@ -68,7 +68,10 @@ class DriftWatch:
         # On a GPU, checking every result would keep the caller from preparing the next step meanwhile.
         looks = seen is not None or device.type == "cpu"
         if seen is not None:
-            drifted = weights.drifted(seen, weights.schedule.is_first and self._may_run_float(weights))
+            is_in_doubt = weights.schedule.is_in_doubt and self._may_run_float(weights)
+            drifted = weights.drifted(seen, is_in_doubt)
+            if drifted and is_in_doubt:
+                weights.schedule.settle()
             if weights in self._changed and weights.are_coarse(seen):  # in case larger inputs have widened a range
                 self._changed.discard(weights)
                 weights.is_compared = False
@@ -101,6 +104,7 @@ class DriftWatch:
         result = None if is_due else compiled(args, weights)
         if is_late and have_changed():
             is_due = True
+            weights.schedule.doubt()
         return compiled.count(args, weights) if is_due else (result, None)
 
     def _compare(self, args: Sequence[Any], weights: WeightState, result: Any) -> None:
@@ -198,7 +202,7 @@ class DriftWatch:
         """Report which ranges differ from ``before``, and schedule a check if any does."""
         after = _growth(weights)
         for index, seen in drifted.items():
-            is_right_in_float = after[index] == before[index] and seen.clipped < _ADDED
+            is_right_in_float = after[index] == before[index] and seen.clipped_of_many < _ADDED
             if after == before or is_right_in_float:  # another check would only slow down the next call
                 weights.layers[index].accept(seen)
         if after == before:

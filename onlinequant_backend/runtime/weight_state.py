@@ -88,11 +88,11 @@ class WeightState(WeightSet):
             self.schedule.restart()
         return super().follow(parameters)
 
-    def drifted(self, seen: Mapping[int, Seen], is_after_change: bool = False) -> dict[int, Seen]:
+    def drifted(self, seen: Mapping[int, Seen], is_in_doubt: bool = False) -> dict[int, Seen]:
         """The counts of the layers whose inputs no longer fit their ranges, by layer index. ``seen`` holds counts by
-        the address of ``qparams`` (``CountingCall``); ``is_after_change`` as for ``clip_counting.has_drifted``."""
+        the address of ``qparams`` (``CountingCall``); ``is_in_doubt`` as for ``clip_counting.has_drifted``."""
         found = self._seen(seen)
-        return {index: each for index, each in found.items() if self.layers[index].has_drifted(each, is_after_change)}
+        return {index: each for index, each in found.items() if self.layers[index].has_drifted(each, is_in_doubt)}
 
     def are_coarse(self, seen: Mapping[int, Seen]) -> bool:
         """Whether the range of any layer's input is too coarse; ``seen`` as for ``drifted``."""

@@ -569,6 +569,7 @@ def test_what_was_not_compiled_before_the_restart_is_aside(how: str, inductor: S
     inductor.finish()
     assert inductor.thread is not threading.main_thread()
     assert inductor.phases == [("compiling", "in the background, calls run in float")]
+    step(x)  # of another size: may be done again in float
     assert 0 < relative_error(step(x), model(x)) < CLOSE
     assert (report().phase, report().calls_observed) == ("quantized", 0)
 

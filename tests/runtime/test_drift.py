@@ -89,6 +89,10 @@ def share_of(xq: torch.Tensor) -> float:
     return float(clip_counting.clipped(xq).float().mean())
 
 
+def seen_in(xq: torch.Tensor) -> clip_counting.Seen:
+    return clip_counting.Seen(share_of(xq), 0, 0)
+
+
 def observed(x: torch.Tensor) -> ActivationRange:
     seen = ActivationRange()
     seen.update(x)
@@ -132,7 +136,7 @@ def test_what_was_observed_does_not_look_like_drift(format: Format, method: str)
         seen = observed(x)
         qparams = freeze(seen, format, method)
         share = share_of(quantized(x, qparams, format))
-        assert not clip_counting.has_drifted(share, clipped_share(seen, qparams, format))
+        assert not clip_counting.has_drifted(clip_counting.Seen(share, 0, 0), clipped_share(seen, qparams, format))
 
 
 @FORMATS
@@ -146,7 +150,7 @@ def test_the_clipped_share_is_that_of_the_values_beyond_the_range(format: Format
     x[:100] = sign * 4 * x.abs().max()
     share = share_of(quantized(x, qparams, format))
     assert share == pytest.approx(0.1, abs=0.001)
-    assert clip_counting.has_drifted(share, expected)
+    assert clip_counting.has_drifted(clip_counting.Seen(share, 0, 0), expected)
 
 
 @FORMATS
@@ -190,9 +194,9 @@ def test_many_values_at_the_end_of_a_wider_range_are_no_drift_again(method: str)
     layer.observe(torch.rand(64, 96), noise(32, 96))
     layer.freeze()
     larger = (4 * noise(64, 96)).clamp(max=3)
-    assert clip_counting.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
+    assert clip_counting.has_drifted(seen_in(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
     layer.refit(larger)
-    assert not clip_counting.has_drifted(share_of(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
+    assert not clip_counting.has_drifted(seen_in(quantized(larger, layer.qparams, ONEDNN)), layer.clipped)
     assert layer.growth > 2
 
 
@@ -208,7 +212,7 @@ def test_a_wider_range_has_room_for_the_next_values(format: Format, values: int)
     assert 4 <= layer.growth < 6
     largest = x.max().expand(values)  # all of them at the end
     assert share_of(quantized(4.4 * largest, layer.qparams, format)) <= layer.clipped
-    assert clip_counting.has_drifted(share_of(quantized(12 * largest, layer.qparams, format)), layer.clipped)
+    assert clip_counting.has_drifted(seen_in(quantized(12 * largest, layer.qparams, format)), layer.clipped)
 
 
 def test_a_kernel_is_counted_only_when_asked_for() -> None:
@@ -229,8 +233,8 @@ def test_a_kernel_is_counted_only_when_asked_for() -> None:
     assert seen == [(1,)] * 3 + [(2,)] * 3 + [(3,)] * 3
     assert result == 2
     assert seen_of == {
-        some.data_ptr(): clip_counting.Seen(0.5 - 4 / 4000, 0, 254),
-        other.data_ptr(): clip_counting.Seen(0, 7, 7),
+        some.data_ptr(): clip_counting.Seen(0.5, 0, 254, 4 / 4000),
+        other.data_ptr(): clip_counting.Seen(0, 7, 7, 3 / 100),
     }
 
 
@@ -253,7 +257,7 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
 
     call = counting_call.CountingCall(lambda xq: kernel(xq, qparams), replayed)
     for size in (1000, 3000, 1000, 500, 3000):
-        seen = clip_counting.Seen(1 - 4 / size, 254, 254)
+        seen = clip_counting.Seen(1, 254, 254, 4 / size)
         assert call(torch.full((size,), 254, dtype=torch.uint8)) == (size, {qparams.data_ptr(): seen})
 
 
@@ -261,13 +265,41 @@ def test_replays_of_several_sizes_are_counted_by_their_own() -> None:
     ("values", "beyond", "drifts"),
     [(1000, 4, False), (1000, 7, True), (64, 2, False), (64, 3, True), (4, 0, False), (4, 1, True), (1, 1, True)],
 )
-def test_a_handful_of_many_values_is_no_drift(values: int, beyond: int, drifts: bool) -> None:
+def test_a_handful_of_many_values_is_no_drift_except_in_doubt(values: int, beyond: int, drifts: bool) -> None:
     xq = torch.full((values,), 100, dtype=torch.uint8)
     xq[:beyond] = 254
     kernel = clip_counting.counted(lambda xq, qparams: None)
     _, found = counting_call.CountingCall(lambda: kernel(xq, torch.tensor([1.0, 3.0, 1.0])))()
     (seen,) = found.values()
-    assert clip_counting.has_drifted(seen.clipped, 0.0) is drifts
+    assert clip_counting.has_drifted(seen, 0.0) is drifts
+    assert clip_counting.has_drifted(seen, 0.0, is_in_doubt=True) is (beyond > min(2, values // 64))
+
+
+def test_doubts_end_until_the_next_change() -> None:
+    """Inputs that grow at each step would keep a whole picture in float."""
+    schedule = drift.Schedule(64)
+
+    def doubts(calls: int) -> int:
+        found = 0
+        for _ in range(calls):
+            schedule.is_due(have_changed=True)
+            if schedule.is_in_doubt:
+                found += 1
+                schedule.settle()
+                schedule.restart(in_float=True)
+        return found
+
+    assert doubts(20) == 3
+    schedule.restart()
+    assert doubts(20) == 3
+    schedule.restart()
+    for _ in range(2):
+        due(schedule, 6, SamplingRun(6))
+        assert schedule.is_in_doubt  # since the change
+    due(schedule, 6, SamplingRun(6))
+    assert not schedule.is_in_doubt
+    schedule.doubt()
+    assert schedule.is_in_doubt
 
 
 @FORMATS

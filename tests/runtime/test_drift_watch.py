@@ -568,7 +568,7 @@ def test_few_values_far_beyond_a_range_are_found_at_a_change(beyond: int, induct
     """As few as this are no drift elsewhere, but nobody knows how far beyond the range they are."""
     model, spikes = Sum().requires_grad_(False), torch.zeros(256, 64)
     spikes.view(-1)[torch.randperm(spikes.numel(), generator=torch.Generator().manual_seed(0))[:beyond]] = 40.0
-    assert not clip_counting.has_drifted(beyond / spikes.numel(), 0.0)
+    assert not clip_counting.has_drifted(clip_counting.Seen(beyond / spikes.numel(), 0, 0), 0.0)
 
     def forward(x: torch.Tensor, strength: float) -> torch.Tensor:
         return model(x + strength * spikes, x)

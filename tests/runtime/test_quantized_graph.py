@@ -398,9 +398,10 @@ def test_another_checkpoint_loaded_in_place_is_calibrated_anew(inductor: EagerIn
     model.load_state_dict(other.state_dict())
     for _ in range(2):
         assert torch.equal(step(X), other(X))
-    for _ in range(2):
-        for x in (X, wide):
-            assert 0 < relative_error(step(x), other(x)) < CLOSE
+    for _ in range(3):
+        errors = [relative_error(step(x), other(x)) for x in (X, wide)]
+        assert all(error < CLOSE for error in errors)  # the first ones may be done again in float
+    assert all(errors)
     assert (len(inductor.graphs), dynamo_graphs()) == (2, 2)
 
 
@@ -545,6 +546,7 @@ def test_another_checkpoint_is_calibrated_although_it_was_interrupted(
             step(X)
     for _ in range(2):
         assert torch.equal(step(X), other(X))
+    step(X)  # may be done again in float
     assert 0 < relative_error(step(X), other(X)) < CLOSE
 
 

@@ -228,3 +228,15 @@ def test_any_order_of_events() -> None:
         suppress_health_check=list(hypothesis.HealthCheck),
     )
     run_state_machine_as_test(Session, settings=settings)  # type: ignore[no-untyped-call]
+
+
+@torch.no_grad()
+@pytest.mark.usefixtures("inductor")
+def test_a_few_values_beyond_the_range_of_another_model() -> None:
+    """A variant takes over the ranges of its original, and its third step clips three of 1024 values."""
+    session = Session()
+    session.begin(0)
+    session.interrupt(after=0, name="time", size=(1, 4, 8), which=0)
+    for which in (0, 0, 1):
+        for seed in range(3):
+            session.check(which, *session.inputs(which, (1, 4, 16), seed))
