@@ -50,7 +50,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.fidelity_study import Row, Study, file_name
 from benchmarks.fidelity_subjects import SAMPLERS, RandomWeights, Scenes, Subject
 from benchmarks.fidelity_variants import COMPILED, EAGER, Variant, variants, without_inductor
-from benchmarks.models import MODELS
+from benchmarks.models import UNETS
 from onlinequant_backend.cache import atomic_files
 from onlinequant_backend.config import CALIBRATION_METHODS, QuantConfig
 
@@ -85,7 +85,7 @@ def table(title: str, rows: dict[str, Row]) -> Table:
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     methods = list(dict.fromkeys(["minmax", QuantConfig().calibration_method]))
-    result.add_argument("--model", default="scenes", choices=["scenes", *MODELS])
+    result.add_argument("--model", default="scenes", choices=["scenes", *UNETS])
     result.add_argument("--outliers", action="store_true", help="put outliers into the model")
     result.add_argument("--device", default="cpu")
     result.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])

@@ -34,12 +34,9 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import os
 import re
-import subprocess
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -47,51 +44,25 @@ from typing import Any
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from benchmarks.gpu_step_cell import COLUMNS, EAGER, OURS, READY, ROWS, TORCHAO, TORCHAO_LARGE, measure, say
+from benchmarks.cells import Cell, caches, key_and_value, say
+from benchmarks.gpu_step_cell import COLUMNS, EAGER, OURS, ROWS, TORCHAO, TORCHAO_LARGE, measure
 from benchmarks.gpu_step_tables import read, show
 from benchmarks.gpu_timing import require_cuda
 
 
-class Cell:
-    """The process that measures one cell."""
-
-    def __init__(self, row: str, column: str, options: argparse.Namespace, folder: Path) -> None:
-        self._output: list[str] = []
-        self._ending: str | None = None
-        environment, self._is_warm = caches(row, column, options, folder)
-        arguments = ["--row", row, "--column", column, "--folder", str(folder)]
-        for name in ("calls", "repeats", "small_depth"):
-            arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
-        for name in ("profile", "together", "torchao_untuned"):
-            arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
-        for key, value in options.option:
-            arguments += ["--option", f"{key}={json.dumps(value)}"]
-        command = [sys.executable, __file__, *arguments]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True, errors="replace"
-        )
-        self._timer = threading.Timer(options.timeout, self._stop, [f"took more than {options.timeout:.0f} s"])
-        self._timer.start()
-
-    def _stop(self, ending: str) -> None:
-        self._ending = ending
-        self._process.kill()
-
-    def wait_until_ready(self) -> None:
-        """Until it has compiled, or failed."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip() == READY:
-                return
-            self._output.append(line)
-
-    def finish(self) -> dict[str, Any]:
-        """Let it measure; a failure becomes a cell that says so, with what was measured before it."""
-        rest, _ = self._process.communicate("\n")
-        self._timer.cancel()
-        if self._ending is None and self._process.returncode:
-            self._ending = f"exit status {self._process.returncode}"
-        return {**last_object("".join(self._output) + rest, self._ending), "warm": self._is_warm}
+def cell_of(row: str, column: str, options: argparse.Namespace, folder: Path) -> tuple[Cell, bool]:
+    """The process of a cell, and whether its caches were filled by an earlier run."""
+    name = re.sub(r"\W+", "-", f"{row}-{options.small_depth}-{column}-{options.torchao_untuned}")
+    home = (options.cache or folder / "caches") / name
+    is_warm = home.exists() and column != EAGER
+    arguments = ["--row", row, "--column", column, "--folder", str(folder)]
+    for name in ("calls", "repeats", "small_depth"):
+        arguments += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
+    for name in ("profile", "together", "torchao_untuned"):
+        arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
+    for key, value in options.option:
+        arguments += ["--option", f"{key}={json.dumps(value)}"]
+    return Cell(__file__, arguments, caches(home, column == OURS), options.timeout, enough="direct"), is_warm
 
 
 def cells_of(row: str, options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -105,57 +76,12 @@ def cells_of(row: str, options: argparse.Namespace, folder: Path) -> Iterator[tu
     quick = [column for column in columns if column not in slow]
     for together in filter(None, (quick, slow)) if options.together else [[column] for column in columns]:
         print(f"measuring {row}: {', '.join(together)}", file=sys.stderr, flush=True)
-        cells = {column: Cell(row, column, options, folder) for column in together}
+        cells = {column: cell_of(row, column, options, folder) for column in together}
         if options.together:
-            for cell in cells.values():
+            for cell, _ in cells.values():
                 cell.wait_until_ready()
-        for column, cell in cells.items():
-            yield column, cell.finish()
-
-
-def last_object(output: str, ending: str | None) -> dict[str, Any]:
-    """The last whole line of a process's output that is a JSON object; ``ending``: what went wrong, if anything."""
-    for line in reversed(output.splitlines()):
-        try:
-            cell = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(cell, dict):
-            if ending is not None:
-                cell["notes"] = [*cell.get("notes", ()), ending]
-                if "direct" not in cell:
-                    cell["failed"] = ending
-            return cell
-    return {"failed": ending or "printed nothing"}
-
-
-def caches(row: str, column: str, options: argparse.Namespace, folder: Path) -> tuple[dict[str, str], bool]:
-    """The environment in which all caches lie in a folder of their own, and whether there is anything in it already."""
-    name = re.sub(r"\W+", "-", f"{row}-{options.small_depth}-{column}-{options.torchao_untuned}")
-    home = (options.cache or folder / "caches") / name
-    is_warm = home.exists()
-    home.mkdir(parents=True, exist_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_CACHE_DIR"}
-    environment["TRITON_HOME"] = environment["ONLINEQUANT_CACHE_DIR"] = str(home)
-    if column == OURS:
-        environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # else it would take the place of onlinequant's own
-    else:
-        environment["TORCHINDUCTOR_CACHE_DIR"] = str(home / "inductor")
-    # Older CUPTI libraries crash if they are set up again once there are CUDA graphs.
-    environment.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
-    environment.setdefault("TEARDOWN_CUPTI", "0")
-    return environment, is_warm and column != EAGER
-
-
-def key_and_value(text: str) -> tuple[str, Any]:
-    """``key=value``, where what is not JSON is a string."""
-    key, equals, value = text.partition("=")
-    if not (key and equals):
-        raise argparse.ArgumentTypeError(f"{text!r} is not of the form key=value")
-    try:
-        return key, json.loads(value)
-    except ValueError:
-        return key, value
+        for column, (cell, is_warm) in cells.items():
+            yield column, {**cell.finish(), "warm": is_warm}
 
 
 def parser() -> argparse.ArgumentParser:

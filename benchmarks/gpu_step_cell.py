@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import importlib
-import json
 import os
 import sys
 import time
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks import peak_memory
+from benchmarks.cells import READY, emit, say
 from benchmarks.gpu_kernels import kernel_summary, kernels, trace
 from benchmarks.gpu_timing import captured, event_times, require_cuda, spread, wall_times, warm_up_for_capture
 from benchmarks.models import build, relative_error
@@ -55,7 +55,6 @@ REPLAYS = 25
 BATCHES = 7  # of direct calls between CUDA events
 PROFILED = 3
 MOST_CALLS = 200  # until the first result in 8 bit
-READY = "ready to be measured"
 
 
 def compiled(options: argparse.Namespace, model: torch.nn.Module) -> Callable[..., Any]:
@@ -197,11 +196,3 @@ def relative_error_of(run: Callable[[], torch.Tensor], saved: Path) -> float:
     result = run()
     torch.cuda.synchronize()
     return relative_error(result, torch.load(saved, map_location="cuda"))
-
-
-def emit(cell: dict[str, Any]) -> None:
-    print(json.dumps(cell), flush=True)
-
-
-def say(text: str) -> None:
-    print(f"  {text}", file=sys.stderr, flush=True)

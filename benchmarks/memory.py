@@ -1,76 +1,122 @@
-"""What a model's weights take, before and after ``free_float_weights=True`` gives up those that have 8-bit copies.
+"""What real denoisers take of an NVIDIA GPU's memory, phase by phase: eager, torch.compile, torchao and onlinequant.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py --rows sd15 sdxl --json memory.jsonl
+    python benchmarks/memory.py --rows svd flux --no-second-size --json memory.jsonl
+    python benchmarks/memory.py --rows flux --columns "onlinequant half" --capped 16
+    python benchmarks/memory.py --show memory.jsonl
 
-The full SD1.5 UNet in bfloat16, which takes what float16 does, at a small latent image, since only the weights count.
-Inductor's place is taken by running the rewritten graph as it is: a compile would take minutes and change nothing here.
-"Resident" is the whole process's memory above what it was before the model was made.
+Every cell (a model in one column) is a process of its own with empty caches, alone on the GPU. All have the same random
+weights and inputs, made on the GPU and moved to the host before anything is measured. FLUX.1 is in bfloat16, all others
+in float16. "torchao" is that of ``gpu_step``. "onlinequant half" keeps the float weights in the host's memory.
+
+- "load": the model comes from the host's memory onto the GPU, and torchao quantizes it.
+- "observe": onlinequant's calls in float.
+- "compile": up to the first compiled result, onlinequant's in 8 bit. Of eager it is the first call.
+- "run": 10 calls.
+- "LoRA": changes of rank 16 are added in place to the weights of all attention projections, and 2 calls are made; then
+  they are subtracted again, with 2 more calls. "LoRA s" and "removed s" last until the first result after the change.
+- "second size": 3 calls at about half the height. "2nd size s" is the first of them.
+
+Before each phase, cached memory without a tensor is given back, so a peak is the phase's own. "allocated" and
+"reserved" are the peaks of torch's allocator. "process" is what the GPU's memory in use grew by, looked at every 5 ms,
+with CUDA's context: according to NVML if ``pynvml`` is installed, else to CUDA itself, with nvidia-smi for the time
+before the process began. "host" is the process's resident memory. A phase in which memory runs out, or anything else
+fails, is the last one of its cell; only a LoRA that cannot be added to torchao's weights is passed over.
+
+- "relative error": ``||result - eager|| / ||eager||`` of the step's output.
+- "weights after": the largest difference between a weight before the LoRA and after it, rounding included.
+
+``--capped GB`` lets torch's allocator have so many GiB. ``--show FILE`` prints the tables of what runs have appended to
+a file; it needs no GPU. ``--device cpu --tiny`` tries the script with small models.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import ctypes
-import gc
+import importlib.util
+import json
+import re
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
-import psutil
-import torch
 from rich.console import Console
-from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import onlinequant_backend
-from benchmarks.models import build, relative_error
-from onlinequant_backend.torch_internals import inductor_interface
+from benchmarks.cells import Cell, caches, key_and_value, say
+from benchmarks.gpu_step_cell import OURS, TORCHAO
+from benchmarks.gpu_timing import require_cuda
+from benchmarks.memory_cell import COLUMNS, HALF, ROWS, measure
+from benchmarks.memory_tables import read, show
 
 
-def resident() -> int:
-    """Bytes of this process in memory, once what was freed has been given back."""
-    gc.collect()
-    with contextlib.suppress(OSError):  # another libc, which keeps what it likes
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(psutil.Process().memory_info().rss)
+def cell_of(row: str, column: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """One cell, measured by a fresh process."""
+    if column == TORCHAO and importlib.util.find_spec("torchao") is None:
+        return {"failed": "torchao is not installed"}
+    arguments = ["--row", row, "--column", column, "--folder", str(folder), "--device", options.device]
+    for name in ("tiny", "torchao_untuned"):
+        arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
+    arguments += ["--no-second-size"] * (not options.second_size)
+    arguments += ["--capped", str(options.capped)] * bool(options.capped)
+    for key, value in options.option:
+        arguments += ["--option", f"{key}={json.dumps(value)}"]
+    home = folder / "caches" / re.sub(r"\W+", "-", f"{row}-{column}")
+    return Cell(__file__, arguments, caches(home, column in (OURS, HALF)), options.timeout).finish()
 
 
-def stored(model: torch.nn.Module) -> int:
-    """Bytes of the memory that a model's parameters point to, each counted once."""
-    storages = {parameter.untyped_storage().data_ptr(): parameter.untyped_storage() for parameter in model.parameters()}
-    return sum(storage.nbytes() for storage in storages.values())
+def title_of(row: str, options: argparse.Namespace) -> str:
+    """What a row's tables are called."""
+    kind = str(ROWS[row].dtype).removeprefix("torch.")
+    capped = f", at most {options.capped:g} GiB" if options.capped else ""
+    return f"{row}, tiny" if options.tiny else f"{ROWS[row].title}, {kind}{capped}"
 
 
-@torch.no_grad()
+def parser() -> argparse.ArgumentParser:
+    result = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    result.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    result.add_argument("--columns", nargs="+", default=list(COLUMNS), choices=COLUMNS)
+    result.add_argument("--json", type=Path, help="append each cell to this file, as one line, when it is finished")
+    result.add_argument("--show", type=Path, help="print what --json wrote to this file, and measure nothing")
+    result.add_argument("--capped", type=float, metavar="GB", help="GiB that torch's allocator may take of the GPU")
+    result.add_argument("--no-second-size", dest="second_size", action="store_false", help="leave out the last phase")
+    result.add_argument("--timeout", type=float, default=600, help="seconds for one cell")
+    result.add_argument("--option", action="append", default=[], type=key_and_value, help="key=value for onlinequant")
+    result.add_argument("--torchao-untuned", action="store_true", help="without the Inductor options torchao sets")
+    result.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    result.add_argument("--tiny", action="store_true", help="small models, for trying the script")
+    result.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
+    result.add_argument("--column", choices=COLUMNS, help=argparse.SUPPRESS)
+    result.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return result
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
-    inductor_interface.compile_fx = lambda module, _inputs, _options, **_: module  # type: ignore[assignment]
-    torch.nn.Linear(64, 64, dtype=torch.bfloat16)(torch.zeros(64, 64, dtype=torch.bfloat16))  # loads oneDNN
-    before = resident()
-    model, inputs = build("sd15", "cpu", torch.bfloat16, batch=1)
-    inputs["sample"] = inputs["sample"][..., :16, :16].contiguous()
-    floats, in_floats = stored(model), resident() - before
-    expected = model(**inputs)[0]
-    options = {"precision": "int8", "calibration_steps": 1, "free_float_weights": True}
-    options |= {"conv_compute_density_threshold": 0, "linear_compute_density_threshold": 0}
-    step = torch.compile(model, backend="onlinequant", options=options)
-    step(**inputs)
-    result = step(**inputs)[0]
-    report = onlinequant_backend.reports()[-1]
-    eight_bit = sum(torch.Size(d.weight_shape).numel() for d in report.decisions if d.quantized)
-    table = Table(title="SD1.5 UNet, weights in bfloat16; GB")
-    for heading in ("", "float weights", "8-bit weights", "together", "of float", "resident", "of float"):
-        table.add_column(heading, justify="right" if heading else "left")
-    rows = (("float", floats, 0, in_floats), ("freed", stored(model), eight_bit, resident() - before))
-    for name, float_bytes, int_bytes, process in rows:
-        both = float_bytes + int_bytes
-        cells = (float_bytes, int_bytes, both, both / floats * 1e9, process, process / in_floats * 1e9)
-        table.add_row(name, *(f"{cell / 1e9:.2f}" for cell in cells))
-    console = Console(width=120)
-    console.print(table)
-    console.print(f"{sum(d.quantized for d in report.decisions)} of {len(report.decisions)} layers in 8 bit, ", end="")
-    console.print(f"relative error of a step {relative_error(result, expected):.4f}, {report.phase}")
+    options = parser().parse_args()
+    console = Console(width=190)
+    if options.show:
+        for title, cells in read(options.show).items():
+            show(console, title, cells)
+        return
+    if options.device == "cuda":
+        require_cuda()
+    if options.row:
+        measure(options)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        for row in options.rows:
+            title, cells = title_of(row, options), {}
+            for column in sorted(set(options.columns), key=COLUMNS.index):
+                say(f"measuring {row}: {column}")
+                cells[column] = cell_of(row, column, options, Path(name))
+                say(json.dumps(cells[column]))
+                if options.json:
+                    line = {"title": title, "row": row, "column": column, **cells[column]}
+                    line["options"] = dict(options.option) if column in (OURS, HALF) else {}
+                    with options.json.open("a") as file:
+                        file.write(json.dumps(line) + "\n")
+            show(console, title, cells)
 
 
 if __name__ == "__main__":

@@ -49,9 +49,23 @@ SVD = {
     "transformer_layers_per_block": 1,
     "num_attention_heads": [5, 10, 20, 20],
 }
-MODELS = ("sd15", "sdxl", "sdxl-small", "svd")
+# FLUX.1 [dev]: 19 double and 38 single blocks, 12 billion parameters.
+FLUX = {
+    "in_channels": 64,
+    "num_layers": 19,
+    "num_single_layers": 38,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 4096,
+    "pooled_projection_dim": 768,
+    "guidance_embeds": True,
+    "axes_dims_rope": (16, 56, 56),
+}
+CONFIGS: dict[str, dict[str, Any]] = {"sd15": SD15, "sdxl": SDXL, "sdxl-small": SDXL_SMALL, "svd": SVD, "flux": FLUX}
+MODELS = tuple(CONFIGS)
+UNETS = tuple(name for name in MODELS if name != "flux")
 # Height and width of the latent image at which each was trained.
-NATIVE = {"sd15": (64, 64), "sdxl": (128, 128), "sdxl-small": (32, 32), "svd": (72, 128)}
+NATIVE = {"sd15": (64, 64), "sdxl": (128, 128), "sdxl-small": (32, 32), "svd": (72, 128), "flux": (128, 128)}
 
 
 def build(
@@ -68,46 +82,59 @@ def build(
     ``size``: height and width of the latent image, an eighth of the picture's; None for the native size. ``config``:
     entries that replace those of the published configuration. "meta" is an allowed device: shapes without values.
     """
-    from diffusers import UNet2DConditionModel, UNetSpatioTemporalConditionModel
-
+    if name not in CONFIGS:
+        raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
     torch.manual_seed(seed)
-    height, width = size or NATIVE.get(name, (0, 0))
-    changes = dict(config or {})
+    model = _denoiser(name, device, dtype, {**CONFIGS[name], **(config or {})})
+    return model, step_inputs(name, device, dtype, batch, size)
+
+
+def _denoiser(name: str, device: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.nn.Module:
+    from diffusers import FluxTransformer2DModel, UNet2DConditionModel, UNetSpatioTemporalConditionModel
+
+    kinds = {"svd": UNetSpatioTemporalConditionModel, "flux": FluxTransformer2DModel}
+    with torch.device(device), _default_dtype(dtype):
+        model: Any = kinds.get(name, UNet2DConditionModel)(**config)  # diffusers' types say nothing of Module
+    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return model if name in ("svd", "flux") else model.to(memory_format=torch.channels_last)
+
+
+def step_inputs(
+    name: str, device: str, dtype: torch.dtype, batch: int, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """The keyword arguments of one step at a size, with random values."""
+    height, width = size or NATIVE[name]
 
     def noise(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device=device, dtype=dtype)
 
-    timestep = torch.full((1,), 500.0, device=device)
-    with torch.device(device), _default_dtype(dtype):
-        model: Any  # diffusers' types say nothing of Module
+    def filled(count: int, value: float) -> torch.Tensor:
+        return torch.full((count,), value, device=device)
+
+    if name == "flux":  # two by two values of a latent image of 16 channels are a token
+        image_ids = torch.cartesian_prod(*(torch.arange(length // 2, device=device) for length in (height, width)))
+        return {
+            "hidden_states": noise(batch, len(image_ids), 64),
+            "encoder_hidden_states": noise(batch, 512, 4096),
+            "pooled_projections": noise(batch, 768),
+            "timestep": filled(batch, 0.5),
+            "guidance": filled(batch, 3.5),
+            "img_ids": torch.nn.functional.pad(image_ids, (1, 0)).to(dtype),
+            "txt_ids": torch.zeros(512, 3, device=device, dtype=dtype),
+            "return_dict": False,
+        }
+    image = (25, 8) if name == "svd" else (4,)
+    text = {"sd15": (77, 768), "sdxl": (77, 2048), "sdxl-small": (77, 512), "svd": (1, 1024)}[name]
+    inputs: dict[str, Any] = {"sample": noise(batch, *image, height, width), "timestep": filled(1, 500.0)}
+    inputs["encoder_hidden_states"] = noise(batch, *text)
+    if name == "svd":
+        inputs["added_time_ids"] = noise(batch, 3)
+    elif name != "sd15":
         # SDXL is told the size of the original, the corner of the crop and the size of the picture, in pixels.
         pixels = [8.0 * height, 8.0 * width]
-        time_ids = torch.tensor([[*pixels, 0.0, 0.0, *pixels]] * batch)
-        if name == "sd15":
-            model = UNet2DConditionModel(**{**SD15, **changes})
-            inputs: dict[str, Any] = {"sample": noise(batch, 4, height, width), "timestep": timestep}
-            inputs["encoder_hidden_states"] = noise(batch, 77, 768)
-        elif name == "sdxl":
-            model = UNet2DConditionModel(**{**SDXL, **changes})
-            inputs = {"sample": noise(batch, 4, height, width), "timestep": timestep}
-            inputs["encoder_hidden_states"] = noise(batch, 77, 2048)
-            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": time_ids}
-        elif name == "sdxl-small":
-            model = UNet2DConditionModel(**{**SDXL_SMALL, **changes})
-            inputs = {"sample": noise(batch, 4, height, width), "timestep": timestep}
-            inputs["encoder_hidden_states"] = noise(batch, 77, 512)
-            inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": time_ids}
-        elif name == "svd":
-            model = UNetSpatioTemporalConditionModel(**{**SVD, **changes})
-            inputs = {"sample": noise(batch, 25, 8, height, width), "timestep": timestep}
-            inputs["encoder_hidden_states"] = noise(batch, 1, 1024)
-            inputs["added_time_ids"] = noise(batch, 3)
-        else:
-            raise ValueError(f"unknown model {name!r}: choose one of {', '.join(MODELS)}")
-    model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    if name != "svd":
-        model = model.to(memory_format=torch.channels_last)
-    return model, {**inputs, "return_dict": False}
+        time_ids = torch.tensor([[*pixels, 0.0, 0.0, *pixels]] * batch, device=device, dtype=dtype)
+        inputs["added_cond_kwargs"] = {"text_embeds": noise(batch, 1280), "time_ids": time_ids}
+    return {**inputs, "return_dict": False}
 
 
 @contextlib.contextmanager
