@@ -14,7 +14,7 @@ from .report import NodeDecision, Report, reports
 from .runtime import SamplingRun, sampling_run
 
 if _TYPE_CHECKING:
-    from .backend import copied_bytes, invalidate, onlinequant, release, reset
+    from .backend import copied_bytes, invalidate, onlinequant, place, release, reset
     from .config import QuantConfig
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "copied_bytes",
     "invalidate",
     "onlinequant",
+    "place",
     "release",
     "reports",
     "reset",
@@ -41,6 +42,7 @@ _MODULES = {
     "copied_bytes": ".backend",
     "invalidate": ".backend",
     "onlinequant": ".backend",
+    "place": ".backend",
     "release": ".backend",
     "reset": ".backend",
 }

@@ -21,6 +21,7 @@ CUDA_GRAPHS = ("auto", True, False)
 REGIONAL_COMPILATIONS = ("auto", True, False)
 SELECTIONS = ("auto", "density", "measured")
 SHAPES = ("auto", "static", "dynamic")
+FLOAT_WEIGHTS = ("auto", "device", "host")
 # Options with a few allowed values, but for ``precision``, whose error has a class of its own.
 _CHOICES: Mapping[str, tuple[object, ...]] = {
     "calibration_method": CALIBRATION_METHODS,
@@ -29,11 +30,14 @@ _CHOICES: Mapping[str, tuple[object, ...]] = {
     "regional_compilation": REGIONAL_COMPILATIONS,
     "selection": SELECTIONS,
     "shapes": SHAPES,
+    "float_weights": FLOAT_WEIGHTS,
     "compile_in_background": (True, False),
     "free_float_weights": (True, False),
 }
 # Options that change nothing of what is in the cache.
-_HOUSEKEEPING = ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout")
+_HOUSEKEEPING = (
+    *("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "float_weights", "lock_timeout"),
+)
 
 # Characters of a wrong value that a message shows.
 _LONGEST = 200
@@ -70,6 +74,9 @@ class QuantConfig:
             widened; after a change of weights or sizes each step of two runs does. 0 means never.
         compile_in_background: whether to compile in another thread while the model goes on in float; not with
             ``free_float_weights``, under autocast, or where the graph writes into its inputs.
+        float_weights: where the float weights are that have 8-bit copies, on a GPU. "host": in host memory from the
+            first call on, which needs the least memory of the GPU; "auto": from the end of observing on; "device":
+            always on the GPU. On the host they can be read and written as before.
         free_float_weights: whether to free the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.
         cache_size_limit: GB (1e9 bytes) that the cache may take; what was used least recently goes first.
@@ -95,6 +102,7 @@ class QuantConfig:
     max_error: float | None = None
     drift_check_every: int = 64
     compile_in_background: bool = False
+    float_weights: str = "auto"
     free_float_weights: bool = False
     cache_dir: str | None = None
     cache_size_limit: float = 20

@@ -51,6 +51,11 @@ def invalidate(module: torch.nn.Module) -> int:
     return 0
 
 
+def place(module: torch.nn.Module, device: torch.device | str = "cuda") -> torch.nn.Module:
+    """``module.to(device)``: without 8-bit copies, weights are needed where the model runs."""
+    return module.to(device)
+
+
 def release(module: torch.nn.Module) -> int:
     """As ``runtime.control.release``."""
     return 0

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.fx as fx
 
 from ..config import QuantConfig
-from ..graph import LayerInfo, fx_utils, layer_nodes
+from ..graph import LayerInfo, fx_utils, info_of, layer_nodes
 from ..graph.graph_inputs import GraphInputs
 from ..kernels.precision import Precision
 from ..kernels.provider import Provider, provider_of
-from ..passes import OBSERVE, PassContext, run_passes
+from ..passes import OBSERVE, STREAM, PassContext, run_passes
+from ..quantization import host_weights
 from ..report.report import Report
 from ..torch_internals import torch_settings
 from . import graph_key
@@ -75,3 +78,33 @@ class TracedGraph:
         observed = fx_utils.copy_graph(self.module)
         run_passes(observed, OBSERVE, PassContext(self.config, self.precision))
         return observed
+
+    @functools.cached_property
+    def _streamed(self) -> fx.GraphModule:
+        streamed = fx_utils.copy_graph(self.module)
+        run_passes(streamed, STREAM, PassContext(self.config, self.precision))
+        return streamed
+
+    def in_float(self, args: Sequence[Any]) -> Any:
+        """The float result of a call."""
+        if host_weights.are_any_on_host():
+            parameters = self.inputs.take_parameters(args)
+            if any(map(host_weights.is_on_host, parameters)):
+                return self._streamed(*args)
+        return self.module(*args)
+
+    @functools.cached_property
+    def weights_of_layers_only(self) -> frozenset[str]:
+        """The names of the placeholders of weights that only layers read that may be quantized."""
+        nodes = {node.name: node for node in fx_utils.placeholders(self.module)}
+        return frozenset(name for info in self.infos if _is_read_by_layers_only(nodes[name := info.weight]))
+
+    @property
+    def keeps_weights_on_host(self) -> bool:
+        """Whether float weights with 8-bit copies move to the host."""
+        return self.config.float_weights != "device" and host_weights.supports(self.device)
+
+
+def _is_read_by_layers_only(weight: fx.Node) -> bool:
+    infos = map(info_of, weight.users)
+    return all(info is not None and info.index is not None for info in infos)

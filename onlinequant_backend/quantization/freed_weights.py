@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from ..tensors import extent
+
 # The number of zeros at the beginning of a hollow weight's memory.
 CANARIES = 4
 
@@ -20,13 +22,14 @@ def free_values(weights: Sequence[torch.Tensor]) -> int:
     """Free the memory of ``weights``; returns its bytes minus those of the shared buffers. Memory that has other
     references (a state dict, a tied weight) stays allocated.
     """
-    kinds: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    kinds: dict[tuple[torch.dtype, torch.device, bool], list[torch.Tensor]] = {}
     for weight in weights:
-        kinds.setdefault((weight.dtype, weight.device), []).append(weight)
+        kinds.setdefault((weight.dtype, weight.device, weight.is_inference()), []).append(weight)
     freed = 0
-    for (dtype, device), group in kinds.items():
-        with torch.inference_mode(False):
-            buffer = torch.full((max(map(_extent, group)),), torch.nan, dtype=dtype, device=device)
+    for (dtype, device, is_inference), group in kinds.items():
+        # An inference tensor with ordinary memory would have no version and not know it.
+        with torch.inference_mode(is_inference):
+            buffer = torch.full((max(map(extent, group)),), torch.nan, dtype=dtype, device=device)
             buffer[:CANARIES] = 0
         freed -= buffer.nbytes
         for weight in group:
@@ -38,8 +41,3 @@ def free_values(weights: Sequence[torch.Tensor]) -> int:
 def sentinel_values(weight: torch.Tensor) -> torch.Tensor:
     """The view of a hollow weight whose values show whether it was written to."""
     return weight.detach().as_strided((min(CANARIES, weight.numel()),), (1,))
-
-
-def _extent(tensor: torch.Tensor) -> int:
-    """The number of elements from a tensor's first to its last in memory."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

@@ -86,6 +86,7 @@ class Copy:
         in_use: whether a graph uses it.
         room: memory allocated for the next copy and its scales.
         freed: whether the float weight was freed, so that the copy cannot be made again.
+        read_in_float: whether some graph reads the float weight, which then stays on the GPU.
     """
 
     def __init__(self, geometry: ConvGeometry | None, format: Format) -> None:
@@ -96,7 +97,7 @@ class Copy:
         self.room: tuple[torch.Tensor, torch.Tensor] | None = None
         self.merged: MergedWeight | None = None
         self.in_use = False
-        self.freed = False
+        self.freed = self.read_in_float = False
         self._source: Callable[[], torch.Tensor | None] = lambda: None
         self._former: list[Callable[[], torch.Tensor | None]] = []
         self._stamp: Stamp | None = None

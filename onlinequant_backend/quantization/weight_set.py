@@ -10,6 +10,7 @@ A ``WeightSet`` holds the layers of one call of one graph. ``weight_changes`` de
 from __future__ import annotations
 
 import contextlib
+import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 
 from ..tensors import getter
+from . import host_weights
 from .calibrated_layers import CalibratedLayers
 from .freed_weights import free_values
 from .layer_registry import known_layers
@@ -26,6 +28,8 @@ from .merged_weight import MergedWeight, merged_weight
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import weak_key
+
+_log = logging.getLogger("onlinequant")
 
 
 class Releasable(Protocol):
@@ -57,6 +61,7 @@ class WeightSet(CalibratedLayers):
         prepared: for each compiled graph, its state for calls with these weights.
         generation: the generation of the copies and ranges with which this set was last brought up to date.
         changed: the copies that ``follow`` quantized again.
+        hostable: indices of the layers whose float weights move to the host.
         ids: the parameters' identities. A set must not keep a dropped model alive, so it has no references; ``alive``
             becomes False when the first parameter is deleted, since its identity may then be reused.
     """
@@ -76,6 +81,7 @@ class WeightSet(CalibratedLayers):
         self.prepared: dict[object, Releasable] = {}
         self.generation = -1
         self.changed: set[Copy] = set()
+        self.hostable: Set[int] = frozenset()
         self.ids = tuple(map(id, parameters))
         self.alive = True
         self._candidates = candidates
@@ -219,11 +225,29 @@ class WeightSet(CalibratedLayers):
         self._bring_up_to_date(parameters, indices)
         for index in indices:
             self.layers[index].copy.in_use = True
+        unselected = set(range(len(self.layers))).difference(indices)
         for layer in self.layers:
             layer.copy.drop()
+        for index in unselected:
+            self.layers[index].copy.read_in_float = True
+        self.move_to_device(parameters, unselected)
         self.changed.clear()
         self.selection = tuple(indices)  # last, since other threads may use it from now on
         Generation.copies += 1
+
+    def move_to_host(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
+        """Move the float weights of the layers at ``indices`` to the host, where that is wanted and possible."""
+        copies = {index: self.layers[index].copy for index in indices if index in self.hostable}
+        wanted = [index for index, copy in copies.items() if not (copy.freed or copy.read_in_float)]
+        try:
+            host_weights.move_to_host([parameters[self._candidates[index]] for index in wanted])
+        except host_weights.HostMemoryError as error:
+            _log.warning("float weights stay on the GPU, beside their 8-bit copies: %s", error)
+            self.hostable = frozenset()
+
+    def move_to_device(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
+        """Move the float weights of the layers at ``indices`` back to the GPU."""
+        host_weights.move_to_device([parameters[self._candidates[index]] for index in indices])
 
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
         """Free the float weights of the quantized layers; returns the freed bytes."""
@@ -261,6 +285,7 @@ class WeightSet(CalibratedLayers):
     def _bring_up_to_date(self, parameters: Sequence[torch.Tensor], selection: Sequence[int]) -> int:
         watched = getter([self._candidates[index] for index in selection])
         with copies_lock:
+            self.move_to_host(parameters, selection)
             # Taken before quantizing, so that the next call detects changes by other threads meanwhile.
             snapshot = Snapshot(watched(parameters), [self.layers[index].copy.freed for index in selection])
             changed = self.quantize(parameters, selection)

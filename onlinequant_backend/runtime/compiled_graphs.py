@@ -61,6 +61,11 @@ class CompiledGraphs:
         self._general: dict[tuple[Any, ...], dict[frozenset[Any], CompiledGraph]] = {}
         self._too_many: InFloat | None = None
 
+    def are_all_in_float(self) -> bool:
+        """Whether there are graphs, and none of them is in 8 bit."""
+        found = [graph for graph in list(self.known.values()) if graph is not NO_VALUES]
+        return bool(found) and not any(isinstance(graph, CompiledGraph) for graph in found)
+
     def numbers(self, args: Sequence[Any]) -> tuple[float, ...]:
         """The numbers among a call's inputs, such as a LoRA's strength."""
         return tuple([float(args[position]) for position in self._inputs.numbers])

@@ -5,7 +5,10 @@ from __future__ import annotations
 import weakref
 
 import torch
+from torch import nn
 
+from ..errors import InvalidOptionError
+from ..quantization import host_weights
 from ..quantization.layer_registry import known_layers
 from ..quantization.weight_copy import Generation
 from ..report.report import clear
@@ -30,6 +33,25 @@ def release(module: torch.nn.Module) -> int:
     return known_sets.release(list(module.parameters()))
 
 
+def place(module: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
+    """Move ``module`` to a GPU as ``module.to(device)`` does, except for the weights of its convolutions and linear
+    layers: these stay in host memory, where the GPU reads them. So a model that fits the GPU only in 8 bit can be
+    compiled. It is slow until it runs in 8 bit, unless it is compiled with this backend, which copies weights ahead.
+    Returns ``module``. Raises InvalidOptionError for a device that cannot read host memory, and MemoryError if the host
+    has too little.
+    """
+    gpu = torch.device(device)
+    if gpu.type == "cuda" and gpu.index is None:
+        gpu = torch.device("cuda", torch.cuda.current_device())
+    if not host_weights.supports(gpu):
+        raise InvalidOptionError(
+            f"device is {str(device)!r}, which cannot read host memory: give an NVIDIA GPU, or use module.to(device)."
+        )
+    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
+    host_weights.load_on_host([layer.weight for layer in layers], gpu)
+    return module.to(gpu)
+
+
 def copied_bytes(module: torch.nn.Module) -> int:
     """The size in bytes of the 8-bit copies that ``module`` uses; 0 while there are none."""
     when, size = _copied_bytes.get(module, (-1, 0))
@@ -51,3 +73,4 @@ def reset() -> None:
     _copied_bytes.clear()
     graphs.clear()
     clear()
+    host_weights.free_unused()

@@ -115,7 +115,7 @@ class DriftWatch:
             return
         try:
             with torch.no_grad():
-                error = relative_error(result, self._traced.module(*args))
+                error = relative_error(result, self._traced.in_float(args))
         except Exception:  # for example out of memory
             _log.info("the error of a step is not measured", exc_info=True)
             return
@@ -173,7 +173,7 @@ class DriftWatch:
 
     def _run_float(self, args: Sequence[Any], weights: WeightState) -> Any:
         """The float result; ranges do not change, so the next call is checked as well."""
-        result = self._traced.module(*args)
+        result = self._traced.in_float(args)
         weights.schedule.restart(in_float=True)
         return result
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 
+from ..best_effort import best_effort
 from ..errors import OnlineQuantError
+from ..quantization import host_weights
 from ..quantization.weight_copy import Call
 from ..report.phases import Phase
 from ..report.report import Report
@@ -51,10 +53,16 @@ class Finisher:
 
     def run_float(self, args: Sequence[Any]) -> Any:
         """The float result of a call."""
+        parameters = self._traced.inputs.take_parameters(args)
         for state in self._states:
-            state.check_not_freed(self._traced.inputs.take_parameters(args))
+            state.check_not_freed(parameters)
+        if host_weights.are_any_on_host() and (self._failures.gave_up or self._compiler.graphs.are_all_in_float()):
+            with best_effort("the float weights stay in host memory, so that each step copies them"):
+                for state in self._states:
+                    state.hostable = frozenset()
+                host_weights.move_to_device(parameters)
         with turn(self._traced) if self.is_busy() else contextlib.nullcontext():
-            return self._traced.module(*args)
+            return self._traced.in_float(args)
 
     def may_use_background(self) -> bool:
         """Whether another thread may compile for a call like this one."""

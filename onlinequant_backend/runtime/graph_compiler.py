@@ -8,7 +8,7 @@ import itertools
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -143,6 +143,18 @@ class GraphCompiler:
         if self.background is None or self._moves >= _MOST_MOVES:
             return False
         return self.background.places != places(parameters)
+
+    @contextlib.contextmanager
+    def moving(self, parameters: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Within the block, this thread may move weights: no other thread runs a float step."""
+        if self.background is None:
+            yield
+            return
+        with turn(self._traced):
+            try:
+                yield
+            finally:
+                self.background.places = places(parameters)
 
     def note_move(self) -> None:
         """Count a move of the model during a compile."""

@@ -32,6 +32,9 @@ class Observer:
         parameters = traced.inputs.take_parameters(args)
         candidates = [index for index, info in enumerate(traced.infos) if info.quantized]
         state.check_not_freed(parameters)
+        if is_last or traced.config.float_weights == "host":
+            with self._compiler.moving(parameters):
+                state.move_to_host(parameters, candidates)
         if is_last and traced.provider.captures_graphs:  # it calls the kernels of every layer
             layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
             give_back_freed_memory(traced.device)  # before the long-lived copies are allocated in it

@@ -35,14 +35,18 @@ class Selector:
             self._start_over(state)
             return
         state.calibrated_rest = rest
-        state.quantize(parameters, [i for i, info in enumerate(infos) if info.quantized])
+        candidates = [i for i, info in enumerate(infos) if info.quantized]
+        with self._compiler.moving(parameters):
+            state.move_to_host(parameters, candidates)
+        state.quantize(parameters, candidates)
         refusals = [layer.refusal() for layer in state.layers]
         if not self._choice.is_made:
             self._choice.make(args, state, refusals, self._states.entry(state, parameters).load_autotuning)
             state.is_compared = state.is_compared or traced.config.max_error is not None  # already measured
         chosen = tuple(i for i, info in enumerate(infos) if info.quantized and not refusals[i])
         state.kind = self._states.kind(state, chosen)
-        state.select(parameters, chosen)
+        with self._compiler.moving(parameters):
+            state.select(parameters, chosen)
         # A LoRA may have been loaded since the last observed call. ``is_current`` notices later changes.
         if not state.is_calibrated_for(state.fingerprint(parameters), traced.operations):
             state.schedule.restart()

@@ -122,6 +122,8 @@ class WeightStates:
         parameters = {inputs.names[at]: number for number, at in enumerate(inputs.parameters)}
         self.candidates = [parameters[info.weight] for info in traced.infos]
         self._together = layer_timing.together(traced.module)
+        readable = traced.weights_of_layers_only if traced.keeps_weights_on_host else frozenset()
+        self._hostable = frozenset(i for i, info in enumerate(traced.infos) if info.weight in readable)
         self._by_ids: dict[tuple[int, ...], WeightState] = {}  # by the parameters' identities
         self._all: weakref.WeakSet[WeightState] = weakref.WeakSet()  # including replaced ones
         self._layouts: dict[tuple[Any, ...], int] = {}
@@ -150,6 +152,7 @@ class WeightStates:
                 self._together,
                 self.traced.config.drift_check_every,
             )
+            state.hostable = self._hostable
             if any(layer.frozen for layer in layers):  # by another graph, possibly before a LoRA was loaded
                 state.schedule.restart()
             # The results for the model also hold with a LoRA.

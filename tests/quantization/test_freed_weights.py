@@ -49,6 +49,13 @@ def test_a_hollow_weight_keeps_all_but_its_memory(layout: str) -> None:
     assert free_values([]) == 0
 
 
+def test_a_hollow_weight_made_in_inference_mode_still_knows_that_it_has_no_version() -> None:
+    with torch.inference_mode():
+        weight = nn.Parameter(noise(8, 6), requires_grad=False)
+    free_values([weight])
+    assert weight.is_inference()
+
+
 @torch.no_grad()
 def test_pictures_stay_and_memory_goes(inductor: EagerInductor) -> None:
     model, step, expected = freed_net()

@@ -11,7 +11,7 @@ import copy
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, ClassVar
 
 import hypothesis
 import hypothesis.strategies as st
@@ -23,6 +23,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.quantization import weight_quantization
+from tests.helpers.hosted import hosted as hosted
 from tests.helpers.small import compiled, forget_everything
 from tests.helpers.tiny import Block, noise, relative_error
 
@@ -68,12 +69,14 @@ def variant(of: Denoiser) -> Denoiser:
 class Session(RuleBasedStateMachine):
     """Models of one program and the patches that they have at the moment."""
 
+    options: ClassVar[dict[str, Any]] = {}
+
     @initialize(seed=_seeds)
     def begin(self, seed: int) -> None:
         forget_everything()
         first = denoiser(seed)
         self.models = [first, variant(first), denoiser(seed + 1)]
-        self.steps = [compiled(model) for model in self.models]
+        self.steps = [compiled(model, **self.options) for model in self.models]
         self.put_back: list[Callable[[], object]] = []
 
     def check(self, which: int, x: torch.Tensor, t: torch.Tensor, strength: float = 1.0) -> None:
@@ -183,7 +186,7 @@ class Session(RuleBasedStateMachine):
     def drop(self, which: int) -> None:
         self.put_back.clear()
         self.models[which] = variant(self.models[0]) if which == 1 else denoiser(which)
-        self.steps[which] = compiled(self.models[which])
+        self.steps[which] = compiled(self.models[which], **self.options)
 
     @rule()
     def let_go(self) -> None:
@@ -193,7 +196,13 @@ class Session(RuleBasedStateMachine):
     @rule()
     def start_dynamo_over(self) -> None:
         torch._dynamo.reset()
-        self.steps = [compiled(model) for model in self.models]
+        self.steps = [compiled(model, **self.options) for model in self.models]
+
+
+class HostedSession(Session):
+    """The same with float weights on the host."""
+
+    options: ClassVar[dict[str, Any]] = {"float_weights": "host"}
 
 
 @contextlib.contextmanager
@@ -217,7 +226,10 @@ def interrupted(after: int) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.usefixtures("inductor")
 @torch.no_grad()
-def test_any_order_of_events() -> None:
+@pytest.mark.parametrize("session", [Session, HostedSession])
+def test_any_order_of_events(session: type[Session], request: pytest.FixtureRequest) -> None:
+    if session is HostedSession:
+        request.getfixturevalue("hosted")
     settings = hypothesis.settings(
         max_examples=_EXAMPLES or 10,
         stateful_step_count=_STEPS,
@@ -227,7 +239,7 @@ def test_any_order_of_events() -> None:
         print_blob=True,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
-    run_state_machine_as_test(Session, settings=settings)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(session, settings=settings)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

@@ -1,0 +1,226 @@
+"""Float weights in host memory that a GPU reads where they are.
+
+A weight that was moved there is a CUDA tensor in page-locked memory that is mapped into the GPU's address space ("zero
+copy", CUDA C++ Programming Guide, "Mapped Memory"). It keeps its identity, shape, strides, dtype and version, and all
+of PyTorch can read and write it. So LoRAs, state dicts, copies and moves work as before, while the GPU's memory is
+free. Only reading is slow, as slow as the bus (55 GB/s on PCIe 5.0), so a layer that runs in float reads a copy that
+``on_device`` makes just before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import mmap
+import os
+import threading
+from collections.abc import Sequence
+
+import numpy
+import psutil
+import torch
+
+from ..tensors import extent
+
+_log = logging.getLogger("onlinequant")
+
+# Smaller weights stay on the GPU: they would not be worth a page or two and a copy for each float call.
+_LEAST = 2**18
+# The share of the free host memory that weights may take.
+_MOST = 0.8
+_MAPPED = 2  # cudaHostRegisterMapped
+
+_lock = threading.RLock()
+_addresses: set[int] = set()  # of the weights on the host
+_unused: list[_Block] = []  # without a weight, still page-locked
+
+
+class HostMemoryError(MemoryError):
+    """The host has too little memory that a GPU can read."""
+
+
+def is_on_host(weight: torch.Tensor) -> bool:
+    """Whether ``move_to_host`` has moved a weight, which is a CUDA tensor nevertheless."""
+    return bool(_addresses) and _address(weight) in _addresses
+
+
+def are_any_on_host() -> bool:
+    """Whether any weight of this process is on the host."""
+    return bool(_addresses)
+
+
+def can_be_on_host(weight: torch.Tensor) -> bool:
+    """Whether ``move_to_host`` can move a weight."""
+    return _is_worth_it(weight) and supports(weight.device)
+
+
+def _is_worth_it(weight: torch.Tensor) -> bool:
+    """Whether it is a plain tensor of some size without gaps in its memory."""
+    is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
+    return is_plain and weight.nbytes >= max(1, _LEAST) and extent(weight) == weight.numel()
+
+
+@functools.cache
+def supports(device: torch.device) -> bool:
+    """Whether a device can read host memory in place."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    try:
+        _unused.append(_Block(mmap.PAGESIZE, device))
+    except (HostMemoryError, OSError) as error:
+        _log.info("weights stay on the GPU: %s", error)
+        return False
+    return True
+
+
+def move_to_host(weights: Sequence[torch.Tensor]) -> int:
+    """Move the values of ``weights``, in place, from their GPUs to the host, except where ``can_be_on_host`` is false;
+    returns the bytes moved. Raises HostMemoryError if the host lacks memory; then some weights were moved.
+    """
+    fitting = {id(weight): weight for weight in weights if not is_on_host(weight) and can_be_on_host(weight)}
+    moved = sum(_move(weight, weight.device) for weight in fitting.values())
+    if moved:
+        torch.cuda.empty_cache()
+    return moved
+
+
+def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
+    """As ``move_to_host``, for weights in the CPU's memory that ``device`` is to read."""
+    fitting = {id(weight): weight for weight in weights if weight.device.type == "cpu" and _is_worth_it(weight)}
+    return sum(_move(weight, device) for weight in fitting.values()) if supports(device) else 0
+
+
+def _move(weight: torch.Tensor, device: torch.device) -> int:
+    with _lock, torch.inference_mode(False), torch.no_grad():
+        window = _Window(_block(weight.nbytes, device), weight.nbytes)
+        target = window.on_cpu() if weight.device.type == "cpu" else window.on_device()
+        _like(weight, target).copy_(weight)
+        _synchronize(device)
+        with torch.inference_mode(weight.is_inference()):  # else it would have no version and not know it
+            weight.data = _like(weight, window.on_device())
+        _addresses.add(window.address)
+        return weight.nbytes
+
+
+def move_to_device(weights: Sequence[torch.Tensor]) -> int:
+    """Move the values of those ``weights`` that are on the host back to their GPU; returns the bytes moved."""
+    hosted = {id(weight): weight for weight in weights if is_on_host(weight)}
+    for weight in hosted.values():
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            weight.data = on_device(weight)
+    return sum(weight.nbytes for weight in hosted.values())
+
+
+def on_device(weight: torch.Tensor) -> torch.Tensor:
+    """``weight`` itself, or a copy in the GPU's memory if it is on the host."""
+    return weight.detach().clone() if is_on_host(weight) else weight
+
+
+def host_bytes(weights: Sequence[torch.Tensor]) -> int:
+    """The bytes of those ``weights`` that are on the host, each counted once."""
+    return sum({_address(weight): weight.nbytes for weight in weights if is_on_host(weight)}.values())
+
+
+def _like(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
+    return memory.view(weight.dtype).as_strided(weight.shape, weight.stride())
+
+
+def _block(size: int, device: torch.device) -> _Block:
+    """A block for a weight of ``size`` bytes: an unused one that is not much larger, or a new one."""
+    fitting = [block for block in _unused if block.device == device and size <= block.size <= 1.25 * size]
+    found = min(fitting, key=lambda block: block.size, default=None)
+    if found is not None:
+        _synchronize(device)  # kernels that are queued may still read what was in it
+        _unused.remove(found)
+        return found
+    free_unused()
+    available = psutil.virtual_memory().available
+    if size > _MOST * available:
+        raise HostMemoryError(f"{size / 1e9:.2f} GB are needed, and {available / 1e9:.2f} GB of host memory are free")
+    return _Block(size, device)
+
+
+def free_unused() -> None:
+    """Free the host memory of weights that no longer exist. Not done when they are deleted: it would invalidate the
+    capture of a CUDA graph."""
+    with _lock:
+        while _unused:
+            _unused.pop().free()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class _Block:
+    """Page-locked host memory that a GPU can read, for one weight at a time.
+
+    Attributes:
+        size: in bytes.
+        device: the GPU; a CPU, in tests, reads it as well.
+        bytes: the memory as a CPU tensor.
+    """
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.size = size
+        self.device = device
+        memory = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self._process = os.getpid()
+        if device.type == "cuda":
+            self._register()
+
+    def _register(self) -> None:
+        with torch.cuda.device(self.device):
+            code = int(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.size, _MAPPED))
+            if not code:
+                return
+            with contextlib.suppress(RuntimeError):  # the next operation reports the error once more
+                torch.zeros(1, device=self.device).add_(1)
+        raise HostMemoryError(f"{self.size / 1e9:.2f} GB of host memory cannot be page-locked: CUDA error {code}")
+
+    def leave(self) -> None:
+        """Its weight is gone."""
+        if self._process == os.getpid():
+            _unused.append(self)
+
+    def free(self) -> None:
+        """Free its memory."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
+
+
+class _Window:
+    """A block's memory for as long as any tensor of its weight uses it."""
+
+    def __init__(self, block: _Block, size: int) -> None:
+        self._block = block
+        self.address = block.bytes.data_ptr()
+        # https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html
+        self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (self.address, False), "version": 3}
+        if block.device.type == "cuda":
+            self.__cuda_array_interface__ = self.__array_interface__
+
+    def on_device(self) -> torch.Tensor:
+        """Its bytes as the GPU reads them."""
+        if self._block.device.type == "cpu":
+            return self.on_cpu()
+        return torch.as_tensor(self, device=self._block.device)
+
+    def on_cpu(self) -> torch.Tensor:
+        """Its bytes as a tensor of the CPU."""
+        return torch.from_numpy(numpy.asarray(self))
+
+    def __del__(self) -> None:
+        _addresses.discard(self.address)
+        self._block.leave()
+
+
+def _address(weight: torch.Tensor) -> int:
+    return weight.untyped_storage().data_ptr()
