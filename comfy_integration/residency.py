@@ -26,6 +26,8 @@ from torch import nn
 import onlinequant_backend as oq
 from onlinequant_backend.best_effort import best_effort
 
+from . import gpu_memory
+
 _log = logging.getLogger("onlinequant")
 
 # ComfyUI's ``CallbacksMP``; every clone of a patcher has its callbacks, too.
@@ -36,9 +38,6 @@ _EVERYTHING = 1e30  # bytes; ComfyUI's value for all memory
 # has no reference to the model, which it would keep alive.
 _twins: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 _originals: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-# The bytes of each model's own weights, and of its 8-bit copies at the last check.
-_own_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
-_copy_sizes: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
 
 def clone_in_place(model: Any) -> Any:
@@ -183,29 +182,36 @@ def _resident(kind: Any) -> Any:
         made_resident = True
 
         def model_size(self) -> int:
-            """Includes the 8-bit copies, so that ComfyUI frees memory for them as well."""
-            own = _own_sizes.get(self.model)
-            if own is None:
-                own = _own_sizes[self.model] = super().model_size()
-            copies = oq.copied_bytes(_module(self))
-            if copies:
-                _copy_sizes[self.model] = copies
-            return own + _copy_sizes.get(self.model, 0)
+            """What the model takes of the GPU, so that ComfyUI frees as much for it."""
+            is_known = gpu_memory.is_size_known(self)
+            return gpu_memory.size(self, None if is_known else super().model_size())
 
         def loaded_size(self) -> int:
             """As ``model_size``, for the loaded part."""
-            loaded: int = super().loaded_size()  # for a fully loaded model this is ``model_size``
-            return min(loaded, _own_sizes.get(self.model, loaded)) + oq.copied_bytes(_module(self))
+            return gpu_memory.loaded_size(self, super().loaded_size())
 
         def partially_load(self, device_to: Any, extra_memory: float = 0, *args: Any, **options: Any) -> Any:
             _unload_other_copy(self.model)  # before this one takes its memory
             if not any((*args, *options.values())):
                 extra_memory += _take_patches_off(self, extra_memory)
+            gpu_memory.place(self, device_to, extra_memory)
             return super().partially_load(device_to, extra_memory, *args, **options)
 
         def partially_unload(self, *args: Any, **options: Any) -> Any:
             _release(self)
             return super().partially_unload(*args, **options)
+
+        def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
+            if unpatch_weights:
+                gpu_memory.take_off(self, device_to)
+            return super().unpatch_model(device_to, unpatch_weights)
+
+        def patch_weight_to_device(self, key: str, *args: Any, **options: Any) -> Any:
+            was_on_host = key in self.patches and gpu_memory.before_patch(self, key)
+            result = super().patch_weight_to_device(key, *args, **options)
+            if was_on_host:
+                gpu_memory.after_patch(self, key)
+            return result
 
         def patch_hook_weight_to_device(self, *args: Any, **options: Any) -> Any:
             _make_writable(self.model, *args, *options.values())
@@ -222,7 +228,7 @@ def _resident(kind: Any) -> Any:
         def detach(self, *args: Any, **options: Any) -> Any:
             # ComfyUI loads in inference mode and may unload outside of it: the weights that it then restores after a
             # LoRA would be ordinary tensors, for which Dynamo traces again.
-            is_inference = any(weight.is_inference() for weight in _module(self).parameters())
+            is_inference = any(weight.is_inference() for weight in gpu_memory.module_of(self).parameters())
             with torch.inference_mode() if is_inference else contextlib.nullcontext():
                 return super().detach(*args, **options)
 
@@ -311,11 +317,6 @@ def _after_detach(patcher: Any, unpatch_all: bool = True) -> None:
 
 
 def _release(patcher: Any) -> None:
-    freed = oq.release(_module(patcher))
+    freed = oq.release(gpu_memory.module_of(patcher))
     if freed:
         _log.info("unloaded with the model: %.2f GB of 8-bit copies; its next run makes them again", freed / 1e9)
-
-
-def _module(patcher: Any) -> Any:
-    """The compiled module: the denoiser, or a ControlNet's network."""
-    return getattr(patcher.model, "diffusion_model", patcher.model)

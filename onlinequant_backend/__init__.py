@@ -14,7 +14,7 @@ from .report import NodeDecision, Report, reports
 from .runtime import SamplingRun, sampling_run
 
 if _TYPE_CHECKING:
-    from .backend import copied_bytes, invalidate, onlinequant, place, release, reset
+    from .backend import copied_bytes, host_bytes, invalidate, onlinequant, place, release, reset
     from .config import QuantConfig
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SamplingRun",
     "Update",
     "copied_bytes",
+    "host_bytes",
     "invalidate",
     "onlinequant",
     "place",
@@ -40,6 +41,7 @@ __version__ = "0.2.0"
 _MODULES = {
     "QuantConfig": ".config",
     "copied_bytes": ".backend",
+    "host_bytes": ".backend",
     "invalidate": ".backend",
     "onlinequant": ".backend",
     "place": ".backend",

@@ -66,6 +66,11 @@ def copied_bytes(module: torch.nn.Module) -> int:
     return 0
 
 
+def host_bytes(module: torch.nn.Module) -> int:
+    """As ``runtime.control.host_bytes``."""
+    return 0
+
+
 def reset() -> None:
     """As ``runtime.control.reset``."""
     report.clear()

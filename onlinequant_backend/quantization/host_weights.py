@@ -15,7 +15,8 @@ import logging
 import mmap
 import os
 import threading
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 
 import numpy
 import psutil
@@ -32,7 +33,8 @@ _MOST = 0.8
 _MAPPED = 2  # cudaHostRegisterMapped
 
 _lock = threading.RLock()
-_addresses: set[int] = set()  # of the weights on the host
+# By address, the memory of the weights on the host, and of those that were and are now tensors of the CPU.
+_windows: weakref.WeakValueDictionary[int, _Window] = weakref.WeakValueDictionary()
 _unused: list[_Block] = []  # without a weight, still page-locked
 
 
@@ -42,12 +44,18 @@ class HostMemoryError(MemoryError):
 
 def is_on_host(weight: torch.Tensor) -> bool:
     """Whether ``move_to_host`` has moved a weight, which is a CUDA tensor nevertheless."""
-    return bool(_addresses) and _address(weight) in _addresses
+    window = _window(weight)
+    return window is not None and weight.device == window.device
+
+
+def was_on_host(weight: torch.Tensor) -> bool:
+    """Whether a weight is on the host, or is a tensor of the CPU in the same memory."""
+    return _window(weight) is not None
 
 
 def are_any_on_host() -> bool:
     """Whether any weight of this process is on the host."""
-    return bool(_addresses)
+    return bool(_windows)
 
 
 def can_be_on_host(weight: torch.Tensor) -> bool:
@@ -91,16 +99,43 @@ def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
     return sum(_move(weight, device) for weight in fitting.values()) if supports(device) else 0
 
 
+def leave_on_host(weights: Sequence[torch.Tensor]) -> int:
+    """Make CPU tensors of those ``weights`` that are on the host, in place, without copying them; ``load_on_host``
+    undoes it. Returns their bytes."""
+    hosted = {id(weight): weight for weight in weights if is_on_host(weight)}
+    for weight in hosted.values():
+        window = _window(weight)
+        assert window is not None
+        _synchronize(window.device)  # kernels that are queued may still write to it
+        _point(weight, window.on_cpu)
+    return sum(weight.nbytes for weight in hosted.values())
+
+
 def _move(weight: torch.Tensor, device: torch.device) -> int:
     with _lock, torch.inference_mode(False), torch.no_grad():
-        window = _Window(_block(weight.nbytes, device), weight.nbytes)
-        target = window.on_cpu() if weight.device.type == "cpu" else window.on_device()
-        _like(weight, target).copy_(weight)
-        _synchronize(device)
-        with torch.inference_mode(weight.is_inference()):  # else it would have no version and not know it
-            weight.data = _like(weight, window.on_device())
-        _addresses.add(window.address)
+        window = _window(weight)
+        if window is None or window.device != device:
+            window = _Window(_block(weight.nbytes, device), weight.nbytes)
+            target = window.on_cpu() if weight.device.type == "cpu" else window.on_device()
+            _like(weight, target).copy_(weight)
+            _synchronize(device)
+            _windows[window.address] = window
+        _point(weight, window.on_device)
         return weight.nbytes
+
+
+def _point(weight: torch.Tensor, memory: Callable[[], torch.Tensor]) -> None:
+    # An inference tensor with ordinary memory would have no version and not know it.
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        weight.data = _like(weight, memory())
+
+
+def _window(weight: torch.Tensor) -> _Window | None:
+    """The memory of a weight that is or was on the host, if the weight is all that is in it."""
+    if not _windows or weight.device.type == "meta":
+        return None
+    found = _windows.get(weight.untyped_storage().data_ptr())
+    return found if found is None or found.size == weight.nbytes else None
 
 
 def move_to_device(weights: Sequence[torch.Tensor]) -> int:
@@ -119,7 +154,7 @@ def on_device(weight: torch.Tensor) -> torch.Tensor:
 
 def host_bytes(weights: Sequence[torch.Tensor]) -> int:
     """The bytes of those ``weights`` that are on the host, each counted once."""
-    return sum({_address(weight): weight.nbytes for weight in weights if is_on_host(weight)}.values())
+    return sum({weight.data_ptr(): weight.nbytes for weight in weights if is_on_host(weight)}.values())
 
 
 def _like(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
@@ -197,9 +232,17 @@ class _Block:
 
 
 class _Window:
-    """A block's memory for as long as any tensor of its weight uses it."""
+    """A block's memory for as long as any tensor of its weight uses it.
+
+    Attributes:
+        size: of the weight in bytes.
+        device: the GPU that reads it.
+        address: both of the CPU and of the GPU.
+    """
 
     def __init__(self, block: _Block, size: int) -> None:
+        self.size = size
+        self.device = block.device
         self._block = block
         self.address = block.bytes.data_ptr()
         # https://nvidia.github.io/numba-cuda/user/cuda_array_interface.html
@@ -218,9 +261,4 @@ class _Window:
         return torch.from_numpy(numpy.asarray(self))
 
     def __del__(self) -> None:
-        _addresses.discard(self.address)
         self._block.leave()
-
-
-def _address(weight: torch.Tensor) -> int:
-    return weight.untyped_storage().data_ptr()

@@ -37,19 +37,28 @@ def place(module: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
     """Move ``module`` to a GPU as ``module.to(device)`` does, except for the weights of its convolutions and linear
     layers: these stay in host memory, where the GPU reads them. So a model that fits the GPU only in 8 bit can be
     compiled. It is slow until it runs in 8 bit, unless it is compiled with this backend, which copies weights ahead.
-    Returns ``module``. Raises InvalidOptionError for a device that cannot read host memory, and MemoryError if the host
-    has too little.
+    With device "cpu", moves it back, without copying these weights. Returns ``module``. Raises InvalidOptionError for a
+    device that cannot read host memory, and MemoryError if the host has too little.
     """
-    gpu = torch.device(device)
-    if gpu.type == "cuda" and gpu.index is None:
-        gpu = torch.device("cuda", torch.cuda.current_device())
-    if not host_weights.supports(gpu):
+    to = torch.device(device)
+    if to.type == "cuda" and to.index is None:
+        to = torch.device("cuda", torch.cuda.current_device())
+    if host_weights.supports(to):
+        layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
+        host_weights.load_on_host([layer.weight for layer in layers], to)
+    elif to.type == "cpu":
+        host_weights.leave_on_host(list(module.parameters()))
+    else:
         raise InvalidOptionError(
-            f"device is {str(device)!r}, which cannot read host memory: give an NVIDIA GPU, or use module.to(device)."
+            f"device is {str(device)!r}, which cannot read host memory: "
+            "give an NVIDIA GPU or 'cpu', or use module.to(device)."
         )
-    layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
-    host_weights.load_on_host([layer.weight for layer in layers], gpu)
-    return module.to(gpu)
+    return module.to(to)
+
+
+def host_bytes(module: nn.Module) -> int:
+    """The size in bytes of those weights of ``module`` on a GPU that are in host memory."""
+    return host_weights.host_bytes(list(module.parameters())) if host_weights.are_any_on_host() else 0
 
 
 def copied_bytes(module: torch.nn.Module) -> int:

@@ -218,6 +218,22 @@ def test_a_model_is_placed_without_its_large_weights() -> None:
     assert on_host(model) == WEIGHTS and torch.equal(model(X), expected)
 
 
+def test_a_model_is_taken_off_and_put_back_without_copies(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    expected = model(X)
+    oq.place(model, "cpu")
+    assert oq.host_bytes(model) == sum(model.get_parameter(name).nbytes for name in WEIGHTS)
+    places = [weight.data_ptr() for weight in model.parameters()]
+    with monkeypatch.context() as without_gpu:
+        without_gpu.setattr(host_weights, "supports", lambda device: False)
+        oq.place(model, "cpu")
+    assert [weight.data_ptr() for weight in model.parameters()] == places
+    oq.place(model, "cpu")
+    assert [weight.data_ptr() for weight in model.parameters()] == places and torch.equal(model(X), expected)
+
+
 def test_a_device_that_cannot_read_host_memory_is_refused() -> None:
-    with pytest.raises(OnlineQuantError, match=r"device is 'meta', which cannot read host memory: give an NVIDIA GPU"):
+    with pytest.raises(
+        OnlineQuantError, match=r"device is 'meta', which cannot read host memory: give an NVIDIA GPU or"
+    ):
         oq.place(net(), "meta")
