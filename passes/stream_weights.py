@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -11,8 +10,8 @@ from onlinequant_backend.quantization.weight_streaming import stream, stream_fir
 
 from .context import PassContext
 
-# Bytes and weights copied ahead: enough to keep the bus busy during small layers.
-_AHEAD, _MOST = 2**26, 8
+# Bytes copied ahead: enough to keep the bus busy while layers run whose weights are small for their time.
+_AHEAD = 2**28
 
 
 def stream_weights(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -30,8 +29,8 @@ def stream_weights(graph_module: fx.GraphModule, context: PassContext) -> int:
         %stream = call_function[target=stream](args = (%w_1,))
         %linear_1 = call_function[target=torch._C._nn.linear](args = (%linear, %stream, %b_1))
 
-    The further arguments of ``stream`` are the weights that the next layers read. Does not change layers that read a
-    weight through ``stream`` already.
+    The further arguments of ``stream`` are the weights whose copies begin then, since their layers come soon. Does not
+    change layers that read a weight through ``stream`` already.
     """
     reads = [
         (node, weight, math.prod(info.weight_shape) * info.dtype.itemsize)
@@ -40,14 +39,22 @@ def stream_weights(graph_module: fx.GraphModule, context: PassContext) -> int:
         and isinstance(weight := fx_utils.argument(node, 1, "weight"), fx.Node)
         and weight.op == "placeholder"
     ]
+    begun = 1  # the first is copied when it is read
     for number, (node, weight, _) in enumerate(reads):
-        upcoming = _upcoming([read[1:] for read in reads[number + 1 : number + 1 + _MOST]])
+        end = _end_of_window(reads, number)
+        upcoming = [other for _, other, _ in reads[begun:end]]
+        begun = max(begun, end)
         with graph_module.graph.inserting_before(node):
             target = stream if number else stream_first
             node.replace_input_with(weight, graph_module.graph.call_function(target, (weight, *upcoming)))
     return len(reads)
 
 
-def _upcoming(weights: Sequence[tuple[fx.Node, int]]) -> list[fx.Node]:
-    ends = itertools.accumulate(size for _, size in weights)
-    return [weight for i, ((weight, _), end) in enumerate(zip(weights, ends, strict=True)) if not i or end < _AHEAD]
+def _end_of_window(reads: Sequence[tuple[fx.Node, fx.Node, int]], number: int) -> int:
+    """The end of the weights that are copied while the layer with this number runs: at least the next one."""
+    left = _AHEAD
+    for end in range(number + 1, len(reads)):
+        left -= reads[end][2]
+        if left < 0 and end > number + 1:
+            return end
+    return len(reads)

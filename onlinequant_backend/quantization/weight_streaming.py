@@ -33,7 +33,7 @@ def stream(weight: torch.Tensor, *upcoming: torch.Tensor) -> torch.Tensor:
     """
     found = _copied(weight)
     for other in upcoming:
-        if id(other) not in _ahead.copies and is_on_host(other) and not _is_trained(other):
+        if is_on_host(other) and not _is_trained(other):
             _ahead.copies[id(other)] = _begin(other)
     return found
 
