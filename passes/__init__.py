@@ -1,7 +1,6 @@
 """FX passes, one per file. Each is ``(graph_module, context) -> int``, the number of nodes it changed. The tuples below
-list the passes of each stage in order: ``ANALYZE`` for a traced graph, ``STREAM`` for the copy that runs in float while
-weights are on the host, ``OBSERVE`` for the copy that is observed, ``SELECT`` after observing, and ``REWRITE`` for the
-copy that becomes the 8-bit graph.
+list the passes of each stage in order: ``ANALYZE`` for a traced graph, ``OBSERVE`` for the copy that is observed,
+``SELECT`` after observing, and ``REWRITE`` for the copy that becomes the 8-bit graph.
 """
 
 from __future__ import annotations
@@ -34,12 +33,11 @@ from .select_nodes import select_nodes
 from .share_activations import share_activations
 from .stream_weights import stream_weights
 
-__all__ = ["ANALYZE", "OBSERVE", "REWRITE", "SELECT", "STREAM", "PassContext", "run_passes"]
+__all__ = ["ANALYZE", "OBSERVE", "REWRITE", "SELECT", "PassContext", "run_passes"]
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
 ANALYZE: tuple[Pass, ...] = (functionalize, share_activations, name_layers, annotate_density, select_nodes)
-STREAM: tuple[Pass, ...] = (stream_weights,)
 OBSERVE: tuple[Pass, ...] = (insert_observers, stream_weights)
 SELECT: tuple[Pass, ...] = (select_nodes,)
 REWRITE: tuple[Pass, ...] = (

@@ -29,6 +29,7 @@ DEFAULTS = {
     "drift_check_every": 64,
     "compile_in_background": False,
     "regional_compilation": "auto",
+    "float_weights": "auto",
     "free_float_weights": False,
     "cache_dir": None,
     "cache_size_limit": 20,
@@ -51,6 +52,7 @@ OTHER_VALUES = {
     "shapes": "static",
     "max_error": 0.1,
     "drift_check_every": 0,
+    "float_weights": "host",
     "free_float_weights": True,
     "cache_dir": "/somewhere/else",
     "cache_size_limit": 0,
@@ -205,7 +207,14 @@ def test_cache_key_changes_with_every_option_but_the_place() -> None:
     assert OTHER_VALUES.keys() == DEFAULTS.keys() == {field.name for field in dataclasses.fields(QuantConfig)}
     keys = {name: QuantConfig.from_options({name: value}).cache_key() for name, value in OTHER_VALUES.items()}
     default = QuantConfig().cache_key()
-    for name in ("cache_dir", "cache_size_limit", "compile_in_background", "drift_check_every", "lock_timeout"):
+    for name in (
+        "cache_dir",
+        "cache_size_limit",
+        "compile_in_background",
+        "drift_check_every",
+        "float_weights",
+        "lock_timeout",
+    ):
         assert keys.pop(name) == default
     assert len({default, *keys.values()}) == len(keys) + 1
 

@@ -15,7 +15,8 @@ from ..graph import LayerInfo, fx_utils, info_of, layer_nodes
 from ..graph.graph_inputs import GraphInputs
 from ..kernels.precision import Precision
 from ..kernels.provider import Provider, provider_of
-from ..passes import OBSERVE, STREAM, PassContext, run_passes
+from ..passes import OBSERVE, PassContext, run_passes
+from ..passes.stream_weights import stream_weights
 from ..quantization import host_weights
 from ..report.report import Report
 from ..torch_internals import torch_settings
@@ -82,7 +83,7 @@ class TracedGraph:
     @functools.cached_property
     def _streamed(self) -> fx.GraphModule:
         streamed = fx_utils.copy_graph(self.module)
-        run_passes(streamed, STREAM, PassContext(self.config, self.precision))
+        run_passes(streamed, (stream_weights,), PassContext(self.config, self.precision))
         return streamed
 
     def in_float(self, args: Sequence[Any]) -> Any:

@@ -216,7 +216,7 @@ class _Block:
             if not code:
                 return
             with contextlib.suppress(RuntimeError):  # the next operation reports the error once more
-                torch.zeros(1, device=self.device).add_(1)
+                torch.zeros(1, dtype=torch.uint8, device=self.device).add_(1)
         raise HostMemoryError(f"{self.size / 1e9:.2f} GB of host memory cannot be page-locked: CUDA error {code}")
 
     def leave(self) -> None:
@@ -254,7 +254,7 @@ class _Window:
         """Its bytes as the GPU reads them."""
         if self._block.device.type == "cpu":
             return self.on_cpu()
-        return torch.as_tensor(self, device=self._block.device)
+        return torch.as_tensor(self, dtype=torch.uint8, device=self._block.device)
 
     def on_cpu(self) -> torch.Tensor:
         """Its bytes as a tensor of the CPU."""

@@ -10,7 +10,6 @@ A ``WeightSet`` holds the layers of one call of one graph. ``weight_changes`` de
 from __future__ import annotations
 
 import contextlib
-import logging
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
@@ -19,8 +18,7 @@ from typing import Protocol
 import torch
 
 from ..tensors import getter
-from . import host_weights
-from .calibrated_layers import CalibratedLayers
+from .float_weights import FloatWeights
 from .freed_weights import free_values
 from .layer_registry import known_layers
 from .layer_state import Layer
@@ -28,8 +26,6 @@ from .merged_weight import MergedWeight, merged_weight
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import weak_key
-
-_log = logging.getLogger("onlinequant")
 
 
 class Releasable(Protocol):
@@ -50,18 +46,16 @@ def places(weights: Iterable[int]) -> list[int]:
     return numbers
 
 
-class WeightSet(CalibratedLayers):
+class WeightSet(FloatWeights):
     """The weights of one call, their layers, and a snapshot that shows at low cost whether any has changed.
     ``together``: for each expected merged weight, the indices of its layers.
 
     Attributes:
         layout: identifies the strides and dtypes of all parameters.
         kind: identifies the layout, the selection and the smoothing: all properties that a graph is compiled for.
-        selection: indices of the quantized layers; None before the selection.
         prepared: for each compiled graph, its state for calls with these weights.
         generation: the generation of the copies and ranges with which this set was last brought up to date.
         changed: the copies that ``follow`` quantized again.
-        hostable: indices of the layers whose float weights move to the host.
         ids: the parameters' identities. A set must not keep a dropped model alive, so it has no references; ``alive``
             becomes False when the first parameter is deleted, since its identity may then be reused.
     """
@@ -75,16 +69,13 @@ class WeightSet(CalibratedLayers):
         layout: int = 0,
         together: Sequence[Sequence[int]] = (),
     ) -> None:
-        self.layers = tuple(layers)
+        super().__init__(layers, candidates)
         self.layout = self.kind = layout
-        self.selection: tuple[int, ...] | None = None
         self.prepared: dict[object, Releasable] = {}
         self.generation = -1
         self.changed: set[Copy] = set()
-        self.hostable: Set[int] = frozenset()
         self.ids = tuple(map(id, parameters))
         self.alive = True
-        self._candidates = candidates
         self._together = together
         self._guards = {
             name: weakref.ref(weak_key(parameter), self._expire)
@@ -235,20 +226,6 @@ class WeightSet(CalibratedLayers):
         self.selection = tuple(indices)  # last, since other threads may use it from now on
         Generation.copies += 1
 
-    def move_to_host(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
-        """Move the float weights of the layers at ``indices`` to the host, where that is wanted and possible."""
-        copies = {index: self.layers[index].copy for index in indices if index in self.hostable}
-        wanted = [index for index, copy in copies.items() if not (copy.freed or copy.read_in_float)]
-        try:
-            host_weights.move_to_host([parameters[self._candidates[index]] for index in wanted])
-        except host_weights.HostMemoryError as error:
-            _log.warning("float weights stay on the GPU, beside their 8-bit copies: %s", error)
-            self.hostable = frozenset()
-
-    def move_to_device(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
-        """Move the float weights of the layers at ``indices`` back to the GPU."""
-        host_weights.move_to_device([parameters[self._candidates[index]] for index in indices])
-
     def free(self, parameters: Sequence[torch.Tensor]) -> int:
         """Free the float weights of the quantized layers; returns the freed bytes."""
         assert self.selection is not None
@@ -264,17 +241,6 @@ class WeightSet(CalibratedLayers):
             copy.restamp(weight)
         self._bring_up_to_date(parameters, self.selection)
         return freed
-
-    def has_freed(self) -> bool:
-        """Whether any layer's float weight was freed."""
-        return any(layer.copy.freed for layer in self.layers)
-
-    def check_not_freed(self, parameters: Sequence[torch.Tensor]) -> None:
-        """Raise FreedWeightsError if one of ``parameters`` was freed, so that the float graph cannot run."""
-        ids = set(map(id, parameters))
-        for layer in self.layers:
-            if layer.copy.freed and id(layer.copy.source) in ids:
-                layer.copy.check_not_freed()
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """Quantize changed weights again, in place; returns the number of copies. Adds these to ``changed``, which the

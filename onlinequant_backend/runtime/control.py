@@ -15,6 +15,8 @@ from ..report.report import clear
 from .quantized_graph import graphs
 from .set_registry import known_sets
 
+_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
 
 def invalidate(module: torch.nn.Module) -> int:
     """Forget the 8-bit copies of ``module``'s weights: the next call quantizes them again.
@@ -44,7 +46,7 @@ def place(module: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
     if to.type == "cuda" and to.index is None:
         to = torch.device("cuda", torch.cuda.current_device())
     if host_weights.supports(to):
-        layers = [layer for layer in module.modules() if isinstance(layer, (nn.Linear, nn.modules.conv._ConvNd))]
+        layers = [layer for layer in module.modules() if isinstance(layer, _LAYERS)]
         host_weights.load_on_host([layer.weight for layer in layers], to)
     elif to.type == "cpu":
         host_weights.leave_on_host(list(module.parameters()))

@@ -41,7 +41,7 @@ class Schedule:
     def __init__(self, every: int) -> None:
         self.checks = 0
         self.is_in_doubt = False
-        self._doubts = _MOST_DOUBTS
+        self._doubts = 0
         self._every = every
         self._is_new = False  # the state at the start has just been observed
         self._checks_all = False  # every call of two runs
@@ -60,8 +60,8 @@ class Schedule:
         return bool(self._every)
 
     def restart(self, checks_all: bool = False, in_float: bool = False) -> None:
-        """Something has changed, so the next call is a check; ``checks_all``: so is every call of two runs;
-        ``in_float``: a float call has just included the change."""
+        """Something may have changed, so the next call is a check; ``checks_all``: so is every call of two runs;
+        ``in_float``: a float call has just included the change, or it is most likely none."""
         self._is_new, self._checks_all = True, checks_all
         self._calls = self._runs = 0
         if not in_float:
@@ -116,12 +116,20 @@ class Schedule:
 
 
 class Bounds:
-    """The bounds of the numbers among a model's inputs so far: activations may grow with each of them."""
+    """The bounds of the numbers among a model's inputs so far: activations may grow with each of them.
+
+    Attributes:
+        are_known: whether there was a call.
+    """
 
     def __init__(self) -> None:
         self._last: tuple[float, ...] = ()
         self._lowest: tuple[float, ...] | None = None
         self._highest: tuple[float, ...] = ()
+
+    @property
+    def are_known(self) -> bool:
+        return self._lowest is not None
 
     def widen(self, numbers: tuple[float, ...]) -> bool:
         """Extend the bounds to the numbers of a call; returns whether that was necessary."""

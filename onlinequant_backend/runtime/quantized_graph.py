@@ -125,8 +125,9 @@ class QuantizedGraph:
     def _compiled(self, args: Sequence[Any], state: WeightState) -> CompiledGraph | InFloat | None:
         """The graph for a call; None while another thread compiles it."""
         graphs = self._compiler.graphs
+        is_first = not state.numbers.are_known  # of a set whose calibration was restored
         if state.numbers.widen(graphs.numbers(args)):
-            state.schedule.restart()
+            state.schedule.restart(in_float=is_first)
         key = graphs.key(args, state)
         known = graphs.known.get(key)
         if known is not None:

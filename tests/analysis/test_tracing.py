@@ -352,6 +352,7 @@ def test_a_small_second_size_decides_nothing(second: tuple[int, int], inductor: 
     assert torch.equal(step(first), picture)
     assert len(inductor.graphs) == compiles + bool(noise(batch, 4, size, size).numel())
     third = noise(3, 4, 48, 48)
+    step(third)  # of another size: may be done again in float
     for _ in range(2):
         assert 0 < relative_error(step(third), model(third)) < CLOSE
     chosen = [[decision.quantized for decision in report.decisions] for report in oq.reports()]

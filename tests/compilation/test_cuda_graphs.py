@@ -486,11 +486,11 @@ def test_a_graph_counts_what_its_layers_clip(device: torch.device) -> None:
         result, seen = call(qparams, x)
         assert float(result) == 2 * 127 * clipped
         lowest, highest = 127 * (clipped == 1000), 127 * (clipped > 0)
-        assert seen == {qparams.data_ptr(): clip_counting.Seen(max(0, clipped - 4) / 1000, lowest, highest)}
+        assert seen == {qparams.data_ptr(): clip_counting.Seen(clipped / 1000, lowest, highest, 4 / 1000)}
     assert call.run.captures == 1  # type: ignore[attr-defined]
     for size in (3000, 3000, 1000, 3000):
         _, seen = call(qparams, torch.full((size,), 127.0, device=device))
-        assert seen == {qparams.data_ptr(): clip_counting.Seen(1 - 4 / size, 127, 127)}
+        assert seen == {qparams.data_ptr(): clip_counting.Seen(1, 127, 127, 4 / size)}
     assert call.run.captures == 2  # type: ignore[attr-defined]
 
 
