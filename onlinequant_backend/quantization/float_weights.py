@@ -10,6 +10,7 @@ import torch
 from . import host_weights
 from .calibrated_layers import CalibratedLayers
 from .layer_state import Layer
+from .weight_copy import read_elsewhere
 
 _log = logging.getLogger("onlinequant")
 
@@ -31,9 +32,11 @@ class FloatWeights(CalibratedLayers):
         self._candidates = candidates
 
     def move_to_host(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
-        """Move the float weights of the layers at ``indices`` to the host, where that is wanted and possible."""
+        """Move the float weights of the layers at ``indices`` to the host, where that is wanted and possible, and no
+        other thread may be reading them."""
+        elsewhere = {layer.copy for layer in read_elsewhere()}
         copies = {index: self.layers[index].copy for index in indices if index in self.hostable}
-        wanted = [index for index, copy in copies.items() if not (copy.freed or copy.read_in_float)]
+        wanted = [i for i, copy in copies.items() if not (copy.freed or copy.read_in_float or copy in elsewhere)]
         try:
             host_weights.move_to_host([parameters[self._candidates[index]] for index in wanted])
         except host_weights.HostMemoryError as error:

@@ -8,6 +8,7 @@ import io
 import logging
 import pickle
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 import pytest
@@ -18,6 +19,8 @@ import onlinequant_backend as oq
 from onlinequant_backend.errors import OnlineQuantError
 from onlinequant_backend.quantization import host_weights
 from onlinequant_backend.quantization.host_weights import HostMemoryError, host_bytes, is_on_host, move_to_host
+from onlinequant_backend.quantization.weight_copy import Call
+from onlinequant_backend.runtime.set_registry import known_sets
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.hosted import hosted as hosted
 from tests.helpers.hosted import on_host
@@ -170,6 +173,23 @@ def test_copies_and_files_are_those_of_float(inductor: EagerInductor) -> None:
             expected, True
         )
     assert not on_host(copy.deepcopy(model))
+
+
+@torch.no_grad()
+def test_weights_that_another_thread_reads_stay(inductor: EagerInductor) -> None:
+    model = net()
+    step = compiled(model)
+    step(X)
+    (layers,) = (known.layers for known in known_sets)
+    with ThreadPoolExecutor(1) as pool:
+        call = Call()
+        pool.submit(call.__enter__).result()
+        call.layers = layers[:1]
+        for _ in range(3):
+            step(X)
+        pool.submit(call.__exit__).result()
+    assert oq.reports()[-1].phase == "quantized"
+    assert on_host(model) == WEIGHTS - {"conv_in.weight"}
 
 
 @torch.no_grad()
