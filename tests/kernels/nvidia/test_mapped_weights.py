@@ -86,6 +86,22 @@ def test_copies_ahead_are_ready_when_they_are_read() -> None:
             assert torch.equal(F.linear(x, read), F.linear(x, values))
 
 
+def test_copies_ahead_take_no_more_memory_while_the_gpu_is_behind() -> None:
+    """The host queues many steps before the GPU has run the first one."""
+    weights = [hosted(1024, 1024, seed=seed)[0] for seed in range(8)]
+    x = noise(64, 1024, dtype=torch.float16).to(CUDA)
+    stream_first(weights[0])
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.cuda._sleep(1_000_000_000)
+    for _ in range(50):
+        for number, weight in enumerate(weights):
+            read = (stream if number else stream_first)(weight, *weights[number + 1 : number + 2])
+            F.linear(x, read)
+    assert torch.cuda.max_memory_allocated() - before < 5 * weights[0].nbytes
+
+
 def test_blocks_are_unregistered_before_their_memory_is_freed() -> None:
     """Else CUDA refuses to lock the pages again."""
     for _ in range(20):
