@@ -165,7 +165,7 @@ def compiled(options: argparse.Namespace, model: torch.nn.Module) -> Callable[..
         given["float_weights"] = "host"
     if options.tiny:  # otherwise all layers are too small
         given |= {"precision": "int8", **thresholds(0)}
-    return torch.compile(model, backend="onlinequant", options={**given, **dict(options.option)})
+    return torch.compile(model, backend=onlinequant_backend.onlinequant, options={**given, **dict(options.option)})
 
 
 def compile_calls(step: Callable[[], torch.Tensor], is_ours: bool) -> torch.Tensor:
