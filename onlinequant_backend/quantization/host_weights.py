@@ -249,6 +249,7 @@ class _Window:
         self.__array_interface__ = {"shape": (size,), "typestr": "|u1", "data": (self.address, False), "version": 3}
         if block.device.type == "cuda":
             self.__cuda_array_interface__ = self.__array_interface__
+        weakref.finalize(self, block.leave).atexit = False
 
     def on_device(self) -> torch.Tensor:
         """Its bytes as the GPU reads them."""
@@ -259,6 +260,3 @@ class _Window:
     def on_cpu(self) -> torch.Tensor:
         """Its bytes as a tensor of the CPU."""
         return torch.from_numpy(numpy.asarray(self))
-
-    def __del__(self) -> None:
-        self._block.leave()

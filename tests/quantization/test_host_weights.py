@@ -7,6 +7,8 @@ import gc
 import io
 import logging
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -86,6 +88,18 @@ def test_memory_is_used_again_and_given_back() -> None:
     del other
     oq.reset()
     assert not host_weights._unused and not host_weights.are_any_on_host()
+
+
+def test_a_process_ends_in_silence() -> None:
+    program = """
+import sys, torch
+from onlinequant_backend.quantization import host_weights
+host_weights.supports, host_weights._LEAST = lambda device: True, 0
+weights = sys.modules["kept"] = [torch.zeros(64, 64, dtype=torch.float32, device="cpu")]
+assert host_weights.move_to_host(weights)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stderr == ""
 
 
 def test_too_little_host_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
