@@ -8,7 +8,8 @@ from .torch_internals import parts
 tested_torch.announce()
 if parts.why_float() is None:
     from .quantizing_backend import failures_raised, onlinequant
-    from .runtime.control import copied_bytes, host_bytes, invalidate, place, release, reset
+    from .runtime.control import copied_bytes, host_bytes, invalidate, release, reset
+    from .runtime.placement import place
 else:
     from .float_backend import copied_bytes, failures_raised, host_bytes, invalidate, onlinequant, place, release, reset
 

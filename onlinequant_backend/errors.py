@@ -31,6 +31,10 @@ class InvalidOptionError(OnlineQuantError):
     """Any other option whose value is not allowed."""
 
 
+class OffloadHooksError(OnlineQuantError):
+    """A model's offload hooks that cannot be replaced."""
+
+
 class PrecisionUnavailableError(OnlineQuantError):
     """A precision asked for by name that this device has no kernels for."""
 

@@ -24,6 +24,7 @@ from .kernels import precision
 from .passes import ANALYZE, PassContext, run_passes
 from .report import NodeDecision, report
 from .report.phases import Phase
+from .runtime import takeover
 from .runtime.quantized_graph import NEEDS_GRADIENTS, QuantizedGraph, graphs
 from .runtime.sampling import current_run
 from .torch_internals import dynamo_interface, inductor_interface
@@ -203,3 +204,4 @@ def _device(inputs: Sequence[Any]) -> torch.device:
 
 
 tracing.follow(onlinequant)
+takeover.follow(onlinequant)

@@ -5,17 +5,13 @@ from __future__ import annotations
 import weakref
 
 import torch
-from torch import nn
 
-from ..errors import InvalidOptionError
 from ..quantization import host_weights
 from ..quantization.layer_registry import known_layers
 from ..quantization.weight_copy import Generation
 from ..report.report import clear
 from .quantized_graph import graphs
 from .set_registry import known_sets
-
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def invalidate(module: torch.nn.Module) -> int:
@@ -35,30 +31,7 @@ def release(module: torch.nn.Module) -> int:
     return known_sets.release(list(module.parameters()))
 
 
-def place(module: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
-    """Move ``module`` to a GPU as ``module.to(device)`` does, except for the weights of its convolutions and linear
-    layers: these stay in host memory, where the GPU reads them. So a model that fits the GPU only in 8 bit can be
-    compiled. It is slow until it runs in 8 bit, unless it is compiled with this backend, which copies weights ahead.
-    With device "cpu", moves it back, without copying these weights. Returns ``module``. Raises InvalidOptionError for a
-    device that cannot read host memory, and MemoryError if the host has too little.
-    """
-    to = torch.device(device)
-    if to.type == "cuda" and to.index is None:
-        to = torch.device("cuda", torch.cuda.current_device())
-    if host_weights.supports(to):
-        layers = [layer for layer in module.modules() if isinstance(layer, _LAYERS)]
-        host_weights.load_on_host([layer.weight for layer in layers], to)
-    elif to.type == "cpu":
-        host_weights.leave_on_host(list(module.parameters()))
-    else:
-        raise InvalidOptionError(
-            f"device is {str(device)!r}, which cannot read host memory: "
-            "give an NVIDIA GPU or 'cpu', or use module.to(device)."
-        )
-    return module.to(to)
-
-
-def host_bytes(module: nn.Module) -> int:
+def host_bytes(module: torch.nn.Module) -> int:
     """The size in bytes of those weights of ``module`` on a GPU that are in host memory."""
     return host_weights.host_bytes(list(module.parameters())) if host_weights.are_any_on_host() else 0
 

@@ -16,10 +16,12 @@ from typing import Any, cast
 
 import torch
 import torch._refs
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy
 from torch._dynamo import convert_frame, pgo
 from torch._dynamo.callback import CallbackArgs, CallbackTrigger
-from torch._dynamo.eval_frame import OptimizeContext
+from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule
 from torch._dynamo.exc import BackendCompilerFailed, ShortenTraceback
+from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.variables import builder
 from torch._guards import TracingContext
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph as invoke_subgraph
@@ -104,6 +106,12 @@ def around_compilations(handler: Callable[[Compilation, Callable[[], Any]], Any]
     convert_frame._compile = compile_frame
 
 
+def uncompiled_once() -> Any:
+    """The result of a compilation that has this call of its frame, with all that it calls, run uncompiled, but no later
+    one."""
+    return ConvertFrameReturn(_FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP), apply_to_code=False)
+
+
 def guarded_values(scope: Mapping[str, Any]) -> dict[str, Any]:
     """The guarded values, other than sizes, of a graph that Dynamo has just traced, by the names of their sources:
     flags and other constants, kinds of tensors, and the state of the process and the thread."""
@@ -126,6 +134,15 @@ _GUARDS_OF_VALUES = {"CONSTANT_MATCH", "EQUALS_MATCH", "BOOL_MATCH", "NONE_MATCH
 def innermost_backend(backend: Any) -> Any:
     """The backend that torch wrapped in ``backend``."""
     return _with_wrappers(backend)[-1]
+
+
+def backend_arguments(backend: Any) -> dict[str, Any]:
+    """The further arguments that torch will call the backend with."""
+    arguments: dict[str, Any] = {}
+    for wrapper in _with_wrappers(backend):
+        for name in ("kwargs", "keywords"):
+            arguments |= getattr(wrapper, name, None) or {}
+    return arguments
 
 
 def backend_key(backend: Any) -> tuple[Any, ...]:
@@ -154,6 +171,18 @@ def _outermost_module() -> torch.nn.Module | None:
             found = caller
         frame = frame.f_back
     return None
+
+
+def called_module(root: torch.nn.Module) -> torch.nn.Module:
+    """The module whose call led to the current compilation in this thread, a part of ``root``'s: the wrapper that
+    ``torch.compile`` returned for ``root``, or else ``root`` itself."""
+    frame: types.FrameType | None = sys._getframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, OptimizedModule) and caller._orig_mod is root:
+            return caller
+        frame = frame.f_back
+    return root
 
 
 def most_graphs() -> int:

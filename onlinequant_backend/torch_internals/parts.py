@@ -49,7 +49,10 @@ NEEDS = (
         """_dynamo.convert_frame._compile _dynamo.convert_frame._compile(code) _dynamo.convert_frame._compile(locals)
         _dynamo.convert_frame._compile(globals) _dynamo.convert_frame._compile(compiler_fn)
         _dynamo.convert_frame._compile(compile_id) _dynamo.convert_frame.compile_lock
-        _dynamo.eval_frame.OptimizeContext _dynamo.exc.BackendCompilerFailed _dynamo.exc.ShortenTraceback
+        _dynamo.eval_frame.OptimizeContext _dynamo.eval_frame.OptimizedModule _dynamo.types.ConvertFrameReturn
+        _dynamo.types.ConvertFrameReturn(apply_to_code) _C._dynamo.eval_frame._FrameAction
+        _C._dynamo.eval_frame._FrameExecStrategy nn.Module._call_impl
+        _dynamo.exc.BackendCompilerFailed _dynamo.exc.ShortenTraceback
         _dynamo.callback.CallbackArgs _dynamo.callback.CallbackTrigger.DYNAMO _dynamo.callback.callback_handler""",
     ),
     Need(
@@ -68,7 +71,8 @@ NEEDS = (
         _higher_order_ops.invoke_subgraph.invoke_subgraph _ops.HigherOrderOperator _ops.OpOverload
         _ops.OpOverloadPacket _refs.tensor utils._python_dispatch.TorchDispatchMode
         utils._python_dispatch.is_traceable_wrapper_subclass utils._python_dispatch.transform_subclass
-        utils._pytree.tree_flatten utils._pytree.tree_leaves utils._pytree.tree_unflatten""",
+        utils._pytree.tree_flatten utils._pytree.tree_leaves utils._pytree.tree_map_only
+        utils._pytree.tree_unflatten""",
     ),
     Need(
         "the settings that a graph depends on",
