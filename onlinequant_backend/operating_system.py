@@ -14,12 +14,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+import psutil
+
 _Result = TypeVar("_Result")
 
 # Seconds to wait for a file that somebody has open: virus scanners and readers close it within milliseconds.
 _PATIENCE, _PAUSE = 1.0, 0.02
 _JUNCTION = 0xA0000003  # ``stat.IO_REPARSE_TAG_MOUNT_POINT``, which only Windows' Python has
 _LONGEST_PATH = 259  # characters on Windows, unless long paths are enabled
+_CGROUP = Path("/sys/fs/cgroup")  # control groups, version 2
 _LONG_PATHS = r"SYSTEM\CurrentControlSet\Control\FileSystem"
 
 
@@ -109,3 +112,26 @@ def _has_long_paths() -> bool:
             return bool(registry.QueryValueEx(key, "LongPathsEnabled")[0])
     except (ImportError, OSError):
         return False
+
+
+def free_memory() -> tuple[int, int]:
+    """The bytes of host memory that are free, and of all memory; a container's if it has a limit of its own."""
+    whole = psutil.virtual_memory()
+    limit, used = (_number_in(name) for name in ("memory.max", "memory.current"))
+    if limit is None or used is None or limit >= whole.total:
+        return whole.available, whole.total
+    # What files have left in memory is given up when it is needed.
+    stated = dict(line.split() for line in _read(_CGROUP / "memory.stat").splitlines())
+    return max(0, min(whole.available, limit - used + int(stated.get("inactive_file", 0)))), limit
+
+
+def _number_in(name: str) -> int | None:
+    text = _read(_CGROUP / name).strip()
+    return int(text) if text.isdecimal() else None
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="ascii")
+    except OSError:  # no control groups here, or not of version 2
+        return ""

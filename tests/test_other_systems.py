@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -244,3 +245,19 @@ sys.exit(commands.main(["stats", "--cache-dir", sys.argv[1]]))
 """
     result = subprocess.run([sys.executable, "-c", code, "absent-cache"], capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "") and "no calibration" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"),
+    [("max", (6, 16)), ("4", (4 - 3 + 1, 4)), ("12", (6, 12)), ("64", (6, 16)), (None, (6, 16)), ("2", (0, 2))],
+)
+def test_the_memory_of_a_container_is_its_limit(
+    limit: str | None, expected: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = psutil.virtual_memory()._replace(available=6, total=16)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: whole)
+    monkeypatch.setattr(operating_system, "_CGROUP", tmp_path)
+    if limit is not None:
+        for name, text in (("max", limit), ("current", "3"), ("stat", "anon 2\ninactive_file 1\nactive_file 7")):
+            (tmp_path / f"memory.{name}").write_text(f"{text}\n", encoding="ascii")
+    assert operating_system.free_memory() == expected

@@ -19,17 +19,17 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import numpy
-import psutil
 import torch
 
+from ..operating_system import free_memory
 from ..tensors import extent
 
 _log = logging.getLogger("onlinequant")
 
 # Smaller weights stay on the GPU: they would not be worth a page or two and a copy for each float call.
 _LEAST = 2**18
-# The share of the free host memory that weights may take.
-_MOST = 0.8
+# The share of the host's memory that is left to others.
+_RESERVE = 0.1
 _MAPPED = 2  # cudaHostRegisterMapped
 
 _lock = threading.RLock()
@@ -170,9 +170,12 @@ def _block(size: int, device: torch.device) -> _Block:
         _unused.remove(found)
         return found
     free_unused()
-    available = psutil.virtual_memory().available
-    if size > _MOST * available:
-        raise HostMemoryError(f"{size / 1e9:.2f} GB are needed, and {available / 1e9:.2f} GB of host memory are free")
+    free, whole = free_memory()
+    if size > free - _RESERVE * whole:
+        raise HostMemoryError(
+            f"of {whole / 1e9:.1f} GB of host memory {free / 1e9:.1f} GB are free, "
+            f"and {_RESERVE:.0%} are left to others"
+        )
     return _Block(size, device)
 
 

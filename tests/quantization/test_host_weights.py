@@ -12,7 +12,6 @@ import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import pytest
 import torch
 from torch import nn
@@ -103,10 +102,9 @@ assert host_weights.move_to_host(weights)
 
 
 def test_too_little_host_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    nothing = psutil.virtual_memory()._replace(available=100)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing)
+    monkeypatch.setattr(host_weights, "free_memory", lambda: (10**9, 10**10))
     weight = noise(64, 64)
-    with pytest.raises(HostMemoryError, match=r"0.00 GB are needed, and 0.00 GB of host memory are free"):
+    with pytest.raises(HostMemoryError, match=r"of 10.0 GB of host memory 1.0 GB are free, and 10% are left to others"):
         move_to_host([weight])
     assert not is_on_host(weight)
 
@@ -210,8 +208,7 @@ def test_weights_that_another_thread_reads_stay(inductor: EagerInductor) -> None
 def test_without_host_memory_weights_stay(
     inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    nothing = psutil.virtual_memory()._replace(available=100)
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: nothing)
+    monkeypatch.setattr(host_weights, "free_memory", lambda: (10**9, 10**10))
     model = net()
     step = compiled(model)
     with caplog.at_level(logging.WARNING, "onlinequant"):
