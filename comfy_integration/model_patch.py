@@ -12,6 +12,7 @@ from onlinequant_backend.compilation.graph_memory import give_back_freed_memory,
 from onlinequant_backend.progress import Listener, Update, told_to
 from onlinequant_backend.runtime import SamplingRun, current_run
 
+from . import gpu_memory
 from .compiled_method import CompiledMethod
 from .record import Record, record_of
 from .residency import clone_in_place
@@ -67,6 +68,7 @@ class ModelHook:
         run = SamplingRun(len(sigmas) - 1, is_observed=self._whole_run)
         device = getattr(getattr(guider, "model_patcher", None), "load_device", None)
         give_back_freed_memory(device)  # cached memory from decoding the last image
+        gpu_memory.free_unused()
         with told_to(self._listener), run.current():
             result = executor(guider, sigmas, extra_args, _counting(run, callback), *args, **kwargs)
             try:

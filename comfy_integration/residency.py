@@ -198,7 +198,9 @@ def _resident(kind: Any) -> Any:
             return super().partially_load(device_to, extra_memory, *args, **options)
 
         def partially_unload(self, *args: Any, **options: Any) -> Any:
-            _release(self)
+            released = _release(self)
+            if oq.host_bytes(gpu_memory.module_of(self)):
+                return released  # to move weights that are on the host would free nothing: ComfyUI unloads it whole
             return super().partially_unload(*args, **options)
 
         def unpatch_model(self, device_to: Any = None, unpatch_weights: bool = True) -> Any:
@@ -207,11 +209,12 @@ def _resident(kind: Any) -> Any:
             return super().unpatch_model(device_to, unpatch_weights)
 
         def patch_weight_to_device(self, key: str, *args: Any, **options: Any) -> Any:
-            was_on_host = key in self.patches and gpu_memory.before_patch(self, key)
-            result = super().patch_weight_to_device(key, *args, **options)
-            if was_on_host:
-                gpu_memory.after_patch(self, key)
-            return result
+            device = gpu_memory.before_patch(self, key) if key in self.patches else None
+            try:
+                return super().patch_weight_to_device(key, *args, **options)
+            finally:
+                if device is not None:
+                    gpu_memory.after_patch(self, key, device)
 
         def patch_hook_weight_to_device(self, *args: Any, **options: Any) -> Any:
             _make_writable(self.model, *args, *options.values())
@@ -316,7 +319,8 @@ def _after_detach(patcher: Any, unpatch_all: bool = True) -> None:
         _release(patcher)
 
 
-def _release(patcher: Any) -> None:
-    freed = oq.release(gpu_memory.module_of(patcher))
+def _release(patcher: Any) -> int:
+    freed: int = oq.release(gpu_memory.module_of(patcher))
     if freed:
         _log.info("unloaded with the model: %.2f GB of 8-bit copies; its next run makes them again", freed / 1e9)
+    return freed

@@ -18,6 +18,7 @@ from ..kernels.provider import Provider, provider_of
 from ..passes import OBSERVE, PassContext, run_passes
 from ..passes.stream_weights import stream_weights
 from ..quantization import host_weights
+from ..quantization.weight_streaming import streaming
 from ..report.report import Report
 from ..torch_internals import torch_settings
 from . import graph_key
@@ -91,7 +92,8 @@ class TracedGraph:
         if host_weights.are_any_on_host():
             parameters = self.inputs.take_parameters(args)
             if any(map(host_weights.is_on_host, parameters)):
-                return self._streamed(*args)
+                with streaming():
+                    return self._streamed(*args)
         return self.module(*args)
 
     @functools.cached_property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Sequence, Set
 
 import torch
@@ -37,11 +38,18 @@ class FloatWeights(CalibratedLayers):
         elsewhere = {layer.copy for layer in read_elsewhere()}
         copies = {index: self.layers[index].copy for index in indices if index in self.hostable}
         wanted = [i for i, copy in copies.items() if not (copy.freed or copy.read_in_float or copy in elsewhere)]
+        weights = [parameters[self._candidates[index]] for index in wanted]
         try:
-            host_weights.move_to_host([parameters[self._candidates[index]] for index in wanted])
+            host_weights.move_to_host(_of_their_own(weights, parameters))
         except host_weights.HostMemoryError as error:
             _log.warning("float weights stay on the GPU, beside their 8-bit copies: %s", error)
             self.hostable = frozenset()
+
+    def read_in_float(self) -> None:
+        """From now on the float weights of all layers stay on the GPU, whatever other graphs do with them."""
+        self.hostable = frozenset()
+        for layer in self.layers:
+            layer.copy.read_in_float = True
 
     def move_to_device(self, parameters: Sequence[torch.Tensor], indices: Iterable[int]) -> None:
         """Move the float weights of the layers at ``indices`` back to the GPU."""
@@ -57,3 +65,15 @@ class FloatWeights(CalibratedLayers):
         for layer in self.layers:
             if layer.copy.freed and id(layer.copy.source) in ids:
                 layer.copy.check_not_freed()
+
+
+def _of_their_own(weights: Sequence[torch.Tensor], parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Those of ``weights`` that are not on the host, and whose memory no other one of ``parameters`` has."""
+    missing = [
+        weight for weight in weights if host_weights.can_be_on_host(weight) and not host_weights.is_on_host(weight)
+    ]
+    if not missing:
+        return []
+    plain = {id(parameter): parameter for parameter in parameters if host_weights.is_plain(parameter)}
+    owners = Counter(parameter.data_ptr() for parameter in plain.values())
+    return [weight for weight in missing if owners[weight.data_ptr()] == 1]

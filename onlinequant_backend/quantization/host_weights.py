@@ -14,13 +14,13 @@ import functools
 import logging
 import mmap
 import os
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 
 import numpy
 import torch
 
+from .. import fork_locks
 from ..operating_system import free_memory
 from ..tensors import extent
 
@@ -31,8 +31,9 @@ _LEAST = 2**18
 # The share of the host's memory that is left to others.
 _RESERVE = 0.1
 _MAPPED = 2  # cudaHostRegisterMapped
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 
-_lock = threading.RLock()
+_lock = fork_locks.rlock()
 # By address, the memory of the weights on the host, and of those that were and are now tensors of the CPU.
 _windows: weakref.WeakValueDictionary[int, _Window] = weakref.WeakValueDictionary()
 _unused: list[_Block] = []  # without a weight, still page-locked
@@ -59,14 +60,19 @@ def are_any_on_host() -> bool:
 
 
 def can_be_on_host(weight: torch.Tensor) -> bool:
-    """Whether ``move_to_host`` can move a weight."""
-    return _is_worth_it(weight) and supports(weight.device)
+    """Whether ``move_to_host`` can move a weight. Not one that is a part of a tensor: a change of the one would no
+    longer be a change of the other."""
+    return _is_worth_it(weight) and weight.untyped_storage().nbytes() == weight.nbytes and supports(weight.device)
 
 
 def _is_worth_it(weight: torch.Tensor) -> bool:
     """Whether it is a plain tensor of some size without gaps in its memory."""
-    is_plain = type(weight) in (torch.Tensor, torch.nn.Parameter)
-    return is_plain and weight.nbytes >= max(1, _LEAST) and extent(weight) == weight.numel()
+    return is_plain(weight) and weight.nbytes >= max(1, _LEAST) and extent(weight) == weight.numel()
+
+
+def is_plain(weight: torch.Tensor) -> bool:
+    """Whether it is an ordinary tensor with an address."""
+    return type(weight) in _PLAIN and weight.layout is torch.strided and weight.device.type != "meta"
 
 
 @functools.cache
@@ -95,6 +101,8 @@ def move_to_host(weights: Sequence[torch.Tensor]) -> int:
 
 def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
     """As ``move_to_host``, for weights in the CPU's memory that ``device`` is to read."""
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     fitting = {id(weight): weight for weight in weights if weight.device.type == "cpu" and _is_worth_it(weight)}
     return sum(_move(weight, device) for weight in fitting.values()) if supports(device) else 0
 
@@ -132,9 +140,12 @@ def _point(weight: torch.Tensor, memory: Callable[[], torch.Tensor]) -> None:
 
 def _window(weight: torch.Tensor) -> _Window | None:
     """The memory of a weight that is or was on the host, if the weight is all that is in it."""
-    if not _windows or weight.device.type == "meta":
+    if not _windows or type(weight) not in _PLAIN:
         return None
-    found = _windows.get(weight.untyped_storage().data_ptr())
+    try:
+        found = _windows.get(weight.untyped_storage().data_ptr())
+    except (NotImplementedError, RuntimeError):  # such as a sparse tensor
+        return None
     return found if found is None or found.size == weight.nbytes else None
 
 
@@ -228,8 +239,8 @@ class _Block:
             _unused.append(self)
 
     def free(self) -> None:
-        """Free its memory."""
-        if self.device.type == "cuda":
+        """Free its memory; a forked process, which shares it, does not."""
+        if self.device.type == "cuda" and self._process == os.getpid():
             torch.cuda.synchronize(self.device)
             torch.cuda.cudart().cudaHostUnregister(self.bytes.data_ptr())
 

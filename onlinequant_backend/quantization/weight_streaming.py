@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -24,9 +25,7 @@ _streams: dict[torch.device, torch.cuda.Stream] = {}
 
 def stream_first(weight: torch.Tensor, *upcoming: torch.Tensor) -> torch.Tensor:
     """``stream`` for the first weight of a graph: what an earlier call that failed has left may be out of date."""
-    for copy, done in _ahead.copies.values():
-        _wait(copy, done)  # before its memory is used for something else
-    _ahead.copies.clear()
+    _drop_copies()
     return stream(weight, *upcoming)
 
 
@@ -37,12 +36,30 @@ def stream(weight: torch.Tensor, *upcoming: torch.Tensor) -> torch.Tensor:
     copy, done = _ahead.copies.pop(id(weight), (None, None))
     if copy is not None:
         _wait(copy, done)
-    wanted = [other for other in upcoming if is_on_host(other) and not _is_trained(other)]
+    # Each once: a copy that nobody waits for would be written to after its memory is used for something else.
+    missing = {id(other): other for other in upcoming if id(other) not in _ahead.copies}
+    wanted = [other for other in missing.values() if is_on_host(other) and not _is_trained(other)]
     if wanted:
         _begin(wanted)
     if copy is not None:
         return copy
     return weight if _is_trained(weight) else on_device(weight)
+
+
+@contextlib.contextmanager
+def streaming() -> Iterator[None]:
+    """A block in which a graph reads weights through ``stream``. If it fails, copies that nobody read are freed."""
+    try:
+        yield
+    except BaseException:
+        _drop_copies()
+        raise
+
+
+def _drop_copies() -> None:
+    for copy, done in _ahead.copies.values():
+        _wait(copy, done)  # before its memory is used for something else
+    _ahead.copies.clear()
 
 
 def _is_trained(weight: torch.Tensor) -> bool:

@@ -13,6 +13,7 @@ import torch
 
 from ..kernels import clip_counting
 from ..quantization.observation import Observation
+from ..quantization.weight_streaming import streaming
 from ..tensors import relative_error
 from . import drift
 from .extents import Extents
@@ -165,7 +166,8 @@ class DriftWatch:
         """The float result; sets the ranges to what this call needs."""
         observation = Observation(weights.layers, refitting=weights.selection or (), drifted=drifted)
         before = _growth(weights)
-        result = self._traced.observed(*args, observation)
+        with streaming():
+            result = self._traced.observed(*args, observation)
         self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
         if observation.lost:  # the next call may not be observed either
             weights.schedule.restart(in_float=True)

@@ -59,7 +59,7 @@ class Finisher:
         if host_weights.are_any_on_host() and (self._failures.gave_up or self._compiler.graphs.are_all_in_float()):
             with best_effort("the float weights stay in host memory, so that each step copies them"):
                 for state in self._states:
-                    state.hostable = frozenset()
+                    state.read_in_float()
                 host_weights.move_to_device(parameters)
         with turn(self._traced) if self.is_busy() else contextlib.nullcontext():
             return self._traced.in_float(args)

@@ -26,6 +26,7 @@ from ..compilation.graph_memory import allocates_in_graph
 from ..compilation.inductor_job import Job, ModelMovedError, NotInCacheError, compile_elsewhere, is_in_cache
 from ..garbage_collection import without_garbage_collection
 from ..progress import Progress
+from ..quantization import host_weights
 from ..report.phases import Phase
 from ..tensors import plain_tensors
 from ..torch_internals import dynamo_interface, inductor_interface, torch_settings
@@ -166,6 +167,7 @@ class GraphCompiler:
             unselected = InFloat(f"no layer was selected: {self._most_common_reason()}")
             self.publish_result((Phase.FLOAT, unselected.reason), parameters, state)
             return unselected
+        host_weights.free_unused()  # of models that are gone
         before = self._report.copy()
         self._enter_compiling()
         entry = self._states.entry(state, parameters)

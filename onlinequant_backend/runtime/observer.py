@@ -11,6 +11,7 @@ import torch
 from ..compilation.graph_memory import give_back_freed_memory
 from ..progress import Progress
 from ..quantization.observation import Observation
+from ..quantization.weight_streaming import streaming
 from ..selection import layer_timing
 from ..selection.sensitivity import measure_end_to_end
 from .graph_compiler import GraphCompiler, turn
@@ -41,7 +42,7 @@ class Observer:
         alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
         room = state.room(parameters, candidates) if is_last else contextlib.nullcontext()  # their errors are measured
-        with alone, torch.no_grad(), room:
+        with alone, torch.no_grad(), room, streaming():
             observation = Observation(state.layers, floats, is_last, kept=frozenset(candidates))
             return traced.observed(*args, observation)
 

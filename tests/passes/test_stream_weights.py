@@ -56,3 +56,33 @@ def test_weights_that_are_not_on_the_host_or_are_trained_are_read_where_they_are
     assert stream(trained) is trained
     with torch.no_grad():
         assert stream(trained) is not trained
+
+
+def test_a_weight_that_is_read_twice_is_copied_ahead_once(hosted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The memory of a second copy would be used again while it is still being written."""
+    weights = [noise(4, 4, seed=seed) for seed in range(3)]
+    host_weights.move_to_host(weights)
+    first, second, third = weights
+    begun = list[int]()
+    begin = weight_streaming._begin
+    monkeypatch.setattr(weight_streaming, "_begin", lambda some: begun.extend(map(id, some)) or begin(some))
+    stream_first(first, second, third, second)
+    assert begun == [id(second), id(third)]
+    stream(second, third)
+    assert begun == [id(second), id(third)]
+    for weight in (third, second):
+        assert torch.equal(stream(weight), weight)
+
+
+def test_a_failed_call_keeps_no_copies(hosted: None) -> None:
+    weights = [noise(4, 4), noise(4, 4, seed=2)]
+    host_weights.move_to_host(weights)
+
+    def graph() -> None:
+        with weight_streaming.streaming():
+            stream_first(*weights)
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        graph()
+    assert not weight_streaming._ahead.copies

@@ -71,7 +71,69 @@ def test_what_cannot_be_moved_stays() -> None:
     assert not host_weights.are_any_on_host()
 
 
+def test_weights_that_share_memory_stay_together(inductor: EagerInductor) -> None:
+    """A change of the one is a change of the other."""
+    flat = noise(2, 64, 64)
+    assert move_to_host([flat[0]]) == 0
+    models = net(), net()
+    for model, where in zip(models, ("auto", "device"), strict=True):
+        block = model.blocks[0]
+        block.to_k.weight.data = block.to_q.weight.data
+        step = compiled(model, float_weights=where)
+        with torch.no_grad():
+            for _ in range(3):
+                step(X)
+            block.to_q.weight.data.add_(0.3)
+            result = [step(X) for _ in range(4)][-1]
+        assert relative_error(result, model(X)) < CLOSE
+        assert torch.equal(block.to_q.weight, block.to_k.weight)
+    assert on_host(models[0]) == WEIGHTS - {"blocks.0.to_q.weight", "blocks.0.to_k.weight"}
+
+
+class Quantized(torch.Tensor):
+    """A weight of another library, without memory of its own."""
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Quantized:
+        return torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype, device=inner.device)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: object, types: object, args: object = (), kwargs: object = None) -> object:
+        assert func is torch.ops.aten.detach.default
+        return cls(noise(8, 8))
+
+
+def test_tensors_of_other_kinds_are_none_of_ours() -> None:
+    kept = noise(64, 64)
+    move_to_host([kept])
+    module = nn.Module()
+    module.weight = nn.Parameter(Quantized(noise(8, 8)), requires_grad=False)
+    module.sparse = nn.Parameter(noise(8, 8).to_sparse(), requires_grad=False)
+    assert oq.host_bytes(module) == 0
+    assert move_to_host(list(module.parameters())) == 0
+    assert host_weights.leave_on_host([*module.parameters(), torch.empty(4, device="meta")]) == 0
+
+
+@torch.no_grad()
+def test_a_graph_that_stays_in_float_moves_nothing_back_and_forth(inductor: EagerInductor) -> None:
+    """Another graph of the same model is in 8 bit."""
+    model, wide = net(), noise(2, 4, 16, 8)
+    step, other = compiled(model), compiled(lambda x: model(x) + 1)
+    for _ in range(4):
+        step(X)
+    inductor.error = RuntimeError("no compiler")
+    for _ in range(3):
+        assert torch.equal(other(wide), model(wide) + 1)
+    inductor.error = None
+    places = [weight.data_ptr() for weight in model.parameters()]
+    for _ in range(3):
+        assert relative_error(step(X), model(X)) < CLOSE
+        assert torch.equal(other(wide), model(wide) + 1)
+    assert [weight.data_ptr() for weight in model.parameters()] == places and not on_host(model)
+
+
 def test_memory_is_used_again_and_given_back() -> None:
+    host_weights.free_unused()
     weight = noise(64, 64)
     move_to_host([weight])
     address = weight.data_ptr()
