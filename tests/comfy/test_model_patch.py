@@ -234,8 +234,8 @@ def test_many_graphs_of_one_model_are_all_compiled(told: list[str]) -> None:
 
 def test_models_of_one_class_are_traced_each_for_itself(told: list[str]) -> None:
     guarded = []
-    for scale in (1, 2):
-        denoiser = Scaled().eval().requires_grad_(False)
+    # Both live at the same time: a model may get the code of one that is gone.
+    for scale, denoiser in enumerate([Scaled().eval().requires_grad_(False) for _ in range(2)], start=1):
         denoiser.scale = scale
         model = patched(Patcher(denoiser), told)
         model.run()
