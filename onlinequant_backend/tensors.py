@@ -63,3 +63,11 @@ def plain_tensors(tensor: torch.Tensor) -> list[torch.Tensor]:
 def extent(tensor: torch.Tensor) -> int:
     """The number of elements from a tensor's first to its last in memory."""
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+
+
+def numbered(device: int | str | torch.device) -> torch.device:
+    """``device`` as tensors name it: with a number if it is a GPU, and without one if it is the CPU."""
+    known = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
+    if known.type == "cuda" and known.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu") if known.type == "cpu" else known

@@ -22,7 +22,7 @@ import torch
 
 from .. import fork_locks
 from ..operating_system import free_memory
-from ..tensors import extent
+from ..tensors import extent, numbered
 
 _log = logging.getLogger("onlinequant")
 
@@ -101,20 +101,20 @@ def move_to_host(weights: Sequence[torch.Tensor]) -> int:
 
 def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
     """As ``move_to_host``, for weights in the CPU's memory that ``device`` is to read."""
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", torch.cuda.current_device())
+    reader = numbered(device)
     fitting = {id(weight): weight for weight in weights if weight.device.type == "cpu" and _is_worth_it(weight)}
-    return sum(_move(weight, device) for weight in fitting.values()) if supports(device) else 0
+    return sum(_move(weight, reader) for weight in fitting.values()) if supports(reader) else 0
 
 
 def leave_on_host(weights: Sequence[torch.Tensor]) -> int:
     """Make CPU tensors of those ``weights`` that are on the host, in place, without copying them; ``load_on_host``
     undoes it. Returns their bytes."""
     hosted = {id(weight): weight for weight in weights if is_on_host(weight)}
+    for device in {weight.device for weight in hosted.values()}:
+        _synchronize(device)  # kernels that are queued may still write to them
     for weight in hosted.values():
         window = _window(weight)
         assert window is not None
-        _synchronize(window.device)  # kernels that are queued may still write to it
         _point(weight, window.on_cpu)
     return sum(weight.nbytes for weight in hosted.values())
 

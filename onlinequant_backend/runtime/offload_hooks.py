@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..errors import OffloadHooksError
+from ..tensors import numbered
 
 
 class OffloadHooks(Protocol):
@@ -34,14 +35,6 @@ class OffloadHooks(Protocol):
 def weights_of(layers: Iterable[nn.Module]) -> list[torch.Tensor]:
     """The weights of layers as they are."""
     return [cast("torch.Tensor", layer.weight) for layer in layers]
-
-
-def numbered(device: int | str | torch.device) -> torch.device:
-    """``device`` as tensors name it: with a number if it is a GPU, and without one if it is the CPU."""
-    known = torch.device("cuda", device) if isinstance(device, int) else torch.device(device)
-    if known.type == "cuda" and known.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return torch.device("cpu") if known.type == "cpu" else known
 
 
 def only_device(devices: Iterable[int | str | torch.device | None]) -> torch.device:

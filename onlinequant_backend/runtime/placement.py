@@ -8,9 +8,10 @@ from torch import nn
 from ..errors import InvalidOptionError
 from ..quantization import host_weights
 from ..quantization.host_weights import HostMemoryError
+from ..tensors import numbered
 from .accelerate_hooks import AccelerateHooks
 from .group_hooks import GroupHooks
-from .offload_hooks import OffloadHooks, numbered, weights_of
+from .offload_hooks import OffloadHooks, weights_of
 
 
 def place(module: nn.Module, device: torch.device | str = "cuda") -> nn.Module:
