@@ -1,13 +1,14 @@
 """What real denoisers take of an NVIDIA GPU's memory, phase by phase: eager, torch.compile, torchao and onlinequant.
 
     python benchmarks/memory.py --rows sd15 sdxl --json memory.jsonl
-    python benchmarks/memory.py --rows svd flux --no-second-size --json memory.jsonl
+    python benchmarks/memory.py --rows svd flux wan --no-second-size --json memory.jsonl
     python benchmarks/memory.py --rows flux --columns "onlinequant half" --capped 16
     python benchmarks/memory.py --show memory.jsonl
 
 Every cell (a model in one column) is a process of its own with empty caches, alone on the GPU. All have the same random
-weights and inputs, made on the GPU and moved to the host before anything is measured. FLUX.1 is in bfloat16, all others
-in float16. "torchao" is that of ``gpu_step``. "onlinequant half" keeps the float weights in the host's memory.
+weights and inputs, made on the GPU and moved to the host before anything is measured. FLUX.1 and Wan are in bfloat16,
+all others in float16. "torchao" is that of ``gpu_step``. "onlinequant half" keeps the float weights in the host's
+memory.
 
 - "load": the model comes from the host's memory onto the GPU, and torchao quantizes it.
 - "observe": onlinequant's calls in float.
@@ -26,8 +27,9 @@ fails, is the last one of its cell; only a LoRA that cannot be added to torchao'
 - "relative error": ``||result - eager|| / ||eager||`` of the step's output.
 - "weights after": the largest difference between a weight before the LoRA and after it, rounding included.
 
-``--capped GB`` lets torch's allocator have so many GiB. ``--show FILE`` prints the tables of what runs have appended to
-a file; it needs no GPU. ``--device cpu --tiny`` tries the script with small models.
+``--jobs N`` measures N cells at a time. That takes less time, but then seconds are not worth much, and "process" is not
+known. ``--capped GB`` lets torch's allocator have so many GiB. ``--show FILE`` prints the tables of what runs have
+appended to a file; it needs no GPU. ``--device cpu --tiny`` tries the script with small models.
 """
 
 from __future__ import annotations
@@ -38,6 +40,7 @@ import json
 import re
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -58,12 +61,26 @@ def cell_of(row: str, column: str, options: argparse.Namespace, folder: Path) ->
     arguments = ["--row", row, "--column", column, "--folder", str(folder), "--device", options.device]
     for name in ("tiny", "torchao_untuned"):
         arguments += [f"--{name.replace('_', '-')}"] * getattr(options, name)
+    arguments += ["--side-by-side"] * (options.jobs > 1)
     arguments += ["--no-second-size"] * (not options.second_size)
     arguments += ["--capped", str(options.capped)] * bool(options.capped)
     for key, value in options.option:
         arguments += ["--option", f"{key}={json.dumps(value)}"]
     home = folder / "caches" / re.sub(r"\W+", "-", f"{row}-{column}")
     return Cell(__file__, arguments, caches(home, column in (OURS, HALF)), options.timeout).finish()
+
+
+def measured(row: str, column: str, options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """As ``cell_of``; says so, and keeps the cell in the ``--json`` file."""
+    say(f"measuring {row}: {column}")
+    cell = cell_of(row, column, options, folder)
+    say(json.dumps(cell))
+    if options.json:
+        line = {"title": title_of(row, options), "row": row, "column": column, **cell}
+        line["options"] = dict(options.option) if column in (OURS, HALF) else {}
+        with options.json.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+    return cell
 
 
 def title_of(row: str, options: argparse.Namespace) -> str:
@@ -86,9 +103,11 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--torchao-untuned", action="store_true", help="without the Inductor options torchao sets")
     result.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     result.add_argument("--tiny", action="store_true", help="small models, for trying the script")
+    result.add_argument("--jobs", type=int, default=1, help="how many cells are measured at a time")
     result.add_argument("--row", choices=list(ROWS), help=argparse.SUPPRESS)
     result.add_argument("--column", choices=COLUMNS, help=argparse.SUPPRESS)
     result.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    result.add_argument("--side-by-side", action="store_true", help=argparse.SUPPRESS)
     return result
 
 
@@ -104,19 +123,14 @@ def main() -> None:
     if options.row:
         measure(options)
         return
-    with tempfile.TemporaryDirectory() as name:
-        for row in options.rows:
-            title, cells = title_of(row, options), {}
-            for column in sorted(set(options.columns), key=COLUMNS.index):
-                say(f"measuring {row}: {column}")
-                cells[column] = cell_of(row, column, options, Path(name))
-                say(json.dumps(cells[column]))
-                if options.json:
-                    line = {"title": title, "row": row, "column": column, **cells[column]}
-                    line["options"] = dict(options.option) if column in (OURS, HALF) else {}
-                    with options.json.open("a") as file:
-                        file.write(json.dumps(line) + "\n")
-            show(console, title, cells)
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(options.jobs) as pool:
+        columns = sorted(set(options.columns), key=COLUMNS.index)
+        rows = {
+            row: {column: pool.submit(measured, row, column, options, Path(name)) for column in columns}
+            for row in options.rows
+        }
+        for row, cells in rows.items():
+            show(console, title_of(row, options), {column: cell.result() for column, cell in cells.items()})
 
 
 if __name__ == "__main__":

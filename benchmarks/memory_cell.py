@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -38,11 +40,13 @@ _TINY_UNET = {
 }
 _TINY_SVD = {"block_out_channels": [32, 32, 64, 64], "num_attention_heads": [1, 1, 2, 2], "layers_per_block": 1}
 _TINY_FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2}
+_TINY_WAN = {"num_layers": 1, "num_attention_heads": 2, "ffn_dim": 256}
 ROWS = {
     "sd15": Row("SD1.5, 512x512, batch 2", 2, torch.float16, _TINY_UNET),
     "sdxl": Row("SDXL, 1024x1024, batch 2", 2, torch.float16, _TINY_UNET),
     "svd": Row("SVD, 25 frames of 576x1024, batch 2", 2, torch.float16, _TINY_SVD),
     "flux": Row("FLUX.1, 1024x1024, batch 1", 1, torch.bfloat16, _TINY_FLUX),
+    "wan": Row("Wan 14B, 81 frames of 480x832, batch 1", 1, torch.bfloat16, _TINY_WAN),
 }
 HALF = "onlinequant half"
 COLUMNS = (EAGER, COMPILED, TORCHAO, OURS, HALF)
@@ -124,8 +128,8 @@ class Subject:
         model, self.inputs = build(self._name, self._device, self._dtype, self._batch, size=self.size, config=config)
         self._result, self._weights = (options.folder / f"{options.row}.{name}.pt" for name in ("result", "weights"))
         if not self._result.exists():
-            torch.save({name: module.weight.cpu() for name, module in projections(model).items()}, self._weights)
-            torch.save(model(**self.inputs)[0].cpu(), self._result)
+            _save({name: module.weight.cpu() for name, module in projections(model).items()}, self._weights)
+            _save(model(**self.inputs)[0].cpu(), self._result)
         self.model = model.to("cpu")
 
     def error(self, result: torch.Tensor) -> float:
@@ -142,6 +146,12 @@ class Subject:
         """Those of about half the height. Three halvings must leave whole rows."""
         height, width = self.size
         return step_inputs(self._name, self._device, self._dtype, self._batch, (height // 16 * 8, width))
+
+
+def _save(value: object, path: Path) -> None:
+    part = path.with_suffix(f".{os.getpid()}")  # another cell may write the same file at the same time
+    torch.save(value, part)
+    part.replace(path)
 
 
 def loaded(options: argparse.Namespace, model: torch.nn.Module) -> torch.nn.Module:
@@ -181,7 +191,7 @@ def compile_calls(step: Callable[[], torch.Tensor], is_ours: bool) -> torch.Tens
 def measure(options: argparse.Namespace) -> None:
     """Measure one cell in this process. Prints what is known so far as one JSON object, as often as more is known."""
     on_gpu = options.device == "cuda"
-    watch = Watch(options.device)
+    watch = Watch(options.device, is_alone=not options.side_by_side)
     subject = Subject(options)
     cell: dict[str, Any] = {"device": torch.cuda.get_device_name() if on_gpu else "cpu", "torch": torch.__version__}
     cell |= {"source": watch.source, "phases": {}, "failures": {}}

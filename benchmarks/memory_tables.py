@@ -35,7 +35,7 @@ def shown_phase(cell: dict[str, Any], phase: str) -> str | None:
     if peaks is None:
         reason = cell["failures"].get(phase)
         return reason if reason in (None, OUT_OF_MEMORY) else "failed"
-    return " / ".join(f"{peaks[name]:.2f}" for name in ("allocated", "reserved", "process"))
+    return " / ".join(f"{peaks[name]:.2f}" for name in ("allocated", "reserved", "process") if peaks[name])
 
 
 def whole_table(title: str, cells: Cells) -> Table:

@@ -61,11 +61,28 @@ FLUX = {
     "guidance_embeds": True,
     "axes_dims_rope": (16, 56, 56),
 }
-CONFIGS: dict[str, dict[str, Any]] = {"sd15": SD15, "sdxl": SDXL, "sdxl-small": SDXL_SMALL, "svd": SVD, "flux": FLUX}
+# Wan 2.1 for text to video: 40 blocks, 14 billion parameters.
+WAN = {"num_layers": 40, "num_attention_heads": 40, "attention_head_dim": 128, "ffn_dim": 13824, "text_dim": 4096}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": SD15,
+    "sdxl": SDXL,
+    "sdxl-small": SDXL_SMALL,
+    "svd": SVD,
+    "flux": FLUX,
+    "wan": WAN,
+}
 MODELS = tuple(CONFIGS)
-UNETS = tuple(name for name in MODELS if name != "flux")
+_TRANSFORMERS = ("flux", "wan")
+UNETS = tuple(name for name in MODELS if name not in _TRANSFORMERS)
 # Height and width of the latent image at which each was trained.
-NATIVE = {"sd15": (64, 64), "sdxl": (128, 128), "sdxl-small": (32, 32), "svd": (72, 128), "flux": (128, 128)}
+NATIVE = {
+    "sd15": (64, 64),
+    "sdxl": (128, 128),
+    "sdxl-small": (32, 32),
+    "svd": (72, 128),
+    "flux": (128, 128),
+    "wan": (60, 104),
+}
 
 
 def build(
@@ -90,13 +107,17 @@ def build(
 
 
 def _denoiser(name: str, device: str, dtype: torch.dtype, config: Mapping[str, Any]) -> torch.nn.Module:
-    from diffusers import FluxTransformer2DModel, UNet2DConditionModel, UNetSpatioTemporalConditionModel
+    import diffusers
 
-    kinds = {"svd": UNetSpatioTemporalConditionModel, "flux": FluxTransformer2DModel}
+    kinds = {
+        "svd": diffusers.UNetSpatioTemporalConditionModel,
+        "flux": diffusers.FluxTransformer2DModel,
+        "wan": diffusers.WanTransformer3DModel,
+    }
     with torch.device(device), _default_dtype(dtype):
-        model: Any = kinds.get(name, UNet2DConditionModel)(**config)  # diffusers' types say nothing of Module
+        model: Any = kinds.get(name, diffusers.UNet2DConditionModel)(**config)  # diffusers' types say nothing of Module
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return model if name in ("svd", "flux") else model.to(memory_format=torch.channels_last)
+    return model if name in ("svd", *_TRANSFORMERS) else model.to(memory_format=torch.channels_last)
 
 
 def step_inputs(
@@ -123,6 +144,9 @@ def step_inputs(
             "txt_ids": torch.zeros(512, 3, device=device, dtype=dtype),
             "return_dict": False,
         }
+    if name == "wan":  # 21 latent images are 81 frames
+        video = {"hidden_states": noise(batch, 16, 21, height, width), "timestep": filled(batch, 500)}
+        return {**video, "encoder_hidden_states": noise(batch, 512, 4096), "return_dict": False}
     image = (25, 8) if name == "svd" else (4,)
     text = {"sd15": (77, 768), "sdxl": (77, 2048), "sdxl-small": (77, 512), "svd": (1, 1024)}[name]
     inputs: dict[str, Any] = {"sample": noise(batch, *image, height, width), "timestep": filled(1, 500.0)}

@@ -50,13 +50,14 @@ class Watch(threading.Thread):
     To be made before the process uses the GPU. "process" is the GPU's memory in use less what was in use before: of
     tensors, CUDA's context, kernels, libraries and CUDA graphs, and of whatever else is started on the GPU meanwhile.
     ``source`` is who says it: NVML if ``pynvml`` is installed, else CUDA, with nvidia-smi for what was free before.
-    "host" is the process's resident memory.
+    "host" is the process's resident memory. ``is_alone``: whether no other process uses the GPU; if one does, "process"
+    is not known, and 0.
     """
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, is_alone: bool = True) -> None:
         super().__init__(daemon=True)
         self._device = device
-        self._in_use, self.source = _memory_of_process(device)
+        self._in_use, self.source = _memory_of_process(device if is_alone else "cpu")
         self._host = psutil.Process()
         self._most: dict[str, int] = {}
 

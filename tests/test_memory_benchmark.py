@@ -137,3 +137,14 @@ def test_flux_has_the_tokens_of_its_picture() -> None:
     model, inputs = build("flux", "meta", torch.bfloat16, 1, config=memory_cell.ROWS["flux"].tiny)
     assert model(**inputs)[0].shape == (1, 4096, 64)
     assert inputs["encoder_hidden_states"].shape == (1, 512, 4096) and inputs["img_ids"].shape == (4096, 3)
+
+
+def test_wan_has_the_tokens_of_its_video() -> None:
+    model, inputs = build("wan", "meta", torch.bfloat16, 1, config=memory_cell.ROWS["wan"].tiny)
+    assert model(**inputs)[0].shape == inputs["hidden_states"].shape == (1, 16, 21, 60, 104)
+    assert len(memory_cell.projections(model)) == 2 * 4
+
+
+def test_what_is_not_known_is_not_shown() -> None:
+    peaks = {"allocated": 1.5, "reserved": 2.0, "process": 0.0, "host": 1.0}
+    assert shown_phase({"phases": {"load": peaks}, "failures": {}}, "load") == "1.50 / 2.00"

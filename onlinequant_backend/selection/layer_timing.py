@@ -29,6 +29,9 @@ _VERSION = 1
 # A layer must be faster by this share: times vary a little, and quantization costs accuracy. After a norm any gain is
 # enough: this package's norm kernels, which write 8-bit values, are faster than Inductor's float ones.
 _LEAST_GAIN = 0.08
+# The largest float weight of a merged product that is timed, in bytes. The modulations of all blocks of FLUX.1 are one
+# product of 8 GiB: to time it would take more memory than the 8-bit model.
+_LARGEST_MERGED = 2**28
 
 # Ops that do not change values, and ops that are elementwise or, like a norm, end with an elementwise part: Inductor,
 # or a kernel of this package, fuses the quantization into these.
@@ -62,16 +65,18 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
                 timing = _time_if_it_fits(info, format, device)
                 if timing is not None:
                     _known[gpu, key] = timing
-            torch.cuda.empty_cache()
+                torch.cuda.empty_cache()  # tensors of the next size would not fit into the memory of these
     known = {key: _known[gpu, key] for key in shapes if (gpu, key) in _known}
     tuning.choose({shape_of(shapes[key], format): timing.tile for key, timing in known.items()}, gpu)
     reasons = {}
     for members, source in groups:
-        keys = [_key(info, format) for info in (_merged(members), *members)]
+        keys = [_key(info, format) for info in (*members, *_timed_merged(members))]
         if not all(key in known for key in keys):
             continue
-        merged, *timings = (known[key] for key in keys)
-        quantized_us = merged.quantized_us + (0 if source.target in _POINTWISE else merged.quantize_us)
+        timings = [known[key] for key in keys[: len(members)]]
+        products = [known[key] for key in keys[len(members) :]] or timings
+        quantize_us = 0 if source.target in _POINTWISE else products[0].quantize_us
+        quantized_us = quantize_us + sum(product.quantized_us for product in products)
         float_us = sum(timing.float_us for timing in timings)
         least_gain = 0 if _is_norm(source) else _LEAST_GAIN
         is_worth_it = quantized_us <= float_us * (1 - least_gain)
@@ -112,7 +117,7 @@ def _shapes(groups: Sequence[tuple[list[LayerInfo], fx.Node]], format: Format) -
     """The first layer, or merged product, of each shape, by its key: these are timed."""
     shapes: dict[str, LayerInfo] = {}
     for members, _ in groups:
-        for info in [*members, _merged(members)]:
+        for info in [*members, *_timed_merged(members)]:
             shapes.setdefault(_key(info, format), info)
     return shapes
 
@@ -137,6 +142,13 @@ def _merged(members: Sequence[LayerInfo]) -> LayerInfo:
     outputs = sum(info.weight_shape[0] for info in members)
     name = f"{first.name} and {len(members) - 1} more"
     return dataclasses.replace(first, name=name, weight_shape=(outputs, first.weight_shape[1]))
+
+
+def _timed_merged(members: Sequence[LayerInfo]) -> list[LayerInfo]:
+    """The merged layer; none if it is too large to be timed, so that its layers' own times have to do."""
+    merged = _merged(members)
+    is_too_large = math.prod(merged.weight_shape) * merged.dtype.itemsize > _LARGEST_MERGED
+    return [] if is_too_large and len(members) > 1 else [merged]
 
 
 def dump(graph_module: fx.GraphModule, format: Format, device: torch.device = _CURRENT) -> str | None:

@@ -81,6 +81,15 @@ def test_every_shape_is_timed_once_and_what_is_not_faster_stays_in_float(timed: 
     assert len(timed) == 4
 
 
+def test_a_product_that_is_too_large_is_judged_by_its_layers(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_timing, "_LARGEST_MERGED", 2 * 32 * 32 * 4 - 1)  # one byte less than q and k in float32
+    probe = analyzed()
+    assert set(layer_timing.measure(probe.graph_module, FP8, CPU)) == {"out"}
+    assert sorted(timed) == ["conv", "out", "q"]
+    # Each 5, and their input is quantized once.
+    assert {info.name: info.quantized_us for info in probe.infos if info.name in "qk"} == {"q": 7, "k": 7}
+
+
 @pytest.mark.parametrize(
     "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")]
 )
