@@ -75,7 +75,8 @@ class QuantConfig:
         compile_in_background: whether to compile in another thread while the model goes on in float; not with
             ``free_float_weights``, under autocast, or where the graph writes into its inputs.
         float_weights: where the float weights are that have 8-bit copies, on a GPU. "host": in host memory from the
-            first call on, which needs the least memory of the GPU; "auto": from the end of observing on; "device":
+            first call on, and layers that gain nothing are in 8 bit too, which needs the least memory of the GPU;
+            "auto": on the host from the end of observing on, or from the first call if that takes no longer; "device":
             always on the GPU. On the host they can be read and written as before.
         free_float_weights: whether to free the float weights that have 8-bit copies. Then they cannot change.
         cache_dir: where the cache is; None means the environment's or the platform's cache directory.

@@ -11,7 +11,7 @@ from onlinequant_backend.quantization.weight_streaming import stream, stream_fir
 from .context import PassContext
 
 # Bytes copied ahead: enough to keep the bus busy while layers run whose weights are small for their time.
-_AHEAD = 2**28
+_AHEAD = 2**27
 
 
 def stream_weights(graph_module: fx.GraphModule, context: PassContext) -> int:

@@ -20,6 +20,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from ..tensors import getter
+from ..torch_internals.allocator import compact_memory
 from .graph_buffers import copied, copy_storages, storage_address, without_repetitions
 from .graph_memory import (
     Waits,
@@ -123,7 +124,8 @@ class GraphedCall:
         """The first call of a signature. Its effects on the arguments decide whether a graph is possible."""
         inputs = [args[position] for position in self._varying if isinstance(args[position], torch.Tensor)]
         before = [(tensor, _version(tensor), tensor.clone()) for tensor in inputs]
-        outputs = self._function(*args)
+        with compact_memory(self._lane.device):
+            outputs = self._function(*args)
         trouble = self._trouble(args, outputs, before)
         with self._lane.lock:
             if trouble is not None:
@@ -241,7 +243,7 @@ class _Lane:
         # cuBLAS keeps a workspace per stream. It must be allocated in the capture and must not outlive it.
         torch._C._cuda_clearCublasWorkspaces()
         unasked = addresses_not_asked_about() if allocates_in_graph() else contextlib.nullcontext()
-        with others_wait_to_synchronize(), unasked, self.side_stream():
+        with compact_memory(self.device), others_wait_to_synchronize(), unasked, self.side_stream():
             try:
                 # Not torch.cuda.graph: if its capture_end fails, its stream stays the current one.
                 graph.capture_begin(self._pool, capture_error_mode="thread_local")

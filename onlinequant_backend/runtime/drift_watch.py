@@ -39,13 +39,18 @@ _ADDED = 0.01
 class DriftWatch:
     """Watches one graph.
 
-    ``keep_error`` receives the set of weights and the error of a step with it.
+    ``keep_error`` receives the set of weights and the error of a step with it. ``key``: identifies the compiled graph
+    of a call.
     """
 
     def __init__(
-        self, traced: TracedGraph, keep_error: Callable[[WeightState, float], None] = lambda weights, error: None
+        self,
+        traced: TracedGraph,
+        keep_error: Callable[[WeightState, float], None] = lambda weights, error: None,
+        key: Callable[[Sequence[Any], WeightState], object] = lambda args, weights: None,
     ) -> None:
         self._keep_error = keep_error
+        self._key = key
         self._traced = traced
         self._report = traced.report
         self._errors: weakref.WeakKeyDictionary[WeightState, float] = weakref.WeakKeyDictionary()
@@ -84,7 +89,7 @@ class DriftWatch:
         if drifted or is_nonfinite:
             return self._follow(compiled, args, weights, drifted, is_nonfinite, result)
         if not weights.is_compared and not is_capturing:
-            self._compare(args, weights, result)
+            self._compare(compiled, args, weights, result)
         return result, True
 
     def _call(
@@ -108,15 +113,20 @@ class DriftWatch:
             weights.schedule.doubt()
         return compiled.count(args, weights) if is_due else (result, None)
 
-    def _compare(self, args: Sequence[Any], weights: WeightState, result: Any) -> None:
+    def _compare(self, compiled: CompiledGraph, args: Sequence[Any], weights: WeightState, result: Any) -> None:
         """Report the error of quantization: ranges may cover all values and still be too coarse, as with strong
         outliers."""
         weights.is_compared = True
+        sample, weights.sample = weights.sample, None
         if not self._may_run_float(weights) or self._traced.is_random or not weights.selection:
             return
         try:
             with torch.no_grad():
-                error = relative_error(result, self._traced.in_float(args))
+                if sample is not None and self._key(again := sample.args(args), weights) == self._key(args, weights):
+                    # Without a float step, whose activations take the most memory.
+                    error = relative_error(compiled(again, weights), sample.result)
+                else:
+                    error = relative_error(result, self._traced.in_float(args))
         except Exception:  # for example out of memory
             _log.info("the error of a step is not measured", exc_info=True)
             return

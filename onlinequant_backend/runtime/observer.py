@@ -14,7 +14,9 @@ from ..quantization.observation import Observation
 from ..quantization.weight_streaming import streaming
 from ..selection import layer_timing
 from ..selection.sensitivity import measure_end_to_end
+from ..torch_internals.allocator import compact_memory
 from .graph_compiler import GraphCompiler, turn
+from .sample import Sample
 from .weight_state import WeightState, WeightStates
 
 
@@ -33,22 +35,24 @@ class Observer:
         parameters = traced.inputs.take_parameters(args)
         candidates = [index for index, info in enumerate(traced.infos) if info.quantized]
         state.check_not_freed(parameters)
-        if is_last or traced.config.float_weights == "host":
+        if is_last or traced.streams_while_observing:
             with self._compiler.moving(parameters):
                 state.move_to_host(parameters, candidates)
+        # Their errors are measured. Beside the activations of a float step there may be no memory for all copies.
+        kept = candidates if is_last and not traced.keeps_weights_on_host else []
         if is_last and traced.provider.captures_graphs:  # it calls the kernels of every layer
             layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
             give_back_freed_memory(traced.device)  # before the long-lived copies are allocated in it
         alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
-        room = state.room(parameters, candidates) if is_last else contextlib.nullcontext()  # their errors are measured
-        with alone, torch.no_grad(), room, streaming():
-            observation = Observation(state.layers, floats, is_last, kept=frozenset(candidates))
+        with compact_memory(traced.device) as trim, alone, torch.no_grad(), state.room(parameters, kept), streaming():
+            observation = Observation(state.layers, floats, is_last, kept=frozenset(kept), trim=trim)
             return traced.observed(*args, observation)
 
     def end(self, args: Sequence[Any], state: WeightState, result: Any) -> None:
         """End observing; ``args`` and ``result`` are those of the last observed call."""
         traced = self._traced
+        state.sample = Sample.of(traced.inputs, args, result)
         if traced.config.sensitivity == "end_to_end":
             measure_end_to_end(traced.observed, args, state.layers, traced.infos, result)
         state.calibrated_rest = state.rest_fingerprint(traced.inputs.take_parameters(args))

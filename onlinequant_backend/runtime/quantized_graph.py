@@ -54,7 +54,7 @@ class QuantizedGraph:
         self._calibration = Calibration(
             self._states, self._failures, self._compiler, observer, self._selector, self._finisher
         )
-        self._watch = DriftWatch(traced, self._keep_error)
+        self._watch = DriftWatch(traced, self._keep_error, self._compiler.graphs.key)
 
     def __call__(self, *args: Any) -> Any:
         run = current_run()

@@ -22,6 +22,7 @@ from ..report.report import Report
 from ..selection import layer_timing
 from .cache_entry import Entry
 from .drift import Bounds, Schedule
+from .sample import Sample
 from .set_registry import known_sets
 
 
@@ -32,6 +33,7 @@ class WeightState(WeightSet):
         schedule: which calls are drift checks.
         numbers: the bounds of the numbers among the inputs of calls.
         is_compared: whether an 8-bit step was compared with float.
+        sample: the last observed call, with the weights of now; None if they have changed, or it was compared.
         entry: its cache entry, from the first call that needs it.
         calibrated_rest: fingerprint of biases and norms when the set was observed; None before.
     """
@@ -50,6 +52,7 @@ class WeightState(WeightSet):
         self.schedule = Schedule(drift_check_every)
         self.numbers = Bounds()
         self.is_compared = False
+        self.sample: Sample | None = None
         self.entry: Entry | None = None
         self.calibrated_rest: str | None = None
         self._names = names
@@ -80,12 +83,14 @@ class WeightState(WeightSet):
         """Calibrate anew: another checkpoint was loaded into these parameters, or the user requested it."""
         super().start_over()
         self.is_compared = False
+        self.sample = None
 
     def follow(self, parameters: Sequence[torch.Tensor]) -> int:
         """As for ``WeightSet``. After any change activations may differ, even if another set with the same layer has
         quantized the weight already."""
         if not self.has_same_values(parameters):
             self.schedule.restart()
+            self.sample = None
         return super().follow(parameters)
 
     def drifted(self, seen: Mapping[int, Seen], is_in_doubt: bool = False) -> dict[int, Seen]:

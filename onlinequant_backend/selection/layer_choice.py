@@ -51,7 +51,10 @@ class LayerChoice:
         )
         if context.measures_speed:
             layer_timing.restore(load_autotuning(), self._traced.device)
-            slow = layer_timing.measure(self._traced.module, self._traced.precision.format, self._traced.device)
+            saves_memory = self._traced.config.float_weights == "host" and self._traced.keeps_weights_on_host
+            slow = layer_timing.measure(
+                self._traced.module, self._traced.precision.format, self._traced.device, saves_memory
+            )
             context.unusable = {**slow, **context.unusable}
         run_passes(self._traced.module, SELECT, context)
         if self._traced.config.max_error is not None:

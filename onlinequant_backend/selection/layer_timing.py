@@ -29,6 +29,8 @@ _VERSION = 1
 # A layer must be faster by this share: times vary a little, and quantization costs accuracy. After a norm any gain is
 # enough: this package's norm kernels, which write 8-bit values, are faster than Inductor's float ones.
 _LEAST_GAIN = 0.08
+# Where memory matters most, a layer may even be slower by this share, since its weight takes half as much.
+_MOST_LOSS = 0.25
 # The largest float weight of a merged product that is timed, in bytes. The modulations of all blocks of FLUX.1 are one
 # product of 8 GiB: to time it would take more memory than the 8-bit model.
 _LARGEST_MERGED = 2**28
@@ -47,11 +49,13 @@ _compiled: set[tuple[Gpu, str]] = set()  # shapes whose kernels are compiled
 _CURRENT = torch.device("cuda")
 
 
-def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) -> dict[str, str]:
+def measure(
+    graph_module: fx.GraphModule, format: Format, device: torch.device, saves_memory: bool = False
+) -> dict[str, str]:
     """Time every layer that could be quantized, once for each shape, and choose its tile. Linears that read one tensor
     are timed as the product into which ``merge_linears`` merges them. Fills in ``float_us`` and ``quantized_us`` of
     each ``LayerInfo``; returns, by name, why layers gain too little. If the GPU lacks the memory to time a layer, both
-    stay unset, and the layer is treated as faster.
+    stay unset, and the layer is treated as faster. ``saves_memory``: whether layers may also be a little slower.
     """
     groups = _groups(graph_module)
     gpu = gpu_of(device)
@@ -78,7 +82,7 @@ def measure(graph_module: fx.GraphModule, format: Format, device: torch.device) 
         quantize_us = 0 if source.target in _POINTWISE else products[0].quantize_us
         quantized_us = quantize_us + sum(product.quantized_us for product in products)
         float_us = sum(timing.float_us for timing in timings)
-        least_gain = 0 if _is_norm(source) else _LEAST_GAIN
+        least_gain = -_MOST_LOSS if saves_memory else 0 if _is_norm(source) else _LEAST_GAIN
         is_worth_it = quantized_us <= float_us * (1 - least_gain)
         for info, timing in zip(members, timings, strict=True):
             info.float_us, info.quantized_us = timing.float_us, quantized_us * timing.float_us / float_us

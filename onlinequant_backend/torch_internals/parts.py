@@ -41,6 +41,7 @@ KERNEL_BATCHES = "compiling CPU kernels in batches"
 INSTRUCTION_CHECK = "remembering the CPU's instructions"
 LAZY_GRAPHS = "generating a graph's code only when it is called"
 TUNING_IN_TURNS = "autotuning one kernel at a time"
+COMPACT_MEMORY = "memory without gaps"
 COMPILER_NAME = "naming the C++ compiler"
 
 NEEDS = (
@@ -121,6 +122,11 @@ NEEDS = (
         TUNING_IN_TURNS,
         "_inductor.runtime.triton_heuristics.CachingAutotuner.benchmark_all_configs",
         "several are measured at once",
+    ),
+    Need(
+        COMPACT_MEMORY,
+        "_C._accelerator_setAllocatorSettings",
+        "steps take up to a third more memory",
     ),
     Need(
         COMPILER_NAME,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 import onlinequant_backend as oq
+from onlinequant_backend.analysis import traced_graph
 from onlinequant_backend.errors import OnlineQuantError
 from onlinequant_backend.quantization import host_weights
 from onlinequant_backend.quantization.host_weights import HostMemoryError, host_bytes, is_on_host, move_to_host
@@ -182,6 +183,18 @@ def test_pictures_are_the_same_and_weights_are_on_the_host(where: str, inductor:
     assert oq.reports()[-1].phase == "quantized"
     assert not on_host(plain)
     assert (len(inductor.graphs), dynamo_graphs()) == (2, 2)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("where", ["auto", "device"])
+def test_weights_that_are_copied_beside_long_work_leave_at_once(
+    where: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    step = compiled(model, float_weights=where)
+    monkeypatch.setattr(traced_graph, "_HIDDEN", 1)
+    assert torch.equal(step(X), net()(X))
+    assert on_host(model) == (WEIGHTS if where == "auto" else set())
 
 
 @torch.no_grad()

@@ -294,6 +294,31 @@ def test_an_error_that_shows_is_said(inductor: EagerInductor, caplog: pytest.Log
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("change", ["nothing", "a weight", "the size"])
+def test_the_error_is_that_of_the_last_observed_call(
+    change: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a float step beside the 8-bit copies, unless the last observed call says nothing any more."""
+    float_steps = []
+    in_float = TracedGraph.in_float
+    monkeypatch.setattr(TracedGraph, "in_float", lambda *given: float_steps.append(1) or in_float(*given))
+    model, observed, x = net(), X.clone(), noise(1, 4, 8, 8, seed=1)
+    step = compiled(model)
+    step(x)
+    step(observed).mul_(2)  # a sampler may work in place
+    observed.mul_(2)
+    if change == "a weight":
+        model.conv_in.weight.mul_(1.5)
+    called = torch.cat([x, x], dim=2) if change == "the size" else x
+    while (error := oq.reports()[-1].error) is None:  # the first call after a change may run in float
+        result = step(called)
+    if change == "nothing":
+        result, called = step(X), X
+    assert error == pytest.approx(relative_error(result, model(called)), rel=1e-3)
+    assert bool(float_steps) == (change != "nothing")
+
+
+@torch.no_grad()
 def test_an_error_that_a_wider_range_has_made_is_said(
     inductor: EagerInductor, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -155,6 +155,17 @@ def test_linears_are_worth_it_together_or_not_at_all(timed: list[str], monkeypat
     assert set(layer_timing.measure(analyzed().graph_module, FP8, CPU)) == {"q", "k", "out", "conv"}
 
 
+def test_a_layer_may_be_slower_where_memory_matters(timed: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(share: float) -> dict[str, str]:
+        slow = Timing(10.0, 10 * (1 + share) - 4, 4.0, WIDE)  # and 4 to quantize what it reads
+        monkeypatch.setattr(layer_timing, "_known", {})
+        monkeypatch.setattr(layer_timing, "time_layer", lambda info, _format, _device: slow)
+        return layer_timing.measure(analyzed().graph_module, FP8, CPU, saves_memory=True)
+
+    assert "conv" not in measured(0.24)
+    assert "conv" in measured(0.26)
+
+
 @pytest.mark.parametrize(
     ("made", "us", "least_gain"),
     [
