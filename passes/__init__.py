@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch.fx as fx
 
 from .annotate_density import annotate_density
+from .attend_to_one_key import attend_to_one_key
 from .context import PassContext
 from .drop_identities import drop_identities
 from .drop_unused_inputs import drop_unused_inputs
@@ -37,7 +38,14 @@ __all__ = ["ANALYZE", "OBSERVE", "REWRITE", "SELECT", "PassContext", "run_passes
 
 Pass = Callable[[fx.GraphModule, PassContext], int]
 
-ANALYZE: tuple[Pass, ...] = (functionalize, share_activations, name_layers, annotate_density, select_nodes)
+ANALYZE: tuple[Pass, ...] = (
+    functionalize,
+    attend_to_one_key,
+    share_activations,
+    name_layers,
+    annotate_density,
+    select_nodes,
+)
 OBSERVE: tuple[Pass, ...] = (insert_observers, stream_weights)
 SELECT: tuple[Pass, ...] = (select_nodes,)
 REWRITE: tuple[Pass, ...] = (
