@@ -6,8 +6,9 @@ import dataclasses
 from collections.abc import Callable, Container, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
+
+from ..operating_system import free_memory
 
 if TYPE_CHECKING:
     from .layer_state import Layer
@@ -73,7 +74,7 @@ class Observation:
         return y
 
     def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:
-        if self.spared and psutil.virtual_memory().available < self.spared:
+        if self.spared and free_memory()[0] < self.spared:
             raise MemoryError("the memory is nearly used up")
         gradients = self.gradients
         assert gradients is not None

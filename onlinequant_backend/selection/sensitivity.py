@@ -12,12 +12,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 import torch.fx as fx
 
 from ..graph import LayerInfo, fx_utils
 from ..graph.layer_info import Sensitivity
+from ..operating_system import free_memory
 from ..progress import Progress
 from ..quantization.layer_state import Layer
 from ..quantization.observation import Observation
@@ -76,7 +76,7 @@ def _spared_memory(args: Sequence[Any]) -> float:
     tensors = [arg for arg in args if isinstance(arg, torch.Tensor)]
     if any(tensor.device.type != "cpu" for tensor in tensors):
         return 0.0
-    available = psutil.virtual_memory().available
+    available = free_memory()[0]
     copied = sum(tensor.nbytes for tensor in tensors if tensor.is_inference())
     if available - copied < available * _SPARED:
         raise MemoryError(f"{copied / 1e9:.1f} GB of copies do not fit into {available / 1e9:.1f} GB")
