@@ -5,7 +5,8 @@
 Every row is a process of its own; "cold" starts from an empty cache directory, "warm" is another process on the same
 one. Dynamo's tracing, which no backend can save, is shown apart. "first calls" are all calls up to and including the
 first in 8 bit (for torch.compile: the first call); "beyond Dynamo" is what remains of them without the tracing. The
-second table says where ours spends it: each part without those within it, "calls" the rest, running steps above all.
+second table says where ours spends it: each part without those within it. "imports" are modules that the first calls
+import, such as Inductor; "step" is running the compiled graph for the first time. The third is torch's own account.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 _STARTED = time.perf_counter()
+_MOST_REPEATED = 4
+_SHOWN = 0.05  # seconds, the least of a part that is shown
 
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
@@ -34,64 +38,97 @@ from benchmarks.models import MODELS, build, relative_error  # noqa: E402
 
 
 class Parts:
-    """Seconds spent in functions, each without those among them that it calls."""
+    """Seconds that one thread spends in functions, each without those among them that it calls."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._running: list[list[float]] = []  # seconds of the parts within each
+        self._running: list[tuple[str, list[float]]] = []  # each with the seconds of the parts within it
+        self._thread = threading.get_ident()
 
-    def time(self, part: str, owner: Any, name: str) -> None:
-        """Count the function ``name`` of a module or class to ``part`` from now on."""
+    def time(self, part: str, owner: Any, name: str, not_within: str | None = None) -> None:
+        """Count the function ``name`` of a module or class to ``part`` from now on, unless the part ``not_within`` has
+        called it."""
         function = getattr(owner, name)
 
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
-            with self._part(part):
+            is_part_of = self._running[-1][0] if self._running else None
+            if threading.get_ident() != self._thread or (is_part_of is not None and is_part_of == not_within):
+                return function(*args, **kwargs)
+            with self.running(part):
                 return function(*args, **kwargs)
 
         setattr(owner, name, timed)
         self.seconds.setdefault(part, 0.0)
 
     @contextlib.contextmanager
-    def _part(self, part: str) -> Iterator[None]:
+    def running(self, part: str) -> Iterator[None]:
+        """Count the block to ``part``."""
         start = time.perf_counter()
-        self._running.append([])
+        self._running.append((part, []))
         try:
             yield
         finally:
-            within = sum(self._running.pop())
+            within = sum(self._running.pop()[1])
             took = time.perf_counter() - start
-            self.seconds[part] += took - within
+            self.seconds[part] = self.seconds.get(part, 0.0) + took - within
             if self._running:
-                self._running[-1].append(took)
+                self._running[-1][1].append(took)
 
 
 def watched() -> Parts:
-    """The parts of this backend's first calls."""
+    """The parts of this backend's first calls. Imports nothing that these calls import."""
+    import importlib._bootstrap
+
     from onlinequant_backend import quantizing_backend
-    from onlinequant_backend.analysis import traced_graph
-    from onlinequant_backend.compilation import build, region_check
-    from onlinequant_backend.quantization import layer_state, weight_set
-    from onlinequant_backend.runtime import cache_entry, weight_state
+    from onlinequant_backend.analysis import graph_key, traced_graph
+    from onlinequant_backend.compilation import build, compiled_graph, cuda_graphs, inductor_job, region_check
+    from onlinequant_backend.kernels.nvidia import precompile
+    from onlinequant_backend.quantization import float_weights, host_weights, layer_state, weight_set
+    from onlinequant_backend.runtime import cache_entry, drift_watch, weight_state
     from onlinequant_backend.selection import layer_choice, layer_timing
     from onlinequant_backend.torch_internals import inductor_interface
 
     parts = Parts()
     owners: dict[str, list[tuple[Any, str]]] = {
+        "Dynamo": [(torch._dynamo.convert_frame, "_compile")],
+        "analysis": [(torch._dynamo.output_graph.OutputGraph, "call_user_compiler")],
         "cache lookup": [(weight_state.WeightStates, "entry"), (cache_entry.Entry, "restore")],
         "cache writing": [(weight_state.WeightStates, "publish")],
+        "fingerprints": [(graph_key, "fingerprint")],
         "passes": [(module, "run_passes") for module in (quantizing_backend, build, layer_choice, traced_graph)],
         "weights": [(weight_set.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
-        "kernels ahead": [(layer_timing, "compile_ahead")],
+        "moving weights": [(float_weights.FloatWeights, "move_to_host")],
+        "page-locking": [(host_weights._Block, "__init__")],
+        "kernels ahead": [(layer_timing, "compile_ahead"), (precompile, "threads"), (inductor_job, "compile_job")],
         "timing": [(layer_timing, "measure")],
         "sensitivity": [(layer_state.Layer, "measure_sensitivity")],
+        "rewriting": [(build, "_build")],
         "Inductor": [(inductor_interface, "compile_fx")],
-        "comparing": [(region_check.Reference, "__init__"), (region_check.Reference, "check")],
+        "comparing": [
+            *((region_check.Reference, name) for name in ("__init__", "check")),
+            (drift_watch.DriftWatch, "_compare"),
+        ],
+        "repeated in float": [(drift_watch.DriftWatch, "_follow")],
+        "kernels": [
+            *_loaded("triton.runtime.jit", "JITFunction", "_do_compile"),
+            *_loaded("triton.compiler.compiler", "CompiledKernel", "_init_handles"),
+        ],
+        "CUDA graphs": [(cuda_graphs._Lane, "record")],
+        "step": [(compiled_graph.CompiledGraph, name) for name in ("__call__", "count")],
     }
     for part, functions in owners.items():
         for owner, name in functions:
             parts.time(part, owner, name)
+    # Called for each module that is not imported yet.
+    parts.time("imports", importlib._bootstrap, "_find_and_load", not_within="Dynamo")
     return parts
+
+
+def _loaded(module: str, kind: str, name: str) -> list[tuple[Any, str]]:
+    """A method, if its module is imported and has it."""
+    owner = getattr(sys.modules.get(module), kind, None)
+    return [(owner, name)] if hasattr(owner, name) else []
 
 
 @torch.no_grad()
@@ -100,37 +137,40 @@ def run(row: argparse.Namespace) -> dict[str, Any]:
     import onlinequant_backend
 
     imported = time.perf_counter() - _STARTED
-    parts = watched()
     model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
     options = {"precision": row.precision, "calibration_steps": row.calibration_steps}
     if row.backend == "onlinequant":
         step = torch.compile(model, backend="onlinequant", options=options)
     else:
         step = torch.compile(model)
+    parts = watched()
     start = time.perf_counter()
     calls = 0
     while True:
         result = step(**inputs)[0]
         calls += 1
         reports = onlinequant_backend.reports()
-        if not reports or reports[-1].phase in ("quantized", "float"):
+        # The first 8-bit call may be repeated in float, to see whether its ranges are right.
+        if not reports or reports[-1].phase == "quantized" or calls >= row.calibration_steps + _MOST_REPEATED:
             break
     if row.device == "cuda":
-        torch.cuda.synchronize()
+        with parts.running("waiting"):
+            torch.cuda.synchronize()
     first = time.perf_counter() - start
     torch.save(result, row.folder / f"{row.backend}-{row.state}.pt")
-    metrics = {name: sum(times) for name, times in torch._dynamo.utils.compilation_time_metrics.items()}
+    metrics = torch._dynamo.utils.compilation_time_metrics
     counters = torch._dynamo.utils.counters
     return {
         "import": imported,
         "first": first,
-        "dynamo": metrics["_compile.compile_inner"] - metrics["OutputGraph.call_user_compiler"],
+        "dynamo": sum(metrics["_compile.compile_inner"]) - sum(metrics["OutputGraph.call_user_compiler"]),
         "calls": calls,
         "misses": counters["inductor"]["fxgraph_cache_miss"],
         "phase": reports[-1].phase if reports else "",
         "observed": reports[-1].calls_observed if reports else "",
         "hit": reports[-1].cache_hit if reports else "",
         "parts": parts.seconds,
+        "torch": {name: sum(times) for name, times in metrics.items()},
     }
 
 
@@ -177,18 +217,42 @@ def table(model: str, rows: dict[tuple[str, str], dict[str, Any]], folder: Path,
 
 def breakdown(model: str, rows: dict[tuple[str, str], dict[str, Any]]) -> Table:
     """Where the seconds go in the processes of this backend, and their share of torch.compile's cold one."""
-    result = Table(title=f"{model}: where the seconds go")
     ours = {state: row for (backend, state), row in rows.items() if backend == "onlinequant"}
-    parts = list(next(iter(ours.values()))["parts"])
-    for heading in ("", "import", "Dynamo", *parts, "calls", "together", "of torch.compile, cold"):
-        result.add_column(heading, justify="right" if heading else "left")
+    result = Table(title=f"{model}: where the seconds go", caption="seconds")
+    for heading in ("", *ours):
+        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    parts = {state: {"import": row["import"], **row["parts"]} for state, row in ours.items()}
+    together = {state: row["import"] + row["first"] for state, row in ours.items()}
+    for state in ours:
+        parts[state]["all else"] = together[state] - sum(parts[state].values())
+    for part in dict.fromkeys(name for found in parts.values() for name in found):
+        seconds = [found.get(part, 0.0) for found in parts.values()]
+        if max(seconds) >= _SHOWN:
+            result.add_row(part, *(f"{each:.2f}" for each in seconds))
+    result.add_row("together", *(f"{each:.2f}" for each in together.values()))
+    beyond = [sum(parts[state][part] for part in ("import", "imports", "Dynamo")) for state in ours]
+    result.add_row(
+        "beyond imports and Dynamo",
+        *(f"{all_ - less:.2f}" for all_, less in zip(together.values(), beyond, strict=True)),
+    )
     plain = rows.get(("torch.compile", "cold"))
-    for state, row in ours.items():
-        calls = row["first"] - row["dynamo"] - sum(row["parts"].values())
-        together = row["import"] + row["first"]
-        cells = [row["import"], row["dynamo"], *row["parts"].values(), calls, together]
-        share = f"{together / (plain['import'] + plain['first']):.0%}" if plain else ""
-        result.add_row(state, *(f"{cell:.1f}" for cell in cells), share)
+    if plain:
+        of = plain["import"] + plain["first"]
+        result.add_row("of torch.compile, cold", *(f"{each / of:.0%}" for each in together.values()))
+    result.add_row("the last call's phase", *(row["phase"] for row in ours.values()))
+    return result
+
+
+def by_torch(model: str, rows: dict[tuple[str, str], dict[str, Any]]) -> Table:
+    """What torch says of the processes of this backend beyond Dynamo, each part with those within it."""
+    ours = {state: row["torch"] for (backend, state), row in rows.items() if backend == "onlinequant"}
+    result = Table(title=f"{model}: as torch counts it, parts within parts")
+    for heading in ("", *ours):
+        result.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for name in sorted({name for found in ours.values() for name in found}):
+        seconds = [found.get(name, 0.0) for found in ours.values()]
+        if max(seconds) >= _SHOWN:
+            result.add_row(name, *(f"{each:.2f}" for each in seconds))
     return result
 
 
@@ -220,6 +284,7 @@ def main() -> None:
             console.print(table(model, rows, Path(name), options))
             if "onlinequant" in options.backends:
                 console.print(breakdown(model, rows))
+                console.print(by_torch(model, rows))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..best_effort import warn_once
 from ..errors import OnlineQuantError
 from ..graph import LayerInfo, dynamic_shapes, fx_utils
-from ..torch_internals import dynamo_interface, inductor_interface
+from ..torch_internals import dynamo_interface, inductor_interface, triton_digest
 
 _log = logging.getLogger("onlinequant")
 _T = TypeVar("_T")
@@ -265,6 +265,7 @@ def _compile(compilation: dynamo_interface.Compilation, trace: Callable[[], _T])
         _frames.pop(compilation.code, None)
     if not _is_ours(compilation.backend):
         return _Attempt(compilation, None, Way.OWN)(trace)
+    triton_digest.begin()
     frame = _frame(compilation)
     before = frame.way
     while True:
@@ -315,10 +316,9 @@ def _name(compilation: dynamo_interface.Compilation) -> str:
 
 
 def _is_ours(backend: Any) -> bool:
-    try:
+    with contextlib.suppress(TypeError):  # it may not be hashable
         return dynamo_interface.innermost_backend(backend) in _backends
-    except TypeError:
-        return False
+    return False
 
 
 def _model(compilation: dynamo_interface.Compilation) -> Any:

@@ -170,6 +170,15 @@ class Cache:
             with best_effort("cannot write to the cache %s", self.root), contextlib.suppress(FileNotFoundError):
                 write_atomically(self.root / ENTRIES / key / STATS_FILE, stats)
 
+    def update_calibration(self, key: str, calibration: Calibration) -> None:
+        """Replace the calibration of ``key``, if it has an entry that no other process has locked."""
+        lock = self.lock(key, 0) if self.has(key) else None
+        if self.root is None or lock is None:
+            return
+        with lock, best_effort("cannot write to the cache %s", self.root):
+            if self.has(key):  # nothing evicts it any more
+                write_atomically(self.root / ENTRIES / key / CALIBRATION_FILE, calibration.to_bytes(key))
+
     def load_error(self, key: str) -> float | None:
         """The error of a step that the statistics of ``key`` tell; None if they tell none."""
         if self.root is not None and self.has(key):

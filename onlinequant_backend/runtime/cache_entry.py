@@ -87,18 +87,20 @@ class Entry:
         with best_effort("cannot save the statistics"):
             self._cache.update_stats(self.key, _json(kept))
 
+    def save_accepted(self, layers: Sequence[Layer], fingerprint: str, report: Report) -> None:
+        """Save again how much of its input each layer clips, without which each process would repeat its first 8-bit
+        call in float to learn that the ranges are right. ``fingerprint``: of the weights now."""
+        if self._is_of(layers, fingerprint):
+            with best_effort("cannot save the calibration"):
+                self._cache.update_calibration(self.key, self._calibration(layers, report))
+
     def publish(self, layers: Sequence[Layer], fingerprint: str, report: Report, autotuning: str | None) -> None:
         """Save the calibration, the timings and the report, and release the lock.
 
         ``fingerprint``: of the weights now.
         """
-        weights = graph_key.weights_part(self.key)
-        # Since then a LoRA may have been loaded, or another graph of the model observed: then these ranges do not
-        # belong to the weights that the key identifies.
-        state = weights, self._operations
-        known = all((layer.calibrated_for, layer.calibrated_in) == state for layer in layers)
         report.stats_path = None
-        if known and fingerprint == weights:
+        if self._is_of(layers, fingerprint):
             report.key = self.key
             with best_effort("cannot save the calibration"):
                 path = self._cache.publish(self.key, self._calibration(layers, report), _json(report), autotuning)
@@ -107,6 +109,13 @@ class Entry:
         for entry in list(_entries):
             if entry._cache.root == self._cache.root and entry.key[:48] == self.key[:48]:
                 entry.release()
+
+    def _is_of(self, layers: Sequence[Layer], fingerprint: str) -> bool:
+        """Whether the ranges of ``layers`` belong to the weights that the key identifies, and these are still in place:
+        since observing, a LoRA may have been loaded, or another graph of the model observed."""
+        weights = graph_key.weights_part(self.key)
+        state = weights, self._operations
+        return fingerprint == weights and all((layer.calibrated_for, layer.calibrated_in) == state for layer in layers)
 
     def release(self) -> None:
         """Release the lock, so that other processes may create the entry."""

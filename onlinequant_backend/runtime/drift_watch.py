@@ -39,17 +39,20 @@ _ADDED = 0.01
 class DriftWatch:
     """Watches one graph.
 
-    ``keep_error`` receives the set of weights and the error of a step with it. ``key``: identifies the compiled graph
-    of a call.
+    ``keep_error`` receives the set of weights and the error of a step with it. ``keep_accepted`` receives a call's
+    arguments and the set after a float call has shown that its ranges are right although 8-bit inputs exceed them.
+    ``key``: identifies the compiled graph of a call.
     """
 
     def __init__(
         self,
         traced: TracedGraph,
         keep_error: Callable[[WeightState, float], None] = lambda weights, error: None,
+        keep_accepted: Callable[[Sequence[Any], WeightState], None] = lambda args, weights: None,
         key: Callable[[Sequence[Any], WeightState], object] = lambda args, weights: None,
     ) -> None:
         self._keep_error = keep_error
+        self._keep_accepted = keep_accepted
         self._key = key
         self._traced = traced
         self._report = traced.report
@@ -181,6 +184,8 @@ class DriftWatch:
         self._note(weights, {i: seen for i, seen in drifted.items() if i not in observation.lost}, before)
         if observation.lost:  # the next call may not be observed either
             weights.schedule.restart(in_float=True)
+        elif all(growth == 1 for growth in _growth(weights)):
+            self._keep_accepted(args, weights)
         return result
 
     def _run_float(self, args: Sequence[Any], weights: WeightState) -> Any:

@@ -54,7 +54,7 @@ class QuantizedGraph:
         self._calibration = Calibration(
             self._states, self._failures, self._compiler, observer, self._selector, self._finisher
         )
-        self._watch = DriftWatch(traced, self._keep_error, self._compiler.graphs.key)
+        self._watch = DriftWatch(traced, self._keep_error, self._keep_accepted, self._compiler.graphs.key)
 
     def __call__(self, *args: Any) -> Any:
         run = current_run()
@@ -147,6 +147,12 @@ class QuantizedGraph:
     def _keep_error(self, state: WeightState, error: float) -> None:
         if state.entry is not None and self._report.stats_path is not None:
             state.entry.save_error(self._report, error)
+
+    def _keep_accepted(self, args: Sequence[Any], state: WeightState) -> None:
+        """Keep the next process from repeating in float what this one has."""
+        if state.entry is not None and self._report.stats_path is not None:
+            parameters = self._traced.inputs.take_parameters(args)
+            state.entry.save_accepted(state.layers, state.fingerprint(parameters), self._report)
 
 
 # Graphs that Dynamo still holds, by model and ``graph_key.identity``: a graph traced again is not compiled again.

@@ -14,7 +14,7 @@ from typing import Any, cast, get_origin
 
 import torch
 
-from . import parts
+from . import parts, triton_digest
 from .torch_settings import autocast_dtypes, settings
 
 
@@ -194,6 +194,7 @@ def compile_fx(
     outside_dynamo: bool,
 ) -> Callable[..., Any]:
     """Compile with Inductor; ``outside_dynamo``: no Dynamo tracing context owns the graph any more."""
+    triton_digest.wait()
     from torch._inductor.compile_fx import compile_fx as inductor_compile_fx
 
     extra: dict[str, Any] = {"ignore_shape_env": True} if outside_dynamo else {}

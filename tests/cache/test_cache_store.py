@@ -9,7 +9,7 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from onlinequant_backend.cache import atomic_files, cache_store
+from onlinequant_backend.cache import atomic_files, cache_store, locks
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration
 from onlinequant_backend.cache.eviction import ENTRIES
@@ -82,6 +82,26 @@ def test_what_was_published_is_loaded_and_replaced(store: Cache) -> None:
     newer = calibration(calls=40)
     assert store.publish(KEY, newer, "{}") is not None
     assert content(store.load(KEY)) == content(newer)
+
+
+def test_a_calibration_is_replaced_where_there_is_one(root: Path, store: Cache) -> None:
+    newer = calibration(calls=40)
+    store.update_calibration(KEY, newer)
+    assert not root.exists()
+    store.publish(KEY, CALIBRATION, STATS, "times")
+    store.update_calibration(KEY, newer)
+    assert content(store.load(KEY)) == content(newer)
+    assert store.load_autotuning(KEY) == "times"
+    assert not locks.is_held_here(root / "locks" / f"{KEY[:48]}.lock")
+
+
+def test_a_calibration_that_another_process_makes_is_not_replaced(root: Path, store: Cache) -> None:
+    store.publish(KEY, CALIBRATION, STATS)
+    other = cache_process.start("hold", root)
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    store.update_calibration(KEY, calibration(calls=40))
+    other.communicate()
+    assert content(store.load(KEY)) == content(CALIBRATION)
 
 
 def test_another_process_finds_it(root: Path, store: Cache) -> None:

@@ -22,7 +22,9 @@ from onlinequant_backend.cache import calibration_file
 from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, STATS_FILE, Calibration, LayerCalibration
 from onlinequant_backend.errors import InsecureCacheDirectoryError
+from onlinequant_backend.kernels import clip_counting
 from onlinequant_backend.runtime.drift_watch import DriftWatch
+from onlinequant_backend.runtime.weight_state import WeightState
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import (
     CLOSE,
@@ -75,6 +77,40 @@ def test_the_next_process_knows_the_error_of_a_step(monkeypatch: pytest.MonkeyPa
     found = run(small())
     assert found.stats_path is not None
     assert found.error == oq.Report.load(found.stats_path).error == made.error
+
+
+def pushed_beyond(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on errors of other layers push values of the first layer's input beyond its range, which is right."""
+    pushed = clip_counting.Seen(0.002, 1, 254)
+
+    def drifted(weights: WeightState, *_: object) -> dict[int, clip_counting.Seen]:
+        return {0: pushed} if weights.layers[0].clipped < pushed.clipped_in_doubt else {}
+
+    monkeypatch.setattr(WeightState, "drifted", drifted)
+
+
+def test_the_next_process_does_not_repeat_in_float_what_this_one_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    pushed_beyond(monkeypatch)
+    step = compiled(small())
+    pictures = [step(X) for _ in range(4)]
+    assert torch.equal(pictures[2], small()(X))  # the first call in 8 bit, repeated
+    assert oq.reports()[-1].widened == {}
+    forget_everything()
+    assert torch.equal(compiled(small())(X), pictures[3])
+    assert outcome(oq.reports()[-1]) == FOUND
+
+
+def test_what_a_lora_pushes_beyond_a_range_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small()
+    step = compiled(model)
+    for _ in range(3):
+        step(X)
+    (entry,) = entries()
+    before = (entry / CALIBRATION_FILE).read_bytes()
+    pushed_beyond(monkeypatch)
+    change(model, {"conv_out.weight": fused(model)["conv_out.weight"]}, replace=False)  # no layer reads its result
+    assert torch.equal(step(X), model(X))
+    assert (entry / CALIBRATION_FILE).read_bytes() == before
 
 
 def test_each_precision_has_a_calibration_of_its_own() -> None:
