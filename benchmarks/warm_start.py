@@ -97,6 +97,7 @@ def watched() -> Parts:
         "cache writing": [(weight_state.WeightStates, "publish")],
         "fingerprints": [(graph_key, "fingerprint")],
         "passes": [(module, "run_passes") for module in (quantizing_backend, build, layer_choice, traced_graph)],
+        "saved weights": [(weight_state.WeightStates, name) for name in ("saved_weights", "_save_weights")],
         "weights": [(weight_set.WeightSet, name) for name in ("quantize", "merge", "extra", "select")],
         "moving weights": [(float_weights.FloatWeights, "move_to_host")],
         "page-locking": [(host_weights._Block, "__init__")],
@@ -139,6 +140,7 @@ def run(row: argparse.Namespace) -> dict[str, Any]:
     imported = time.perf_counter() - _STARTED
     model, inputs = build(row.model, row.device, getattr(torch, row.dtype), batch=1)
     options = {"precision": row.precision, "calibration_steps": row.calibration_steps}
+    options["save_weights"] = row.save_weights
     if row.backend == "onlinequant":
         step = torch.compile(model, backend="onlinequant", options=options)
     else:
@@ -179,6 +181,7 @@ def in_process(model: str, backend: str, state: str, folder: Path, options: argp
     arguments = ["--row", "--model", model, "--backend", backend, "--state", state, "--folder", str(folder)]
     arguments += ["--device", options.device, "--dtype", options.dtype, "--precision", options.precision]
     arguments += ["--calibration-steps", str(options.calibration_steps)]
+    arguments += ["--save-weights"] if options.save_weights else []
     environment = {**os.environ, "ONLINEQUANT_CACHE_DIR": str(folder / "ours")}
     if backend == "torch.compile":
         environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder / "inductor")
@@ -263,6 +266,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--precision", default="int8")
     parser.add_argument("--calibration-steps", type=int, default=2)
+    parser.add_argument("--save-weights", action="store_true", help="the option save_weights")
     parser.add_argument("--backends", nargs="+", default=["onlinequant", "torch.compile"])
     parser.add_argument("--row", action="store_true", help=argparse.SUPPRESS)
     for name in ("--model", "--backend", "--state"):

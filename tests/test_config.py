@@ -31,6 +31,7 @@ DEFAULTS = {
     "regional_compilation": "auto",
     "float_weights": "auto",
     "free_float_weights": False,
+    "save_weights": False,
     "cache_dir": None,
     "cache_size_limit": 20,
     "lock_timeout": 600,
@@ -54,6 +55,7 @@ OTHER_VALUES = {
     "drift_check_every": 0,
     "float_weights": "host",
     "free_float_weights": True,
+    "save_weights": True,
     "cache_dir": "/somewhere/else",
     "cache_size_limit": 0,
     "lock_timeout": 1.5,
@@ -97,6 +99,7 @@ def test_defaults() -> None:
         ("shapes", ["any", True, None], errors.InvalidOptionError, "'auto', 'static', 'dynamic'"),
         ("compile_in_background", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("free_float_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
+        ("save_weights", ["yes", 1, None], errors.InvalidOptionError, "True, False"),
         ("cache_size_limit", [-1, INF, NAN, "20", True, None, *HUGE], errors.InvalidOptionError, "[0, inf)"),
         ("lock_timeout", [-1, INF, NAN, "20", True, None, *HUGE], errors.InvalidOptionError, "[0, inf)"),
         ("exclude", ["conv_in", None, {"a"}], errors.InvalidOptionError, "tuple of glob patterns"),
@@ -214,6 +217,7 @@ def test_cache_key_changes_with_every_option_but_the_place() -> None:
         "drift_check_every",
         "float_weights",
         "lock_timeout",
+        "save_weights",
     ):
         assert keys.pop(name) == default
     assert len({default, *keys.values()}) == len(keys) + 1

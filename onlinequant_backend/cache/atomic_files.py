@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from ..errors import InsecureCacheDirectoryError
 from ..operating_system import is_link, is_own_group, patiently, quoted, user_id
@@ -22,6 +24,8 @@ from .calibration_checks import InvalidEntryError
 TEMPORARY, TRASH = "temporary", "trash"
 # A rename meets what another process has put there meanwhile; that many times in a row is no coincidence.
 _ATTEMPTS = 100
+
+Writer = Callable[[BinaryIO], object]
 
 
 def _step(name: str) -> None:
@@ -105,12 +109,19 @@ def make_private(root: Path, *names: str) -> Path:
 
 def read_file(path: Path, limit: int) -> bytes:
     """The bytes of a regular file, at most ``limit``; raises InvalidEntryError for anything else."""
+    with opened(path, limit) as file:
+        return file.read(limit)
+
+
+@contextlib.contextmanager
+def opened(path: Path, limit: float = math.inf) -> Iterator[BinaryIO]:
+    """A regular file of at most ``limit`` bytes, to read; raises InvalidEntryError for anything else."""
     _check_readable(path, path.lstat(), limit)
     # In case it has become a link or a pipe since, which would lead elsewhere or wait for a writer.
     flags = os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     with os.fdopen(patiently(os.open, path, flags), "rb") as file:
         _check_readable(path, os.fstat(file.fileno()), limit)
-        return file.read(limit)
+        yield file
 
 
 def read_where_told(path: Path, limit: int) -> bytes:
@@ -125,15 +136,16 @@ def _led_to(path: Path) -> Path:
         raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
 
 
-def _check_readable(path: Path, info: os.stat_result, limit: int) -> None:
+def _check_readable(path: Path, info: os.stat_result, limit: float) -> None:
     if not stat.S_ISREG(info.st_mode):
         raise InvalidEntryError(f"{path.name} is {'a link' if stat.S_ISLNK(info.st_mode) else 'no regular file'}")
     if info.st_size > limit:
         raise InvalidEntryError(f"{path.name} has {info.st_size} bytes, more than the {limit} allowed")
 
 
-def publish_folder(root: Path, kind: str, name: str, files: Mapping[str, bytes]) -> Path:
-    """Make the folder ``root/kind/name`` hold exactly ``files``, and return it.
+def publish_folder(root: Path, kind: str, name: str, files: Mapping[str, bytes | Writer]) -> Path:
+    """Make the folder ``root/kind/name`` hold exactly ``files``, and return it. What is large is given as a function
+    that writes it.
 
     A reader sees what was there before, or nothing, or all of the new: never a part.
     """
@@ -165,14 +177,17 @@ def publish_folder(root: Path, kind: str, name: str, files: Mapping[str, bytes])
     return folder
 
 
-def _write(path: Path, content: bytes) -> None:
+def _write(path: Path, content: bytes | Writer) -> None:
     _step(f"before writing {path.name}")
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0), 0o600)
     with os.fdopen(descriptor, "wb") as file:
-        file.write(content[: len(content) // 2])
-        file.flush()
-        _step(f"while writing {path.name}")
-        file.write(content[len(content) // 2 :])
+        if isinstance(content, bytes):
+            file.write(content[: len(content) // 2])
+            file.flush()
+            _step(f"while writing {path.name}")
+            file.write(content[len(content) // 2 :])
+        else:
+            content(file)
         file.flush()
         os.fsync(file.fileno())
     _step(f"after writing {path.name}")

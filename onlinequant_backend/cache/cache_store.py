@@ -4,6 +4,7 @@
 
     entries/<key>/                      calibration.safetensors and quantization_stats.json of one graph
     imported/<key[:32]>/                calibration.safetensors from another machine
+    weights/<key[:48]>/                 weights.safetensors: a checkpoint's 8-bit weights, with the option save_weights
     inductor/<key[:16]><key[32:48]>/    Inductor's own caches, which hold code; shared by a model's checkpoints
     locks/<key[:48]>.lock               held by the process that calibrates this model
     aside/                              entries that were corrupt
@@ -54,13 +55,13 @@ from .calibration_file import (
     Calibration,
     parse_object,
 )
-from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, Item
+from .eviction import ASIDE, ENTRIES, GIGABYTE, IMPORTED, INDUCTOR, LOCKS, WEIGHTS, Item
 from .listing import EntryInfo
 from .locks import Lock
 
 # The first is ours; the second is the predecessor's, so that its users' set-ups go on working.
 ENVIRONMENT_VARIABLES = ("ONLINEQUANT_CACHE_DIR", "COMFYUI_ONEDIFF_SAVE_GRAPH_DIR")
-_FOLDERS = (ENTRIES, IMPORTED, INDUCTOR, LOCKS, ASIDE, TEMPORARY, TRASH)
+_FOLDERS = (ENTRIES, WEIGHTS, IMPORTED, INDUCTOR, LOCKS, ASIDE, TEMPORARY, TRASH)
 # Inductor folders that this process was given: it may compile into them at any time, so it does not evict them.
 _in_use: set[Path] = set()
 
@@ -94,11 +95,12 @@ class Cache:
 
     Attributes:
         root: the directory, without links; None if there is no directory to be had, and then every load is a miss.
+        limit: bytes that it may have.
     """
 
     def __init__(self, root: Path | None, size_limit: float) -> None:
         self.root = root
-        self._limit = size_limit * GIGABYTE
+        self.limit = size_limit * GIGABYTE
 
     @classmethod
     def open(cls, configured: str | None, size_limit: float = 20.0) -> Cache:
@@ -159,10 +161,16 @@ class Cache:
             if autotuning is not None:
                 files[AUTOTUNING_FILE] = autotuning.encode()
             folder = publish_folder(self.root, ENTRIES, key, files)
-            with best_effort("cannot make room in the cache %s", self.root):
-                eviction.evict(self.root, self._limit, {folder, _inductor_folder(self.root, key), *_in_use})
+            self.make_room(key, folder)
             return folder / STATS_FILE
         return None
+
+    def make_room(self, key: str, folder: Path) -> None:
+        """Evict what is over the limit, but for the entry of ``key`` and ``folder``, which was just written."""
+        if self.root is not None:
+            with best_effort("cannot make room in the cache %s", self.root):
+                keep = {folder, self.root / ENTRIES / key, _inductor_folder(self.root, key), *_in_use}
+                eviction.evict(self.root, self.limit, keep)
 
     def update_stats(self, key: str, stats: str) -> None:
         """Replace the statistics of ``key``, JSON, if it has an entry."""

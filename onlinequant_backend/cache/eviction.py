@@ -16,8 +16,17 @@ from . import locks
 from .atomic_files import TEMPORARY, TRASH, delete, directory_size, discard, make_private
 
 ASIDE, ENTRIES, IMPORTED, INDUCTOR, LOCKS = "aside", "entries", "imported", "inductor", "locks"
+WEIGHTS = "weights"
 # What may be removed, and how its name looks. Whatever has another name is not ours to remove.
-_NAMES = {ASIDE: ".+", ENTRIES: "[0-9a-f]{64}", IMPORTED: "[0-9a-f]{32}", INDUCTOR: "[0-9a-f]{32}"}
+_NAMES = {
+    ASIDE: ".+",
+    WEIGHTS: "[0-9a-f]{48}",
+    ENTRIES: "[0-9a-f]{64}",
+    IMPORTED: "[0-9a-f]{32}",
+    INDUCTOR: "[0-9a-f]{32}",
+}
+# In this order; all others come last. Weights are large, and are quantized again within seconds.
+_FIRST_TO_GO = (ASIDE, WEIGHTS)
 GIGABYTE, DAY = 10**9, 86400.0
 # Seconds after which nobody is still writing into a temporary folder.
 _STALE = 3600.0
@@ -28,7 +37,8 @@ class Item:
     """Something that can be removed by itself.
 
     Attributes:
-        kind: "aside" (a corrupt entry), "entries", "imported" or "inductor": the folder of the cache that it lies in.
+        kind: "aside" (a corrupt entry), "weights", "entries", "imported" or "inductor": the folder of the cache that it
+            lies in.
         path: its own folder.
         size: bytes.
         last_used: seconds since 1970.
@@ -41,9 +51,13 @@ class Item:
 
 
 def items(root: Path) -> list[Item]:
-    """Everything that can be removed, in the order of removing: corrupt entries, then by last use."""
+    """Everything that can be removed, in the order of removing: corrupt entries, 8-bit weights, then by last use."""
     found = [item for kind in _NAMES for path in paths(root, kind) for item in _item(kind, path)]
-    return sorted(found, key=lambda item: (item.kind != ASIDE, item.last_used))
+    return sorted(found, key=lambda item: (_turn(item.kind), item.last_used))
+
+
+def _turn(kind: str) -> int:
+    return _FIRST_TO_GO.index(kind) if kind in _FIRST_TO_GO else len(_FIRST_TO_GO)
 
 
 def paths(root: Path, kind: str) -> list[Path]:
@@ -127,7 +141,7 @@ def _remove(root: Path, item: Item) -> bool:
 def _lock_files(root: Path, item: Item) -> list[Path]:
     """The locks that users of ``item`` hold. An Inductor folder serves all weights, an imported file all machines."""
     name, folder = item.path.name, make_private(root, LOCKS)
-    if item.kind == ENTRIES:
+    if item.kind in (ENTRIES, WEIGHTS):
         return [folder / f"{name[:48]}.lock"]
     if item.kind == IMPORTED:
         return list(folder.glob(f"{name}*.lock"))

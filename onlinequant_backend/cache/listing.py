@@ -18,7 +18,7 @@ from . import eviction
 from .atomic_files import read_file
 from .calibration_checks import MAX_LAYERS
 from .calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE, decode, parse_object
-from .eviction import ENTRIES, IMPORTED, Item
+from .eviction import ENTRIES, IMPORTED, WEIGHTS, Item
 
 _WIDTH = 120
 _PART = 16
@@ -37,6 +37,7 @@ class EntryInfo:
         layers: how many layers could; None where that is not known.
         size: bytes.
         last_used: seconds since 1970.
+        weights: bytes of the checkpoint's 8-bit weights, which entries of one model share; 0 where none are saved.
     """
 
     key: str
@@ -46,15 +47,18 @@ class EntryInfo:
     layers: int | None
     size: int
     last_used: float
+    weights: int = 0
 
 
 def entries(root: Path) -> list[EntryInfo]:
     """Entries and imported calibrations, last used first; one that cannot be read says so as its model."""
-    found = [item for item in eviction.items(root) if item.kind in (ENTRIES, IMPORTED)]
-    return [_describe(item) for item in reversed(found)]
+    items = eviction.items(root)
+    found = [item for item in items if item.kind in (ENTRIES, IMPORTED)]
+    weights = {item.path.name: item.size for item in items if item.kind == WEIGHTS}
+    return [_describe(item, weights.get(item.path.name[:48], 0)) for item in reversed(found)]
 
 
-def _describe(item: Item) -> EntryInfo:
+def _describe(item: Item, weights: int) -> EntryInfo:
     model, quantized, layers = _UNREADABLE, None, None
     try:
         if not item.path.is_symlink():
@@ -62,7 +66,7 @@ def _describe(item: Item) -> EntryInfo:
             model, quantized, layers = read(item.path)
     except (OSError, KeyError, TypeError, ValueError):
         pass  # it is listed all the same, so that it can be cleared
-    return EntryInfo(item.path.name, item.path, model, quantized, layers, item.size, item.last_used)
+    return EntryInfo(item.path.name, item.path, model, quantized, layers, item.size, item.last_used, weights)
 
 
 def _read_stats(folder: Path) -> tuple[str, int | None, int | None]:
@@ -97,12 +101,15 @@ def render(found: Sequence[EntryInfo]) -> str:
     table.add_column("model", overflow="fold")
     table.add_column("in 8 bit", no_wrap=True)
     table.add_column("size", justify="right", no_wrap=True)
+    have_weights = any(entry.weights for entry in found)
+    if have_weights:
+        table.add_column("8-bit weights", justify="right", no_wrap=True)
     table.add_column("last used", no_wrap=True)
     names = abbreviations([entry.key for entry in found])
     for entry in found:
-        table.add_row(
-            names[entry.key], entry.model, _layers(entry), human_size(entry.size), _ago(time.time() - entry.last_used)
-        )
+        weights = [human_size(entry.weights) if entry.weights else "none"] if have_weights else []
+        used = _ago(time.time() - entry.last_used)
+        table.add_row(names[entry.key], entry.model, _layers(entry), human_size(entry.size), *weights, used)
     console.print(table)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 

@@ -20,6 +20,7 @@ from .weight_copy import Copy
 
 if TYPE_CHECKING:
     from ..graph.conv_geometry import ConvGeometry
+    from .saved_weights import SavedCopy
 
 
 # Output values compared at a time, at least one image: all of a video model's take more memory than its step.
@@ -154,9 +155,9 @@ class Layer(InputRange):
         self.choose_copy()
         return self.copy.is_current(weight)
 
-    def requantize(self, weight: torch.Tensor) -> None:
+    def requantize(self, weight: torch.Tensor, saved: SavedCopy | None = None) -> None:
         """Quantize ``weight``; see ``Copy.requantize``."""
-        self.copy.requantize(weight, self.smoothing)
+        self.copy.requantize(weight, self.smoothing, saved)
 
     def choose_copy(self) -> None:
         """Share one copy between layers of one weight if their inputs are smoothed equally."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from ..graph.conv_geometry import ConvGeometry
     from .layer_state import Layer
     from .merged_weight import MergedWeight
+    from .saved_weights import SavedCopy
 
 
 # Held while 8-bit copies and ranges are written, passed to a compiled graph or released. A call in another thread keeps
@@ -131,11 +132,15 @@ class Copy:
     def _sharing(self) -> Sequence[Copy]:
         return (self,) if self.merged is None else self.merged.copies
 
-    def requantize(self, weight: torch.Tensor, smoothing: torch.Tensor | None = None) -> None:
+    def requantize(
+        self, weight: torch.Tensor, smoothing: torch.Tensor | None = None, saved: SavedCopy | None = None
+    ) -> None:
         """Quantize ``weight`` into the same 8-bit tensors as before, so that compiled graphs need not change; into
-        new ones while a call in another thread reads these. ``smoothing``: see ``quantize_weight``."""
+        new ones while a call in another thread reads these. ``smoothing``: see ``quantize_weight``. ``saved``: what an
+        earlier process has made of the same values, and is read instead if possible."""
         self.check_not_freed()
-        stamp = Stamp.of(weight)  # before reading the weight, which another thread may change meanwhile
+        # Of before reading the weight, which another thread may change meanwhile.
+        stamp = Stamp.of(weight) if saved is None else saved.stamp
         with copies_lock, torch.inference_mode(False), torch.no_grad():
             self.forget()  # before writing, since an interrupt may leave it half written
             if self._is_read_elsewhere():
@@ -147,7 +152,7 @@ class Copy:
             if self.weight is None or self.weight_scale is None:
                 self.weight, self.weight_scale = self._taken_room(weight)
                 Generation.copies += 1
-            scale = self._write(self.weight, weight, shared, smoothing)
+            scale = self._write(self.weight, weight, shared, smoothing, saved if shared is None else None)
             if shared is None:
                 self.weight_scale.copy_(scale)
             self._stamp = stamp
@@ -184,13 +189,23 @@ class Copy:
         return provider_of(self.format, weight.device).new_weight(weight.shape, self.format, weight.device)
 
     def _write(
-        self, tensor: torch.Tensor, weight: torch.Tensor, scale: float | None, smoothing: torch.Tensor | None
+        self,
+        tensor: torch.Tensor,
+        weight: torch.Tensor,
+        scale: float | None,
+        smoothing: torch.Tensor | None,
+        saved: SavedCopy | None,
     ) -> torch.Tensor:
-        """Quantize ``weight`` into ``tensor``; see ``quantize_weight``, whose scales this returns."""
-        if not self.format.is_packed:
+        """Quantize ``weight`` into ``tensor``, or read what was saved; see ``quantize_weight``, whose scales this
+        returns."""
+        found = None if saved is None else saved.read()
+        if found is None and not self.format.is_packed:
             return quantize_weight(weight, self.format, scale, smoothing, tensor)[1]
-        q, scales = quantize_weight(weight, self.format, scale, smoothing)
-        provider_of(self.format, weight.device).pack(tensor, q, self.geometry)
+        q, scales = found or quantize_weight(weight, self.format, scale, smoothing)
+        if self.format.is_packed:
+            provider_of(self.format, weight.device).pack(tensor, q, self.geometry)
+        else:
+            tensor.copy_(q)
         return scales
 
     def forget(self) -> Stamp | None:

@@ -13,6 +13,7 @@ import contextlib
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -23,6 +24,7 @@ from .freed_weights import free_values
 from .layer_registry import known_layers
 from .layer_state import Layer
 from .merged_weight import MergedWeight, merged_weight
+from .saved_weights import SavedCopy, Source
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import weak_key
@@ -133,8 +135,14 @@ class WeightSet(FloatWeights):
         """Whether it was observed for at most one call and was never quantized."""
         return self.selection is None and bool(self.layers) and all(layer.calls <= 1 for layer in self.layers)
 
-    def quantize(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> int:
-        """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were stale."""
+    def quantize(
+        self,
+        parameters: Sequence[torch.Tensor],
+        indices: Sequence[int],
+        saved: Mapping[int, SavedCopy] = MappingProxyType({}),
+    ) -> int:
+        """Bring the 8-bit copies of the layers at ``indices`` up to date; returns how many were stale. ``saved``: by
+        index, what an earlier process has saved of these."""
         stale: set[Copy] = set()
         with copies_lock, self.room(parameters, indices):
             # Twice: a merged weight whose scale has shrunk marks the other layers' parts as stale.
@@ -146,8 +154,16 @@ class WeightSet(FloatWeights):
                     if not layer.is_current(weight):
                         self.changed.add(layer.copy)  # before quantizing, which may be interrupted
                         stale.add(layer.copy)
-                        layer.requantize(weight)
+                        layer.requantize(weight, saved.get(index))
         return len(stale)
+
+    def sources(self, parameters: Sequence[torch.Tensor], names: Sequence[str]) -> list[Source]:
+        """What each layer's 8-bit copy is made of; ``names``: of the layers."""
+        weights = (parameters[candidate] for candidate in self._candidates)
+        return [
+            Source(name, weight, layer.format, layer.smoothing)
+            for name, weight, layer in zip(names, weights, self.layers, strict=True)
+        ]
 
     @contextlib.contextmanager
     def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:

@@ -38,7 +38,7 @@ class Selector:
         candidates = [i for i, info in enumerate(infos) if info.quantized]
         with self._compiler.moving(parameters):
             state.move_to_host(parameters, candidates)
-        state.quantize(parameters, candidates)
+        state.quantize(parameters, candidates, self._states.saved_weights(state, parameters))
         refusals = [layer.refusal() for layer in state.layers]
         if not self._choice.is_made:
             self._choice.make(args, state, refusals, self._states.entry(state, parameters).load_autotuning)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -11,10 +11,13 @@ import torch
 from .. import fork_locks
 from ..analysis import graph_key
 from ..analysis.traced_graph import TracedGraph
+from ..cache import weights_store
 from ..cache.cache_store import Cache
 from ..kernels.clip_counting import Seen
+from ..quantization import saved_weights
 from ..quantization.layer_registry import known_layers
 from ..quantization.layer_state import Layer
+from ..quantization.saved_weights import SavedCopy
 from ..quantization.weight_changes import addresses_and_versions
 from ..quantization.weight_identity import weak_key
 from ..quantization.weight_set import WeightSet, places
@@ -36,6 +39,7 @@ class WeightState(WeightSet):
         sample: the last observed call, with the weights of now; None if they have changed, or it was compared.
         entry: its cache entry, from the first call that needs it.
         calibrated_rest: fingerprint of biases and norms when the set was observed; None before.
+        saved: indices of the layers whose 8-bit weights are in the cache.
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class WeightState(WeightSet):
         self.sample: Sample | None = None
         self.entry: Entry | None = None
         self.calibrated_rest: str | None = None
+        self.saved: Set[int] = frozenset()
         self._names = names
         self._fingerprint: tuple[Any, str] | None = None
 
@@ -223,11 +228,45 @@ class WeightStates:
         traced = self.traced
         is_timed = traced.provider.times_layers
         autotuning = layer_timing.dump(traced.module, traced.precision.format, traced.device) if is_timed else None
-        self.entry(state, parameters).publish(state.layers, state.fingerprint(parameters), report, autotuning)
+        entry = self.entry(state, parameters)
+        entry.publish(state.layers, state.fingerprint(parameters), report, autotuning)
+        if traced.config.save_weights and report.stats_path is not None and not state.has_freed():
+            self._save_weights(state, parameters, entry)
         named = traced.inputs.named_parameters(parameters)
         for other in list(self._all):  # sets that were in the model while it was observed
             if other is not state and other.entry is not None and known_sets.is_successor(named, other):
                 other.release_entry()
+
+    def saved_weights(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> dict[int, SavedCopy]:
+        """The saved 8-bit weights of a set's layers, by index, if that is wanted and there are any."""
+        if not self.traced.config.save_weights or state.has_freed():
+            return {}
+        key = self.entry(state, parameters).key
+        file = weights_store.load(self.cache, key)
+        if file is None:
+            return {}
+
+        def damaged() -> None:
+            state.saved = frozenset()
+            weights_store.discard(self.cache, key, "the checksum of a weight is wrong")
+
+        found = saved_weights.matching(file, state.sources(parameters, self._names()), damaged)
+        state.saved = frozenset(found)
+        return found
+
+    def _save_weights(self, state: WeightState, parameters: Sequence[torch.Tensor], entry: Entry) -> None:
+        """Save the 8-bit weights of a set's selected layers, unless all were read from the cache."""
+        sources = state.sources(parameters, self._names())
+        selected = {sources[i].name: i for i in state.selection or () if sources[i].can_be_saved()}
+        if set(selected.values()) <= state.saved:
+            return
+        wanted = [sources[i] for i in selected.values()]
+        outline = [source.outline() for source in wanted]
+        weights_store.publish(self.cache, entry.key, self.traced.report.model, outline, saved_weights.made(wanted))
+        state.saved = frozenset(selected.values())
+
+    def _names(self) -> list[str]:
+        return [info.name for info in self.traced.infos]
 
     def unlock_entries(self) -> None:
         """Release the locks of entries that this process failed to create."""

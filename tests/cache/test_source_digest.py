@@ -21,6 +21,8 @@ NOT_COUNTED = {
     "cache.listing",
     "cache.locks",
     "cache.source_digest",
+    "cache.weights_file",
+    "cache.weights_store",
     "cli",
     "console",
     "errors",

@@ -102,11 +102,20 @@ class Session:
         import torch
 
         import onlinequant_backend as oq
+        from onlinequant_backend.quantization import weight_copy
         from onlinequant_backend.torch_internals import inductor_interface
         from tests.helpers.eager_inductor import EagerInductor
         from tests.helpers.small import small
         from tests.helpers.tiny import OPTIONS, net
 
+        self._quantized: list[object] = []
+        quantize = weight_copy.quantize_weight
+
+        def noted(*given: Any, **more: Any) -> Any:
+            self._quantized.append(given)
+            return quantize(*given, **more)
+
+        weight_copy.quantize_weight = noted
         torch.set_grad_enabled(False)
         torch._inductor.config.compile_threads = 1  # one kernel is compiled sooner than processes for more have begun
         if not inductor:
@@ -126,6 +135,10 @@ class Session:
         fields = ("phase", "calls_observed", "cache_hit", "key", "stats_path")
         caches = {name: count for kind in ("aot_autograd", "inductor") for name, count in counters[kind].items()}
         return {"picture": picture, **{name: getattr(report, name) for name in fields}, "caches": caches}
+
+    def quantized_weights(self) -> int:
+        """How many weights this process has quantized for its calls."""
+        return len(self._quantized)
 
     def fuse(self) -> None:
         """Change some weights in place, as fusing a LoRA does."""

@@ -257,7 +257,7 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
     requantize, weight = Layer.requantize, model.linear.weight
     changed = threading.Event()
 
-    def change_afterwards(layer: Layer, given: torch.Tensor) -> None:
+    def change_afterwards(layer: Layer, given: torch.Tensor, *more: Any) -> None:
         quantize = weight_copy.quantize_weight
 
         def change(*args: Any) -> Any:
@@ -269,7 +269,7 @@ def test_weights_that_change_while_they_are_quantized(inductor: SlowInductor, mo
 
         with monkeypatch.context() as patch:
             patch.setattr(weight_copy, "quantize_weight", change)
-            requantize(layer, given)
+            requantize(layer, given, *more)
 
     for _ in range(2):
         step(X)
