@@ -112,7 +112,7 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "cut short": lambda data: data[: len(data) // 2],
     "a bit of the header": lambda data: data[:200] + bytes([data[200] ^ 1]) + data[201:],
     "a bit of a scale": lambda data: data[:-1] + bytes([data[-1] ^ 1]),
-    "a bit of a weight": lambda data: data[:-2000] + bytes([data[-2000] ^ 1]) + data[-1999:],
+    "a bit of a weight": lambda data: data[:-500] + bytes([data[-500] ^ 1]) + data[-499:],
     "another program's": lambda data: bytes(range(256)) * 100,
 }
 
