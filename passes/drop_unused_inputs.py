@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 import torch.fx as fx
 
-from onlinequant_backend.graph.layer_info import CASTS
+from onlinequant_backend.graph.layer_info import is_cast
 
 from .context import PassContext
 
@@ -18,8 +18,7 @@ def drop_unused_inputs(graph_module: fx.GraphModule, context: PassContext) -> in
     unused = [
         node
         for node in reversed(graph_module.graph.nodes)
-        if (node.op == "placeholder" and not isinstance(node.meta.get("example_value"), torch.SymInt))
-        or (node.op == "call_method" and node.target in CASTS)
+        if (node.op == "placeholder" and not isinstance(node.meta.get("example_value"), torch.SymInt)) or is_cast(node)
     ]
     erased = 0
     for node in unused:

@@ -12,10 +12,10 @@ from onlinequant_backend.graph import fx_utils
 from onlinequant_backend.graph.aliasing import Memory
 from onlinequant_backend.graph.conv_geometry import ConvGeometry
 from onlinequant_backend.graph.layer_info import (
-    CASTS,
     CONV_TARGETS,
     TRANSPOSED_TARGETS,
     LayerInfo,
+    is_cast,
     layer_nodes,
     weight_parameter,
 )
@@ -115,7 +115,7 @@ def _is_arranging(node: fx.Node) -> bool:
 
 def _is_input(node: fx.Node) -> bool:
     """Whether a value is an input of the model, possibly in another dtype or rearranged."""
-    while _is_arranging(node) or (node.op == "call_method" and node.target in (*CASTS, "contiguous")):
+    while _is_arranging(node) or is_cast(node) or (node.op == "call_method" and node.target == "contiguous"):
         node = node.all_input_nodes[0]
     return node.op == "placeholder"
 

@@ -14,6 +14,7 @@ import torch.fx as fx
 from ..config import QuantConfig
 from ..graph import LayerInfo, fx_utils, info_of, layer_nodes
 from ..graph.graph_inputs import GraphInputs
+from ..graph.layer_info import is_cast
 from ..kernels.precision import Precision
 from ..kernels.provider import Provider, provider_of
 from ..passes import OBSERVE, PassContext, run_passes
@@ -121,5 +122,9 @@ class TracedGraph:
 
 
 def _is_read_by_layers_only(weight: fx.Node) -> bool:
-    infos = map(info_of, weight.users)
-    return all(info is not None and info.index is not None for info in infos)
+    return all(_is_read_by_layers_only(user) if is_cast(user) else _may_be_quantized(user) for user in weight.users)
+
+
+def _may_be_quantized(node: fx.Node) -> bool:
+    info = info_of(node)
+    return info is not None and info.index is not None

@@ -115,9 +115,22 @@ def layer_reads(graph_module: fx.GraphModule) -> Iterator[tuple[fx.Node, LayerIn
 def weight_parameter(node: fx.Node) -> fx.Node | None:
     """The parameter input behind a layer's weight, looking through dtype casts; None if it is computed."""
     weight = fx_utils.argument(node, 1, "weight")
-    while isinstance(weight, fx.Node) and weight.op == "call_method" and weight.target in CASTS:
+    while is_cast(weight):
         weight = weight.args[0]
     return weight if fx_utils.is_parameter(weight) else None
+
+
+def weight_reader(node: fx.Node) -> fx.Node:
+    """The node that reads a layer's ``weight_parameter``: the layer itself, or the first cast on the way to it."""
+    reader, weight = node, fx_utils.argument(node, 1, "weight")
+    while is_cast(weight):
+        reader, weight = weight, weight.args[0]
+    return reader
+
+
+def is_cast(node: Any) -> bool:
+    """Whether a node is a tensor in another dtype, device or memory format, as far as methods do that."""
+    return isinstance(node, fx.Node) and node.op == "call_method" and node.target in CASTS
 
 
 @dataclasses.dataclass

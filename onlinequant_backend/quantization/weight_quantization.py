@@ -15,9 +15,16 @@ _LEAST = torch.finfo(torch.float32).tiny * 2**20
 def scale_of(weight: torch.Tensor, format: Format) -> torch.Tensor:
     """The scale of a whole weight, a 0-d float32 power of two: all powers of two round equally, and small changes of
     the weight do not change it. Not finite if the weight is not."""
-    low, high = (bound.float() for bound in torch.aminmax(weight.detach()))
-    exact = torch.maximum(-low, high).clamp_(min=_LEAST) / format.weight_limit
-    return torch.exp2(torch.ceil(torch.log2(exact)))
+    values = weight.detach()
+    if values.dtype.itemsize == 1:  # float8 has no aminmax, and bfloat16 has all of its values
+        values = values.bfloat16()
+    low, high = (bound.float() for bound in torch.aminmax(values))
+    return _power_of_two(torch.maximum(-low, high).clamp_(min=_LEAST) / format.weight_limit)
+
+
+def _power_of_two(least: torch.Tensor) -> torch.Tensor:
+    """The power of two that is at least ``least``."""
+    return torch.exp2(torch.ceil(torch.log2(least)))
 
 
 def quantize_weight(
@@ -34,6 +41,8 @@ def quantize_weight(
     layer's output is not finite either, as in float. ``scale_of_all``: for weights with one scale, the scale to use
     instead of ``scale_of(weight)``. ``smoothing``: factors by which the weight is divided first, see
     ``smoothing_factors``. ``out``: the tensor to write into, in any memory format.
+
+    A float8 weight gets scales that are powers of two in float8 formats: then its values are not rounded again.
     """
     weight = weight.detach()
     q = torch.empty(weight.shape, dtype=format.weight, device=weight.device) if out is None else out
@@ -43,6 +52,7 @@ def quantize_weight(
     scale = torch.empty(weight.shape[0], blocks, dtype=torch.float32, device=weight.device)
     if per_tensor:
         scale.fill_(scale_of(weight, format) if scale_of_all is None else scale_of_all)
+    keeps_values = weight.dtype.itemsize == 1 and format.weight.is_floating_point
     # A few rows at a time: these stay in the CPU's cache, and a whole copy would spend most of its time on page faults.
     rows = max(1, (_BLOCK if weight.device.type == "cpu" else 4 * _BLOCK) // weight.shape[1:].numel())
     scratch = torch.empty(min(rows, len(weight)), *weight.shape[1:], dtype=torch.float32, device=weight.device)
@@ -53,7 +63,8 @@ def quantize_weight(
         values = block.view(len(block), blocks, -1)
         if not per_tensor:
             largest = torch.maximum(values.amax(2), values.amin(2).neg_())
-            scale_block.copy_(largest.clamp_(min=_LEAST).div_(format.weight_limit))
+            exact = largest.clamp_(min=_LEAST).div_(format.weight_limit)
+            scale_block.copy_(_power_of_two(exact) if keeps_values else exact)
         # No clamping: with such a scale no value rounds beyond the limit.
         values.div_(scale_block[:, :, None])
         q_block.copy_(block if format.weight.is_floating_point else block.round_())

@@ -24,6 +24,7 @@ from ..kernels.precision import resolve
 from ..quantization import host_weights
 from ..quantization.host_weights import HostMemoryError
 from ..torch_internals import dynamo_interface
+from .casting_hooks import cast_in_graph
 from .offload_hooks import OffloadHooks
 from .placement import offload_hooks, replace
 
@@ -35,11 +36,21 @@ def follow(backend: Callable[..., Any]) -> None:
     """From now on, replace the offload hooks of the models that Dynamo compiles for ``backend``."""
 
     def compile_frame(compilation: dynamo_interface.Compilation, trace: Callable[[], Any]) -> Any:
-        is_ours = dynamo_interface.innermost_backend(compilation.backend) is backend
-        root = _offloaded_root(compilation) if is_ours else None
+        if dynamo_interface.innermost_backend(compilation.backend) is not backend:
+            return trace()
+        _cast_in_graph(compilation)
+        root = _offloaded_root(compilation)
         return trace() if root is None else _without_hooks(root, compilation, trace)
 
     dynamo_interface.around_compilations(compile_frame, shown=OnlineQuantError)
+
+
+def _cast_in_graph(compilation: dynamo_interface.Compilation) -> None:
+    """See ``casting_hooks``: before anything is traced, since these hooks break the graph at every layer."""
+    root = compilation.root
+    weight = None if root is None else next(root.parameters(), None)
+    if root is not None and weight is not None and _config_of_8_bit(root, weight.device, compilation.backend):
+        cast_in_graph(root)
 
 
 def _offloaded_root(compilation: dynamo_interface.Compilation) -> nn.Module | None:
@@ -72,14 +83,20 @@ def _is_beginning(compilation: dynamo_interface.Compilation, root: nn.Module, ca
 
 
 def _may_be_in_8_bit(root: nn.Module, hooks: OffloadHooks, backend: Any) -> bool:
+    config = _config_of_8_bit(root, hooks.device, backend)
+    return config is not None and config.float_weights != "device"
+
+
+def _config_of_8_bit(root: nn.Module, device: torch.device, backend: Any) -> QuantConfig | None:
+    """The options, if layers of the model may run in 8 bit on this device."""
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in root.parameters()):
-        return False
+        return None
     arguments = dynamo_interface.backend_arguments(backend)
     try:
         config = QuantConfig.from_options(arguments.get("options"), arguments.get("mode"))
-        return config.float_weights != "device" and resolve(config.precision, hooks.device).name != "float"
+        return config if resolve(config.precision, device).name != "float" else None
     except OnlineQuantError:
-        return False  # the backend will raise it
+        return None  # the backend will raise it
 
 
 def _replaceable(root: nn.Module) -> OffloadHooks | None:

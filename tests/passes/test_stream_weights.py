@@ -40,6 +40,24 @@ def test_the_next_weights_are_copied_ahead(hosted: None, monkeypatch: pytest.Mon
     assert not weight_streaming._ahead.copies
 
 
+class Cast(torch.nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight.to(x.dtype).float())
+
+
+def test_a_weight_is_copied_before_it_is_cast(hosted: None) -> None:
+    model = torch.nn.Sequential(Cast(16, 16), Cast(16, 16)).requires_grad_(False).to(torch.float8_e4m3fn)
+    x = noise(4, 16)
+    probe = GraphProbe(model, x).analyze()
+    assert probe.run(stream_weights) == {"stream_weights": 2}
+    reads = [node for node in probe.graph_module.graph.nodes if node.target in (stream, stream_first)]
+    assert all(user.target == "to" for read in reads for user in read.users)
+    host_weights.move_to_host(list(model.parameters()))
+    (result,) = probe.call()
+    assert torch.equal(result, model(x))
+    probe.assert_settled(stream_weights)
+
+
 def test_a_call_that_failed_leaves_no_old_values(hosted: None) -> None:
     weights = [noise(4, 4), noise(4, 4, seed=2)]
     host_weights.move_to_host(weights)

@@ -19,30 +19,10 @@ import onlinequant_backend as oq
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, noise, relative_error
+from tests.helpers.tiny_unet import ADAPTED, tiny_unet
 
 INPUTS = (noise(1, 4, 16, 16), torch.tensor(500.0), noise(1, 7, 32))
 THRESHOLD = 6  # between the densities of the tiny UNet's self-attention and of a LoRA's branches of rank 8
-ADAPTED = (".to_q", ".to_k", ".to_v", ".to_out.0", ".conv1")
-
-
-def tiny_unet(seed: int = 0) -> UNet2DConditionModel:
-    """A UNet with one transformer block, which counts for about as much as in a trained model."""
-    torch.manual_seed(seed)
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(32,),
-        layers_per_block=1,
-        down_block_types=("CrossAttnDownBlock2D",),
-        mid_block_type=None,
-        up_block_types=("UpBlock2D",),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    for name, parameter in unet.requires_grad_(False).named_parameters():
-        if name.endswith("to_out.0.weight"):
-            parameter.mul_(4)
-    return unet.eval()
 
 
 def lora(unet: UNet2DConditionModel, seed: int, rank: int = 8, strength: float = 1) -> dict[str, torch.Tensor]:
