@@ -39,9 +39,9 @@ def attend_to_one_key(graph_module: fx.GraphModule, context: PassContext) -> int
         %out = call_function[target=torch._C._nn.linear](args = (%reshape, %w, %b))
         %add = call_function[target=operator.add](args = (%out, %hidden))
 
-    Where no sum with a tensor of all queries follows, the result is expanded. The values are the same, up to rounding
-    in a matrix product of another size, if queries and keys are finite. Does not change attention with a mask or
-    dropout, and results that are written in place.
+    Where no sum with a tensor of all queries follows, the result is repeated. The values are the same, up to rounding
+    in a matrix product of another size, if queries and keys are finite, and so are the strides. Does not change
+    attention with a mask or dropout, attention without a projection after it, and results that are written in place.
     """
     memory = Memory(graph_module)
     changed = 0
@@ -73,9 +73,11 @@ def _replace(graph_module: fx.GraphModule, attention: fx.Node, memory: Memory) -
     value = fx_utils.argument(attention, 2, "value")
     steps = _steps(attention)
     nodes = [value, attention, *(node for node, _ in steps)]
-    if not any(node.target in LINEAR_TARGETS for node in nodes) or any(map(memory.is_written, nodes)):
-        return False
     last = nodes[-1]
+    # Without a projection, little would be saved.
+    is_projected = any(node.target in LINEAR_TARGETS for node, _ in steps)
+    if not (is_projected and fx_utils.example(last).is_contiguous()) or any(map(memory.is_written, nodes)):
+        return False
     users = list(last.users)
     if not (len(users) == 1 and _adds_all_tokens(users[0], last)) and not _expand(graph_module, last, memory):
         return False
@@ -93,8 +95,10 @@ def _expand(graph_module: fx.GraphModule, node: fx.Node, memory: Memory) -> bool
         return False
     with graph_module.graph.inserting_after(node):
         expanded = graph_module.graph.call_method("expand", (node, *shape))
-    expanded.meta = dict(node.meta)
-    node.replace_all_uses_with(expanded, delete_user_cb=lambda user: user is not expanded)
+    with graph_module.graph.inserting_after(expanded):
+        repeated = graph_module.graph.call_method("contiguous", (expanded,))  # what follows may ask for a view
+    expanded.meta, repeated.meta = dict(node.meta), dict(node.meta)
+    node.replace_all_uses_with(repeated, delete_user_cb=lambda user: user is not expanded)
     return True
 
 
@@ -153,15 +157,20 @@ def _adds_all_tokens(user: fx.Node, node: fx.Node) -> bool:
     others = [value for value in user.args if value is not node]
     if len(others) != 1 or not isinstance(others[0], fx.Node):
         return False
-    value = others[0].meta.get("example_value")
-    return isinstance(value, torch.Tensor) and _are_same(value.shape, fx_utils.example(node).shape)
+    value, total = others[0].meta.get("example_value"), user.meta.get("example_value")
+    if not (isinstance(value, torch.Tensor) and isinstance(total, torch.Tensor)):
+        return False
+    # The sum takes its strides from the one operand that is left with all tokens.
+    tensors = (fx_utils.example(node), value, total)
+    return len({(tuple(map(str, each.shape)), tuple(map(str, each.stride()))) for each in tensors}) == 1
 
 
 def _erase_unused(graph_module: fx.GraphModule, node: fx.Node) -> None:
     """Erase ``node``, which nothing reads, and all that it alone has read."""
-    if node.users or node.op == "placeholder" or fx_utils.writes_in_place(node) or fx_utils.is_random(node):
-        return
-    read = node.all_input_nodes
-    graph_module.graph.erase_node(node)
-    for each in read:
-        _erase_unused(graph_module, each)
+    unused = {node: None}
+    while unused:
+        node, _ = unused.popitem()
+        if node.users or node.op == "placeholder" or fx_utils.writes_in_place(node) or fx_utils.is_random(node):
+            continue
+        unused.update(dict.fromkeys(node.all_input_nodes))
+        graph_module.graph.erase_node(node)

@@ -25,8 +25,8 @@ from ..report.report import Report
 from ..torch_internals import torch_settings
 from . import graph_key
 
-# The floating-point operations for each byte of weights that take longer than to copy it from the host: 12,000 on an
-# H200 with PCIe 5.0, 7,000 on an RTX 4090. SDXL has 2,500 of them, SVD and Wan have more than 20,000.
+# The floating-point operations for each byte of weights that take longer than to copy it from the host: about 12,000 on
+# an H200 with PCIe 5.0. SDXL has 2,500 of them, SVD and Wan have more than 20,000.
 _HIDDEN = 16_000
 
 

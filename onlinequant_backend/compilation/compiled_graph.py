@@ -59,6 +59,10 @@ class CompiledGraph:
         prepared = self.prepare(weights)
         return prepared.function(*self._taken(args, weights), *prepared.extras)
 
+    def once(self, args: Sequence[Any], weights: WeightSet) -> Any:
+        """A call for which no CUDA graph is captured, which would keep its memory."""
+        return self.function(*self._taken(args, weights), *self.prepare(weights).extras)
+
     def count(self, args: Sequence[Any], weights: WeightSet) -> tuple[Any, dict[int, Seen]]:
         """A call that also returns the counts of its layers' inputs, see ``CountingCall``."""
         prepared = self.prepare(weights)

@@ -124,7 +124,9 @@ class GraphedCall:
         """The first call of a signature. Its effects on the arguments decide whether a graph is possible."""
         inputs = [args[position] for position in self._varying if isinstance(args[position], torch.Tensor)]
         before = [(tensor, _version(tensor), tensor.clone()) for tensor in inputs]
-        with compact_memory(self._lane.device):
+        # Not if first calls are frequent: it would take each of them time to get memory.
+        is_rare = len(self._known) < _MOST_CAPTURES and self._moves <= 1
+        with compact_memory(self._lane.device) if is_rare else contextlib.nullcontext():
             outputs = self._function(*args)
         trouble = self._trouble(args, outputs, before)
         with self._lane.lock:

@@ -94,13 +94,14 @@ def move_to_host(weights: Sequence[torch.Tensor]) -> int:
     """
     fitting = {id(weight): weight for weight in weights if not is_on_host(weight) and can_be_on_host(weight)}
     left = [weight.data for weight in fitting.values()]
-    moved = sum(_move(weight, weight.device) for weight in fitting.values())
-    if moved:
+    try:
+        return sum(_move(weight, weight.device) for weight in fitting.values())
+    finally:
         for device in {memory.device for memory in left}:
             _synchronize(device)  # other threads may have queued kernels on other streams that read it
         left.clear()
-        torch.cuda.empty_cache()
-    return moved
+        if fitting:
+            torch.cuda.empty_cache()
 
 
 def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:

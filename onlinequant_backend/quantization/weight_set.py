@@ -58,6 +58,7 @@ class WeightSet(FloatWeights):
         prepared: for each compiled graph, its state for calls with these weights.
         generation: the generation of the copies and ranges with which this set was last brought up to date.
         changed: the copies that ``follow`` quantized again.
+        unread: positions of the parameters that the graph no longer reads, since it was rewritten.
         ids: the parameters' identities. A set must not keep a dropped model alive, so it has no references; ``alive``
             becomes False when the first parameter is deleted, since its identity may then be reused.
     """
@@ -76,6 +77,7 @@ class WeightSet(FloatWeights):
         self.prepared: dict[object, Releasable] = {}
         self.generation = -1
         self.changed: set[Copy] = set()
+        self.unread: frozenset[int] = frozenset()
         self.ids = tuple(map(id, parameters))
         self.alive = True
         self._together = together
@@ -115,13 +117,17 @@ class WeightSet(FloatWeights):
         index = self._index.get((name, place))
         return None if index is None else self.layers[index]
 
+    def forget_calls(self) -> None:
+        """Forget what was prepared for calls, so that its memory is free."""
+        self.prepared.clear()
+
     def is_dead(self) -> bool:
         """Whether no parameter is left."""
         return all(guard() is None for guard in self._guards.values())
 
     def rest(self, parameters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-        """A call's parameters that are not weights of layers, such as biases and norms, by name."""
-        weights = set(self._candidates)
+        """A call's parameters that are read and are not weights of layers, such as biases and norms, by name."""
+        weights = self.unread.union(self._candidates)
         named = zip(self._guards, parameters, strict=True)
         return {name: parameter for i, (name, parameter) in enumerate(named) if i not in weights}
 

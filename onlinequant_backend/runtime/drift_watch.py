@@ -21,6 +21,7 @@ from .extents import Extents
 if TYPE_CHECKING:
     from ..analysis.traced_graph import TracedGraph
     from ..compilation.compiled_graph import CompiledGraph
+    from .sample import Sample
     from .sampling import SamplingRun
     from .weight_state import WeightState
 
@@ -125,9 +126,9 @@ class DriftWatch:
             return
         try:
             with torch.no_grad():
-                if sample is not None and self._key(again := sample.args(args), weights) == self._key(args, weights):
+                if sample is not None and self._is_alike(sample, args, weights):
                     # Without a float step, whose activations take the most memory.
-                    error = relative_error(compiled(again, weights), sample.result)
+                    error = relative_error(compiled.once(sample.args(args), weights), sample.result)
                 else:
                     error = relative_error(result, self._traced.in_float(args))
         except Exception:  # for example out of memory
@@ -140,6 +141,12 @@ class DriftWatch:
         self._keep_error(weights, error)
         for warning in self._report.warnings():
             _log.warning("%s: %s", self._report.model, warning)
+
+    def _is_alike(self, sample: Sample, args: Sequence[Any], weights: WeightState) -> bool:
+        """Whether a call has the sizes and the parameters of an earlier one."""
+        parameters = self._traced.inputs.take_parameters(args)
+        are_same = weights.fingerprint(parameters) == sample.fingerprint
+        return are_same and self._key(sample.args(args), weights) == self._key(args, weights)
 
     def _follow(
         self,

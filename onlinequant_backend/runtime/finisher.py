@@ -56,6 +56,8 @@ class Finisher:
         parameters = self._traced.inputs.take_parameters(args)
         for state in self._states:
             state.check_not_freed(parameters)
+            if self._failures.gave_up:
+                state.sample = None  # it will not be compared
         if host_weights.are_any_on_host() and (self._failures.gave_up or self._compiler.graphs.are_all_in_float()):
             with best_effort("the float weights stay in host memory, so that each step copies them"):
                 for state in self._states:

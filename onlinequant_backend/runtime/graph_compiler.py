@@ -165,6 +165,7 @@ class GraphCompiler:
         parameters = self._traced.inputs.take_parameters(args)
         if not state.selection and self._traced.config.compile_in_background:
             unselected = InFloat(f"no layer was selected: {self._most_common_reason()}")
+            state.sample = None  # it will not be compared
             self.publish_result((Phase.FLOAT, unselected.reason), parameters, state)
             return unselected
         host_weights.free_unused()  # of models that are gone
@@ -190,6 +191,7 @@ class GraphCompiler:
             if symbolic:
                 raise
             compiled = InFloat(self._failures.record(error))
+            state.sample = None
             result = Phase.FLOAT, compiled.reason
         self.publish_result(result, parameters, state)
         if isinstance(compiled, CompiledGraph) and self._traced.config.free_float_weights:

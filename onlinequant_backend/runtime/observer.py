@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..best_effort import best_effort
 from ..compilation.graph_memory import give_back_freed_memory
 from ..progress import Progress
 from ..quantization.observation import Observation
@@ -38,24 +39,28 @@ class Observer:
         if is_last or traced.streams_while_observing:
             with self._compiler.moving(parameters):
                 state.move_to_host(parameters, candidates)
-        # Their errors are measured. Beside the activations of a float step there may be no memory for all copies.
+        # All errors are measured now. Where float weights are on the host, beside the activations of a float step there
+        # may be no memory for all copies, so each is made again when its layer is selected.
         kept = candidates if is_last and not traced.keeps_weights_on_host else []
         if is_last and traced.provider.captures_graphs:  # it calls the kernels of every layer
             layer_timing.compile_ahead(traced.module, traced.precision.format, traced.device)
             give_back_freed_memory(traced.device)  # before the long-lived copies are allocated in it
         alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
-        with compact_memory(traced.device) as trim, alone, torch.no_grad(), state.room(parameters, kept), streaming():
+        with alone, compact_memory(traced.device) as trim, torch.no_grad(), state.room(parameters, kept), streaming():
             observation = Observation(state.layers, floats, is_last, kept=frozenset(kept), trim=trim)
             return traced.observed(*args, observation)
 
     def end(self, args: Sequence[Any], state: WeightState, result: Any) -> None:
         """End observing; ``args`` and ``result`` are those of the last observed call."""
         traced = self._traced
-        state.sample = Sample.of(traced.inputs, args, result)
+        parameters = traced.inputs.take_parameters(args)
+        if traced.config.max_error is None and traced.may_repeat and not traced.is_random:  # else nothing is compared
+            with best_effort("a step in float has to be made to measure the error"):  # memory may run out
+                state.sample = Sample.of(traced.inputs, args, result, state.fingerprint(parameters, again=False))
         if traced.config.sensitivity == "end_to_end":
             measure_end_to_end(traced.observed, args, state.layers, traced.infos, result)
-        state.calibrated_rest = state.rest_fingerprint(traced.inputs.take_parameters(args))
+        state.calibrated_rest = state.rest_fingerprint(parameters)
         state.freeze()
 
     def show_progress(self, step: int, steps: int) -> None:

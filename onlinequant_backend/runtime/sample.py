@@ -19,17 +19,19 @@ class Sample:
     Attributes:
         others: the arguments by position.
         result: copies of what the graph returned.
+        fingerprint: of the parameters.
     """
 
     others: dict[int, Any]
     result: Any
+    fingerprint: str
 
     @classmethod
-    def of(cls, inputs: GraphInputs, args: Sequence[Any], result: Any) -> Sample:
+    def of(cls, inputs: GraphInputs, args: Sequence[Any], result: Any, fingerprint: str) -> Sample:
         """The sample of a call of a graph with these ``inputs``."""
         kept = inputs.kept(args)
         copies = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach().clone(), result)
-        return cls({position: kept[position] for position in inputs.others}, copies)
+        return cls({position: kept[position] for position in inputs.others}, copies, fingerprint)
 
     def args(self, args: Sequence[Any]) -> list[Any]:
         """Its arguments, with the parameters of ``args``."""

@@ -50,7 +50,6 @@ class Selector:
         # A LoRA may have been loaded since the last observed call. ``is_current`` notices later changes.
         if not state.is_calibrated_for(state.fingerprint(parameters), traced.operations):
             state.schedule.restart()
-            state.sample = None
         if self._compiler.graphs.known and state.entry is not None:  # no compile follows that would publish it
             self._compiler.publish_result(standing(state), parameters, state, is_compiled=False)
 

@@ -62,7 +62,7 @@ class SetRegistry:
                 sets = [known for known in self._sets if any(layer.copy in copies for layer in known.layers)]
             prepared = [one for known in sets for one in known.prepared.values()]
             for known in sets:
-                known.prepared.clear()
+                known.forget_calls()
             freed = sum(copy.release() for copy in copies)
         for one in prepared:
             one.release()

@@ -13,6 +13,7 @@ from ..analysis import graph_key
 from ..analysis.traced_graph import TracedGraph
 from ..cache import weights_store
 from ..cache.cache_store import Cache
+from ..graph import fx_utils
 from ..kernels.clip_counting import Seen
 from ..quantization import saved_weights
 from ..quantization.layer_registry import known_layers
@@ -36,7 +37,7 @@ class WeightState(WeightSet):
         schedule: which calls are drift checks.
         numbers: the bounds of the numbers among the inputs of calls.
         is_compared: whether an 8-bit step was compared with float.
-        sample: the last observed call, with the weights of now; None if they have changed, or it was compared.
+        sample: the last observed call; None once it was compared, or if it never will be.
         entry: its cache entry, from the first call that needs it.
         calibrated_rest: fingerprint of biases and norms when the set was observed; None before.
         saved: indices of the layers whose 8-bit weights are in the cache.
@@ -84,6 +85,15 @@ class WeightState(WeightSet):
         if entry is not None:
             entry.release()
 
+    def forget_calls(self) -> None:
+        """Forget what was prepared for calls and the sample, so that their memory is free."""
+        super().forget_calls()
+        self.sample = None
+
+    def _expire(self, guard: object) -> None:
+        super()._expire(guard)
+        self.sample = None
+
     def start_over(self) -> None:
         """Calibrate anew: another checkpoint was loaded into these parameters, or the user requested it."""
         super().start_over()
@@ -95,7 +105,6 @@ class WeightState(WeightSet):
         quantized the weight already."""
         if not self.has_same_values(parameters):
             self.schedule.restart()
-            self.sample = None
         return super().follow(parameters)
 
     def drifted(self, seen: Mapping[int, Seen], is_in_doubt: bool = False) -> dict[int, Seen]:
@@ -131,6 +140,8 @@ class WeightStates:
         inputs = traced.inputs
         parameters = {inputs.names[at]: number for number, at in enumerate(inputs.parameters)}
         self.candidates = [parameters[info.weight] for info in traced.infos]
+        nodes = fx_utils.placeholders(traced.module)
+        self._unread = frozenset(number for number, at in enumerate(inputs.parameters) if not nodes[at].users)
         self._together = layer_timing.together(traced.module)
         readable = traced.weights_of_layers_only if traced.keeps_weights_on_host else frozenset()
         self._hostable = frozenset(i for i, info in enumerate(traced.infos) if info.weight in readable)
@@ -162,7 +173,7 @@ class WeightStates:
                 self._together,
                 self.traced.config.drift_check_every,
             )
-            state.hostable = self._hostable
+            state.hostable, state.unread = self._hostable, self._unread
             if any(layer.frozen for layer in layers):  # by another graph, possibly before a LoRA was loaded
                 state.schedule.restart()
             # The results for the model also hold with a LoRA.
@@ -201,7 +212,7 @@ class WeightStates:
         weights may be put back, or another model may share them."""
         if not old.alive:
             del self._by_ids[old.ids]
-        old.prepared.clear()
+        old.forget_calls()
         old.release_entry()
 
     def kind(self, state: WeightState, chosen: tuple[int, ...]) -> int:

@@ -32,7 +32,7 @@ _LEAST_GAIN = 0.08
 # Where memory matters most, a layer may even be slower by this share, since its weight takes half as much.
 _MOST_LOSS = 0.25
 # The largest float weight of a merged product that is timed, in bytes. The modulations of all blocks of FLUX.1 are one
-# product of 8 GiB: to time it would take more memory than the 8-bit model.
+# product of 6 GiB: to time it would take more memory than the 8-bit model.
 _LARGEST_MERGED = 2**28
 
 # Ops that do not change values, and ops that are elementwise or, like a norm, end with an elementwise part: Inductor,

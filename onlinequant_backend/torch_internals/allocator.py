@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
+import logging
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
+from ..tensors import numbered
 from . import parts
 
+_log = logging.getLogger("onlinequant")
+
 _ON, _OFF = "expandable_segments:True", "expandable_segments:False"
-_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 # The free pages that a block may hold, in bytes, beyond the most that tensors have taken: to free them takes time.
 _SLACK = 2**27
 _lock = threading.Lock()
 _running = 0  # blocks with compact memory
+_made = ""  # the settings as this package has left them
 
 
 @contextlib.contextmanager
@@ -29,25 +33,69 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[], None]]:
     only such blocks could use them again. Gives a function that frees them in between if there are many. Does nothing
     if the user has made any setting of the allocator, or where there are no such segments.
     """
-    is_possible = device.type == "cuda" and sys.platform == "linux" and not parts.lacks(parts.COMPACT_MEMORY)
-    if not (is_possible and _begin()):
+    if not (_is_possible(device) and _begin()):
         yield _do_nothing
         return
     try:
-        yield functools.partial(_trim, device)
+        yield _Trim(device)
     finally:
         _end()
         torch.cuda.empty_cache()
 
 
-def _trim(device: torch.device) -> None:
-    stats = torch.cuda.memory_stats_as_nested_dict(device)
-    if stats["reserved_bytes"]["all"]["current"] > stats["allocated_bytes"]["all"]["peak"] + _SLACK:
-        torch.cuda.empty_cache()
+class _Trim:
+    """Frees unused pages if there are many."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._kept = 0  # what is reserved even so
+
+    def __call__(self) -> None:
+        if self._reserved() > max(self._kept, self._stats("allocated_bytes", "peak")) + _SLACK:
+            torch.cuda.empty_cache()
+            self._kept = self._reserved()
+
+    def _reserved(self) -> int:
+        return self._stats("reserved_bytes", "current")
+
+    def _stats(self, name: str, what: str) -> int:
+        return int(torch.cuda.memory_stats_as_nested_dict(self._device)[name]["all"][what])
 
 
 def _do_nothing() -> None:
     pass
+
+
+def _is_possible(device: torch.device) -> bool:
+    if device.type != "cuda" or sys.platform != "linux" or parts.lacks(parts.COMPACT_MEMORY):
+        return False
+    # Other allocators have no such segments, and not all of them count what they take.
+    return torch.cuda.get_allocator_backend() == "native" and _settings() == _made and _works(numbered(device))
+
+
+def _settings() -> str | None:
+    """The settings of the allocator that were made last; None if they cannot be asked for."""
+    current = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
+    if current is not None:
+        return str(current())
+    found: dict[str, Any] = torch.cuda.memory._snapshot().get("allocator_settings", {})  # before torch 2.12
+    return found.get("PYTORCH_CUDA_ALLOC_CONF")
+
+
+@functools.cache
+def _works(device: torch.device) -> bool:
+    """Whether the driver has such segments: those of some virtual machines have none."""
+    if not _begin():
+        return False
+    try:
+        with torch.cuda.stream(torch.cuda.Stream(device)):  # no memory is cached for it
+            torch.empty(2**22, dtype=torch.uint8, device=device)
+    except RuntimeError as error:
+        _log.info("memory has gaps, since there are no expandable segments here: %s", error)
+        return False
+    finally:
+        _end()
+    return True
 
 
 def _begin() -> bool:
@@ -55,17 +103,11 @@ def _begin() -> bool:
     global _running
     with _lock:
         if not _running:
-            if _settings() not in ("", _OFF):
+            if _settings() != _made:
                 return False
-            torch._C._accelerator_setAllocatorSettings(_ON)
+            _set(_ON)
         _running += 1
     return True
-
-
-def _settings() -> str:
-    """The settings of the allocator that were made last; before torch 2.12 those that the process began with."""
-    current = getattr(torch._C, "_accelerator_getAllocatorSettings", None)
-    return current() if current is not None else next(filter(None, map(os.environ.get, _VARIABLES)), "")
 
 
 def _end() -> None:
@@ -73,4 +115,10 @@ def _end() -> None:
     with _lock:
         _running -= 1
         if not _running:
-            torch._C._accelerator_setAllocatorSettings(_OFF)
+            _set(_OFF)
+
+
+def _set(settings: str) -> None:
+    global _made
+    torch._C._accelerator_setAllocatorSettings(settings)
+    _made = settings

@@ -125,7 +125,7 @@ NEEDS = (
     ),
     Need(
         COMPACT_MEMORY,
-        "_C._accelerator_setAllocatorSettings",
+        "_C._accelerator_setAllocatorSettings cuda.memory._snapshot",
         "steps take up to a third more memory",
     ),
     Need(

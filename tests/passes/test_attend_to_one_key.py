@@ -68,6 +68,42 @@ def test_the_result_is_expanded_where_all_tokens_are_read(end: Callable[..., Any
     checked(CrossAttention(end=end), HIDDEN, TOKEN, changes=0, dynamic=True)  # how far is not known
 
 
+@pytest.mark.parametrize(
+    "end",
+    [
+        lambda x, hidden: x.view(-1, 16).view(2, -1, 16),  # cannot be done to what is expanded
+        lambda x, hidden: (x + hidden).view(-1, 16).view(2, -1, 16),
+        lambda x, hidden: (hidden + x).abs(),
+    ],
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_strides_stay_what_they_were(end: Callable[..., Any], dynamic: bool) -> None:
+    class Strided(CrossAttention):
+        def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> Any:
+            heads = [tensor[:, None] for tensor in (self.to_q(hidden), self.to_k(context), self.to_v(context))]
+            return self.end(self.to_out(ATTENTION(*heads)[:, 0].reshape(len(hidden), -1, 16)), hidden)
+
+    for hidden in (HIDDEN, HIDDEN.transpose(1, 2).contiguous().transpose(1, 2)):
+        for model in (Strided(end=end), CrossAttention(end=end)):
+            expected = model(hidden, TOKEN)
+            probe = GraphProbe(model, hidden, TOKEN, dynamic=dynamic)
+            probe.run(attend_to_one_key)
+            (result,) = probe.call()
+            assert result.stride() == expected.stride()
+            assert relative_error(result, expected) < 1e-5
+
+
+def test_what_the_query_reads_twice_goes_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+    class Gated(CrossAttention):
+        def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> Any:
+            query = self.to_q(hidden)
+            query = torch.sigmoid(query) * query
+            return hidden + self.to_out(ATTENTION(query, self.to_k(context), self.to_v(context)))
+
+    checked(Gated(), HIDDEN, TOKEN)
+    assert not [warning for warning in recwarn if "erase" in str(warning.message)]
+
+
 def test_the_sum_of_queries_in_one_head() -> None:
     class OneHead(CrossAttention):
         def forward(self, hidden: torch.Tensor, context: torch.Tensor) -> Any:

@@ -172,6 +172,20 @@ def test_too_little_host_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_on_host(weight)
 
 
+def test_memory_is_free_only_when_kernels_have_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(host_weights, "_synchronize", lambda device: events.append("wait"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("free"))
+    move_to_host([noise(64, 64)])
+    assert events[-2:] == ["wait", "free"]
+    events.clear()
+    left = iter([10**9, 0])
+    monkeypatch.setattr(host_weights, "free_memory", lambda: (next(left), 10**9))
+    with pytest.raises(HostMemoryError):
+        move_to_host([noise(64, 65), noise(64, 66)])
+    assert events[-2:] == ["wait", "free"]
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["auto", "host"])
 def test_pictures_are_the_same_and_weights_are_on_the_host(where: str, inductor: EagerInductor) -> None:

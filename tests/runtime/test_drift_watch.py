@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Callable
@@ -20,6 +21,8 @@ from onlinequant_backend.runtime import drift, sampling_run
 from onlinequant_backend.runtime.cache_entry import Entry
 from onlinequant_backend.runtime.drift_watch import DriftWatch
 from onlinequant_backend.runtime.extents import Extents
+from onlinequant_backend.runtime.sample import Sample
+from onlinequant_backend.runtime.set_registry import known_sets
 from onlinequant_backend.runtime.weight_state import WeightState
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import CLOSE, WIDE, compiled, forget_everything, small
@@ -293,8 +296,45 @@ def test_an_error_that_shows_is_said(inductor: EagerInductor, caplog: pytest.Log
     assert [warning in record.message for record in caplog.records] == [True]
 
 
+def raising(error: Exception) -> Callable[..., Any]:
+    def raise_it(*_: Any) -> Any:
+        raise error
+
+    return raise_it
+
+
+def samples() -> list[Sample]:
+    sets = [weights for weights in known_sets if isinstance(weights, WeightState)]
+    return [weights.sample for weights in sets if weights.sample is not None]
+
+
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["nothing", "a weight", "the size"])
+def test_no_call_is_kept_that_nobody_will_compare(inductor: EagerInductor) -> None:
+    def observed(**options: Any) -> tuple[torch.nn.Module, Callable[..., torch.Tensor]]:
+        model = net()
+        step = compiled(model, **options)
+        step(X), step(X)
+        return model, step
+
+    observed(max_error=1.0)
+    assert not samples()
+    kept = observed()
+    assert len(samples()) == 1
+    kept[1](X)
+    assert not samples()
+    kept = observed()
+    del kept
+    gc.collect()
+    assert not samples()
+    inductor.error = RuntimeError("no compiler")
+    kept = observed(calibration_method="minmax")
+    assert len(samples()) == 1
+    kept[1](X), kept[1](X)
+    assert oq.reports()[-1].phase == "float" and not samples()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", ["nothing", "a weight", "a weight in float", "the size", "no memory"])
 def test_the_error_is_that_of_the_last_observed_call(
     change: str, inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,12 +343,16 @@ def test_the_error_is_that_of_the_last_observed_call(
     in_float = TracedGraph.in_float
     monkeypatch.setattr(TracedGraph, "in_float", lambda *given: float_steps.append(1) or in_float(*given))
     model, observed, x = net(), X.clone(), noise(1, 4, 8, 8, seed=1)
-    step = compiled(model)
+    if change == "no memory":
+        monkeypatch.setattr(Sample, "of", raising(torch.OutOfMemoryError("out of memory")))
+    step = compiled(model, quantized_linear_percentage=0 if change == "a weight in float" else 100)
     step(x)
     step(observed).mul_(2)  # a sampler may work in place
     observed.mul_(2)
     if change == "a weight":
         model.conv_in.weight.mul_(1.5)
+    if change == "a weight in float":
+        model.blocks[0].to_out.weight.mul_(1.5)
     called = torch.cat([x, x], dim=2) if change == "the size" else x
     while (error := oq.reports()[-1].error) is None:  # the first call after a change may run in float
         result = step(called)

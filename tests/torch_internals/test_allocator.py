@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -14,87 +15,143 @@ GPU = torch.device("cuda", 0)
 MIB = 2**20
 
 
+class Allocator:
+    """Notes what is set and freed; the last setting is the current one."""
+
+    def __init__(self) -> None:
+        self.set: list[str] = []
+        self.settings, self.emptied, self.reserved, self.peak = "", 0, 0, 1000 * MIB
+
+    def make(self, settings: str) -> None:
+        self.set.append(settings)
+        self.settings = settings
+
+    def empty(self) -> None:
+        self.emptied += 1
+
+    def stats(self, device: torch.device) -> dict[str, Any]:
+        return {"reserved_bytes": {"all": {"current": self.reserved}}, "allocated_bytes": {"all": {"peak": self.peak}}}
+
+
 @pytest.fixture
-def settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """All that was set, the last one last."""
-    found = [""]
-    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", found.append, raising=False)
-    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: found[-1], raising=False)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(f"{found[-1]}, emptied"))
+def fake(monkeypatch: pytest.MonkeyPatch) -> Allocator:
+    fake = Allocator()
+    monkeypatch.setattr(allocator, "_made", "")
+    monkeypatch.setattr(allocator, "_works", lambda device: True)
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", fake.make, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: fake.settings, raising=False)
+    monkeypatch.setattr(torch.cuda, "empty_cache", fake.empty)
+    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", fake.stats)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
     monkeypatch.setattr(sys, "platform", "linux")
-    return found
+    return fake
 
 
-def test_it_is_on_within_the_outermost_block(settings: list[str]) -> None:
+def test_it_is_on_within_the_outermost_block(fake: Allocator) -> None:
+    for _ in range(2):
+        with compact_memory(GPU):
+            assert fake.settings == "expandable_segments:True"
+            with pytest.raises(ValueError, match="inner"), compact_memory(GPU):
+                raise ValueError("inner")
+            assert fake.settings == "expandable_segments:True"
+    assert fake.set == ["expandable_segments:True", "expandable_segments:False"] * 2
+    assert fake.emptied == 4
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    "theirs", ["max_split_size_mb:64", "expandable_segments:True", "expandable_segments:True,max_split_size_mb:64"]
+)
+def test_what_the_user_has_set_stays(theirs: str, when: str, fake: Allocator) -> None:
+    if when == "after":
+        with compact_memory(GPU):
+            pass
+    fake.settings, fake.set = theirs, []
+    with compact_memory(GPU) as trim:
+        trim()
+    assert fake.settings == theirs and not fake.set
+
+
+def test_a_user_may_have_turned_it_off(fake: Allocator) -> None:
+    fake.settings = "expandable_segments:False"
     with compact_memory(GPU):
-        assert settings[-1] == "expandable_segments:True"
-        with pytest.raises(ValueError, match="inner"), compact_memory(GPU):
-            raise ValueError("inner")
-        assert settings.count("expandable_segments:False") == 0
-    assert settings[-2:] == ["expandable_segments:False", "expandable_segments:False, emptied"]
+        assert not fake.set
 
 
-def test_once_more_after_it_was_off(settings: list[str]) -> None:
-    settings.append("expandable_segments:False")
-    with compact_memory(GPU):
-        assert settings[-1] == "expandable_segments:True"
-
-
-@pytest.mark.parametrize("theirs", ["max_split_size_mb:64", "backend:cudaMallocAsync", "expandable_segments:True"])
-def test_what_the_user_has_set_stays(theirs: str, settings: list[str]) -> None:
-    settings.append(theirs)
-    with compact_memory(GPU):
-        pass
-    assert settings == ["", theirs]
-
-
-@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
-def test_an_older_torch_tells_only_by_the_environment(
-    name: str, settings: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("theirs", ["", "max_split_size_mb:64", None])
+def test_an_older_torch_tells_by_a_snapshot(
+    theirs: str | None, fake: Allocator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(torch._C, "_accelerator_getAllocatorSettings")
-    for variable in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
-        monkeypatch.delenv(variable, raising=False)
-    with compact_memory(GPU):
-        assert settings[-1] == "expandable_segments:True"
-    del settings[1:]
-    monkeypatch.setenv(name, "max_split_size_mb:64")
-    with compact_memory(GPU):
-        assert settings == [""]
+    fake.settings = theirs or ""
+
+    def snapshot() -> dict[str, Any]:
+        settings = {} if theirs is None else {"PYTORCH_CUDA_ALLOC_CONF": fake.settings}
+        return {"segments": [], "allocator_settings": settings}
+
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", snapshot)
+    for _ in range(2):
+        with compact_memory(GPU):
+            assert (fake.settings == "expandable_segments:True") == (theirs == "")
 
 
-def test_nothing_is_set_elsewhere(settings: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    with compact_memory(torch.device("cpu")):
-        pass
-    monkeypatch.setattr(sys, "platform", "win32")
-    with compact_memory(GPU):
-        pass
+@pytest.mark.parametrize("where", ["a CPU", "Windows", "another torch", "cudaMallocAsync", "a driver without them"])
+def test_nothing_is_set_elsewhere(where: str, fake: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    if where == "Windows":
+        monkeypatch.setattr(sys, "platform", "win32")
+    if where == "another torch":
+        monkeypatch.setattr(allocator.parts, "lacks", lambda purpose: purpose == allocator.parts.COMPACT_MEMORY)
+    if where == "cudaMallocAsync":
+        monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    if where == "a driver without them":
+        monkeypatch.setattr(allocator, "_works", lambda device: False)
+    with compact_memory(torch.device("cpu") if where == "a CPU" else GPU) as trim:
+        trim()
+    assert not fake.set and not fake.emptied
+
+
+def test_a_driver_is_asked_once(fake: Allocator, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def refuse(device: torch.device) -> object:
+        asked.append(fake.settings)
+        raise RuntimeError("CUDA driver error: operation not supported")
+
+    monkeypatch.undo()
+    fake = Allocator()
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", fake.make, raising=False)
+    monkeypatch.setattr(torch._C, "_accelerator_getAllocatorSettings", lambda: fake.settings, raising=False)
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "native")
+    monkeypatch.setattr(allocator, "_made", "")
+    monkeypatch.setattr(torch.cuda, "Stream", refuse)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setattr(allocator.parts, "lacks", lambda purpose: purpose == allocator.parts.COMPACT_MEMORY)
-    with compact_memory(GPU):
-        pass
-    assert settings == [""]
+    allocator._works.cache_clear()
+    for _ in range(2):
+        with compact_memory(GPU):
+            assert fake.settings == "expandable_segments:False"
+    assert asked == ["expandable_segments:True"]
+    allocator._works.cache_clear()
 
 
-@pytest.mark.parametrize(("reserved", "frees"), [(1000 * MIB + 2**27, False), (1000 * MIB + 2**27 + 1, True)])
-def test_many_free_pages_are_given_back_in_between(
-    reserved: int, frees: bool, settings: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    stats = {"reserved_bytes": {"all": {"current": reserved}}, "allocated_bytes": {"all": {"peak": 1000 * MIB}}}
-    monkeypatch.setattr(torch.cuda, "memory_stats_as_nested_dict", lambda device: stats)
+def test_many_free_pages_are_given_back_in_between(fake: Allocator) -> None:
     with compact_memory(GPU) as trim:
+        fake.reserved = fake.peak + 2**27
         trim()
-        assert (settings[-1] == "expandable_segments:True, emptied") == frees
-    settings[:] = ["max_split_size_mb:64"]
-    with compact_memory(GPU) as trim:
+        assert not fake.emptied
+        fake.reserved += 1
         trim()
-    assert settings == ["max_split_size_mb:64"]
+        assert fake.emptied == 1
+        trim()  # they could not be freed
+        assert fake.emptied == 1
+        fake.reserved += 2**27 + 1
+        trim()
+        assert fake.emptied == 2
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_there_are_no_gaps_on_a_gpu() -> None:
-    if allocator._settings() not in ("", "expandable_segments:False"):
-        pytest.skip("the allocator has settings")
+    if not allocator._is_possible(GPU):
+        pytest.skip("the allocator has settings, or there are no such segments")
 
     def reserved(is_compact: bool) -> int:
         torch.cuda.empty_cache()
