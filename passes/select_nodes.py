@@ -5,7 +5,6 @@ import operator
 
 import torch
 import torch.fx as fx
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from onlinequant_backend import exclusion
 from onlinequant_backend.graph import fx_utils
@@ -19,6 +18,7 @@ from onlinequant_backend.graph.layer_info import (
     layer_nodes,
     weight_parameter,
 )
+from onlinequant_backend.quantization import stored_weights
 from onlinequant_backend.report.report import CANDIDATE
 
 from .context import PassContext
@@ -166,10 +166,9 @@ def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:
         return "its weight is computed in the graph, not a parameter"
     if memory.is_written(parameter):
         return "its weight is written in the graph"
-    weight = fx_utils.example(parameter)
-    # For example those of ComfyUI and torchao.
-    if type(weight).__name__ == "QuantizedTensor" or is_traceable_wrapper_subclass(weight):
-        return "its weight is quantized already, or a tensor subclass for another reason"
+    unreadable = stored_weights.unreadable(fx_utils.example(parameter))
+    if unreadable is not None:
+        return unreadable
     if not info.output_shape:
         return "its shapes are not known"
     if not info.flops:

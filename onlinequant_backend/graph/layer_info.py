@@ -34,7 +34,7 @@ TRANSPOSED_TARGETS = (
 
 
 # Tensor methods that a weight may pass through on its way into a layer.
-CASTS = ("to", "float", "half", "bfloat16")
+CASTS = ("to", "float", "half", "bfloat16", "dequantize")
 
 
 @dataclasses.dataclass

@@ -16,6 +16,7 @@ from ..kernels.formats import Format
 from .input_range import InputRange
 from .ranges import ActivationRange, clipped_share, is_frozen_from
 from .smoothing import smoothing_factors
+from .stored_weights import in_float
 from .weight_copy import Copy
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ class Layer(InputRange):
         is_first, is_floating = self.observed.is_empty, self.format.activation.is_floating_point
         if is_first and not is_floating:
             with torch.inference_mode(False), torch.no_grad():
-                self.smoothing = smoothing_factors(x, weight)
+                self.smoothing = smoothing_factors(x, in_float(weight))
         every = 1 if self.device.type == "cpu" else _GPU_HISTOGRAMS
         is_due = is_first or (self.calls + turn) % every == 0
         self.observed.update(self._smoothed(x), with_histogram=is_due and not is_floating)

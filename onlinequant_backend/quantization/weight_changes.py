@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..tensors import sample
+from ..tensors import plain_tensors, sample
 from .freed_weights import sentinel_values
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 # The number of values compared per weight and call. Merging a LoRA changes nearly every value of many weights.
 _SAMPLES = 2
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
 _pointer_of = torch.Tensor.data_ptr
 _version_of: Callable[[torch.Tensor], int] = torch.Tensor._version.__get__  # type: ignore[attr-defined]
 
@@ -41,6 +42,9 @@ class Snapshot:
     """
 
     def __init__(self, weights: Sequence[torch.Tensor], freed: Sequence[bool]) -> None:
+        self._are_plain = all(type(weight) in _PLAIN for weight in weights)
+        freed = [is_freed for weight, is_freed in zip(weights, freed, strict=True) for _ in plain_tensors(weight)]
+        weights = self._parts(weights)
         self._counted = [not weight.is_inference() for weight in weights]  # inference tensors have no version counter
         self._versions = self._versions_of(weights)
         self._pointers = list(map(_pointer_of, weights))
@@ -56,6 +60,7 @@ class Snapshot:
         """Whether these weights, the same objects as in the snapshot, are unchanged. Does not check values on a GPU:
         see ``begin_check``. Runs at every call, so it is fast.
         """
+        weights = self._parts(weights)
         if self._versions_of(weights) != self._versions:
             return False
         if list(map(_pointer_of, weights)) != self._pointers:
@@ -76,6 +81,9 @@ class Snapshot:
         """Wait for the comparison that ``begin_check`` queued; returns whether no value has changed."""
         return not any(samples.end() for samples in self._gpu_samples)
 
+    def _parts(self, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        return weights if self._are_plain else [part for weight in weights for part in plain_tensors(weight)]
+
     def _versions_of(self, weights: Sequence[torch.Tensor]) -> list[int]:
         return list(map(_version_of, itertools.compress(weights, self._counted)))
 
@@ -83,28 +91,34 @@ class Snapshot:
 def addresses_and_versions(weights: Sequence[torch.Tensor]) -> list[tuple[int, int]] | None:
     """Addresses and versions, which show most changes of ``weights`` without reading their values; None if some weight,
     such as a quantized one, has no single address."""
-    if any(type(weight) not in (torch.Tensor, torch.nn.Parameter) for weight in weights):
+    if any(type(weight) not in _PLAIN for weight in weights):
         return None
     return [(weight.data_ptr(), -1 if weight.is_inference() else weight._version) for weight in weights]
 
 
 @dataclasses.dataclass
 class Stamp:
-    """Identifies one state of a weight, with more samples than a snapshot; not for the fast path."""
+    """Identifies one state of a weight, with more samples than a snapshot; not for the fast path.
 
-    pointer: int
-    version: int | None
+    Attributes:
+        pointers, versions: of the plain tensors that it consists of.
+        values: bits sampled from all of them.
+    """
+
+    pointers: list[int]
+    versions: list[int | None]
     values: torch.Tensor
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> Stamp:
-        version = None if weight.is_inference() else weight._version
+        parts = plain_tensors(weight)
+        versions = [None if part.is_inference() else part._version for part in parts]
         # As bits, since NaN is not equal to NaN. Not kept on a GPU, see ``weight_copy.make_room``.
-        values = sample(weight, 4096).to("cpu", copy=True).view(torch.uint8)
-        return cls(weight.data_ptr(), version, values)
+        values = [sample(part, 4096).to("cpu", copy=True).view(torch.uint8) for part in parts]
+        return cls([part.data_ptr() for part in parts], versions, torch.cat(values))
 
     def matches(self, other: Stamp) -> bool:
-        same_memory = (self.pointer, self.version) == (other.pointer, other.version)
+        same_memory = (self.pointers, self.versions) == (other.pointers, other.versions)
         return same_memory and torch.equal(self.values, other.values)
 
 

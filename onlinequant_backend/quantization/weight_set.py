@@ -21,10 +21,11 @@ import torch
 from ..tensors import getter
 from .float_weights import FloatWeights
 from .freed_weights import free_values
+from .host_weights import is_plain
 from .layer_registry import known_layers
 from .layer_state import Layer
 from .merged_weight import MergedWeight, merged_weight
-from .saved_weights import SavedCopy, Source
+from .saved_weights import SavedCopy
 from .weight_changes import Snapshot
 from .weight_copy import Copy, Generation, copies_lock, make_room
 from .weight_identity import weak_key
@@ -163,14 +164,6 @@ class WeightSet(FloatWeights):
                         layer.requantize(weight, saved.get(index))
         return len(stale)
 
-    def sources(self, parameters: Sequence[torch.Tensor], names: Sequence[str]) -> list[Source]:
-        """What each layer's 8-bit copy is made of; ``names``: of the layers."""
-        weights = (parameters[candidate] for candidate in self._candidates)
-        return [
-            Source(name, weight, layer.format, layer.smoothing)
-            for name, weight, layer in zip(names, weights, self.layers, strict=True)
-        ]
-
     @contextlib.contextmanager
     def room(self, parameters: Sequence[torch.Tensor], indices: Sequence[int]) -> Iterator[None]:
         """Within the block, memory is allocated for the missing copies of these layers; see ``make_room``."""
@@ -257,6 +250,7 @@ class WeightSet(FloatWeights):
             for i in self.selection
             if not self.layers[i].copy.freed and self._candidates[i] not in in_float
         }
+        full = {copy: weight for copy, weight in full.items() if is_plain(weight)}
         freed = free_values(list({id(weight): weight for weight in full.values()}.values()))
         for copy, weight in full.items():
             copy.freed = True

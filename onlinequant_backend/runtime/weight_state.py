@@ -18,7 +18,7 @@ from ..kernels.clip_counting import Seen
 from ..quantization import saved_weights
 from ..quantization.layer_registry import known_layers
 from ..quantization.layer_state import Layer
-from ..quantization.saved_weights import SavedCopy
+from ..quantization.saved_weights import SavedCopy, Source
 from ..quantization.weight_changes import addresses_and_versions
 from ..quantization.weight_identity import weak_key
 from ..quantization.weight_set import WeightSet, places
@@ -78,6 +78,14 @@ class WeightState(WeightSet):
         """The fingerprint of the parameters that are not weights of layers. A LoRA does not change them; another
         checkpoint does."""
         return graph_key.fingerprint(self.rest(parameters))
+
+    def sources(self, parameters: Sequence[torch.Tensor], names: Sequence[str]) -> list[Source]:
+        """What each layer's 8-bit copy is made of; ``names``: of the layers."""
+        weights = (parameters[candidate] for candidate in self._candidates)
+        return [
+            Source(name, weight, layer.format, layer.smoothing)
+            for name, weight, layer in zip(names, weights, self.layers, strict=True)
+        ]
 
     def release_entry(self) -> None:
         """Release the cache entry's lock."""
