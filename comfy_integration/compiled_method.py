@@ -19,6 +19,8 @@ from onlinequant_backend.progress import Listener, Progress, Update, is_listened
 from onlinequant_backend.runtime import SamplingRun, current_run
 from onlinequant_backend.torch_internals import parts
 
+from . import own_products
+
 _log = logging.getLogger("onlinequant")
 
 # For one model with all its options, patches and ControlNets. Dynamo's default limit is 8, beyond which all calls run
@@ -68,8 +70,10 @@ class CompiledMethod:
         missing = object()
         before = vars(module).get(name, missing)
         setattr(module, name, self._guarded(getattr(module, name)))
+        leaves_float = self._options.get("precision") != "float"
         try:
-            yield
+            with own_products.replaced(module) if leaves_float else contextlib.nullcontext():
+                yield
         finally:
             if before is missing:
                 delattr(module, name)
