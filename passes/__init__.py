@@ -30,6 +30,7 @@ from .outline_regions import outline_regions
 from .quantize_inputs import quantize_inputs
 from .rewrite_conv import rewrite_conv
 from .rewrite_linear import rewrite_linear
+from .scale_outputs import scale_outputs
 from .select_nodes import select_nodes
 from .share_activations import share_activations
 from .stream_weights import stream_weights
@@ -41,6 +42,7 @@ Pass = Callable[[fx.GraphModule, PassContext], int]
 ANALYZE: tuple[Pass, ...] = (
     functionalize,
     attend_to_one_key,
+    scale_outputs,
     share_activations,
     name_layers,
     annotate_density,

@@ -250,7 +250,8 @@ class WeightSet(FloatWeights):
             for i in self.selection
             if not self.layers[i].copy.freed and self._candidates[i] not in in_float
         }
-        full = {copy: weight for copy, weight in full.items() if is_plain(weight)}
+        # Integers have no NaN to leave behind.
+        full = {copy: weight for copy, weight in full.items() if is_plain(weight) and weight.is_floating_point()}
         freed = free_values(list({id(weight): weight for weight in full.values()}.values()))
         for copy, weight in full.items():
             copy.freed = True

@@ -35,7 +35,10 @@ def use_before_definition(graph_module: fx.GraphModule, context: PassContext) ->
 
 def test_order_of_the_passes() -> None:
     assert [[run.__name__ for run in passes] for passes in (ANALYZE, OBSERVE, SELECT, REWRITE)] == [
-        ["functionalize", "attend_to_one_key", "share_activations", "name_layers", "annotate_density", "select_nodes"],
+        [
+            *("functionalize", "attend_to_one_key", "scale_outputs", "share_activations"),
+            *("name_layers", "annotate_density", "select_nodes"),
+        ],
         ["insert_observers", "stream_weights"],
         ["select_nodes"],
         [
