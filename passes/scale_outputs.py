@@ -11,6 +11,8 @@ from onlinequant_backend.graph.layer_info import LINEAR_TARGETS, is_cast
 
 from .context import PassContext
 
+IS_SCALING = "scales_a_layers_output"  # in the ``meta`` of what this pass puts after a layer
+
 _MULTIPLICATIONS = (operator.mul, torch.mul)
 # In float16 a product with values of float8, up to 448, may be infinite before it is scaled.
 _WIDE = (torch.float32, torch.bfloat16)
@@ -108,4 +110,5 @@ def _call(graph: fx.Graph, target: Any, *args: Any) -> fx.Node:
     else:
         call = graph.call_function(target, args)
         call.meta["example_value"] = target(*values)
+    call.meta[IS_SCALING] = True
     return call

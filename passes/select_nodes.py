@@ -22,6 +22,7 @@ from onlinequant_backend.quantization import stored_weights
 from onlinequant_backend.report.report import CANDIDATE
 
 from .context import PassContext
+from .scale_outputs import IS_SCALING
 
 _log = logging.getLogger("onlinequant")
 
@@ -110,7 +111,7 @@ def _is_result(node: fx.Node) -> bool:
 
 
 def _is_arranging(node: fx.Node) -> bool:
-    return node.op == "call_method" and node.target in _ARRANGEMENTS
+    return (node.op == "call_method" and node.target in _ARRANGEMENTS) or IS_SCALING in node.meta
 
 
 def _is_input(node: fx.Node) -> bool:

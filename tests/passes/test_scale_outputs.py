@@ -9,7 +9,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend.passes.scale_outputs import scale_outputs
-from tests.helpers.graph_probe import GraphProbe
+from tests.helpers.graph_probe import SYMMETRIC, GraphProbe
 from tests.helpers.small import CLOSE, FOUND, compiled
 from tests.helpers.tiny import noise, relative_error
 
@@ -125,3 +125,10 @@ def test_scaled_layers_run_in_8_bit_and_follow_weight_and_scale(
     oq.reset()
     assert relative_error(compiled(model(values, shape), precision=precision)(X), expected) < CLOSE
     assert (oq.reports()[-1].calls_observed, oq.reports()[-1].cache_hit) == FOUND
+
+
+def test_a_model_s_last_layer_is_still_known_as_that() -> None:
+    model = nn.Sequential(nn.Linear(16, 512), nn.Linear(512, 16), Scaled(ROWS)).requires_grad_(False)
+    infos = GraphProbe(model, X, precision=SYMMETRIC[1]).analyze().infos
+    assert [info.quantized for info in infos] == [True, True, False]
+    assert infos[-1].reason.startswith("the model's last layer")
