@@ -2,7 +2,8 @@
 
 ``onlinequant::quantize`` is a composite: AOTAutograd decomposes it, and Inductor fuses it into whatever produced its
 input (GroupNorm and SiLU, LayerNorm, a residual add). ``onlinequant::linear``, ``onlinequant::geglu`` and
-``onlinequant::conv`` are opaque: one kernel each, with scale, bias and what else there is in its epilogue. Scales are
+``onlinequant::conv`` are opaque: one kernel each, with scale, bias and what else there is in its epilogue.
+``onlinequant::attention`` is opaque, too, and quantizes its operands itself. Scales are
 tensors, never Python numbers, so that equal layers share one generated kernel and a changed scale needs no new compile.
 """
 
@@ -88,6 +89,14 @@ def _group_norm_fake(
     return torch.empty(x.shape, dtype=dtype, device=x.device, memory_format=layout)
 
 
+def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
+    formats.attention_dtype(format)
+    batch, heads, queries, size = q.shape
+    if k.shape != v.shape or k.shape[3] != size:
+        raise ValueError(f"attention needs heads of one size, and these are of {size}, {k.shape[3]} and {v.shape[3]}")
+    return q.new_empty((batch, queries, heads, size)).transpose(1, 2)
+
+
 def _conv_fake(
     operands: Operands,
     geometry: ConvGeometry,
@@ -164,6 +173,7 @@ _OPS = {
         "(Tensor x, int groups, Tensor? weight, Tensor? bias, float eps, bool silu, Tensor qparams, ScalarType dtype) "
         "-> Tensor",
     ),
+    "attention": _Op(_as_it_is, _attention_fake, "(Tensor q, Tensor k, Tensor v, float scale, str format) -> Tensor"),
 }
 
 
@@ -187,3 +197,4 @@ layer_norm = torch.ops.onlinequant.layer_norm.default
 group_norm = torch.ops.onlinequant.group_norm.default
 geglu = torch.ops.onlinequant.geglu.default
 conv = torch.ops.onlinequant.conv.default
+attention = torch.ops.onlinequant.attention.default

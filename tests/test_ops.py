@@ -191,3 +191,49 @@ def test_opcheck_conv(
         residual = torch.ones_like(ops.conv(*arguments)).contiguous()
         arguments = (*arguments, residual, noise(*residual.shape[:2], dtype=dtype))
     check(ops.conv, arguments)
+
+
+# --- Attention ---
+
+
+def heads(tokens: int, size: int = 64, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    """[2, 3, tokens, size], as a linear layer gives them."""
+    return torch.randn(2, tokens, 3, size).to(dtype).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("format", "bound"), [("fp8", 0.07), ("int8", 0.02)])
+def test_attention_is_near_the_reference(format: str, bound: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = heads(70, dtype=dtype), heads(150, dtype=dtype), heads(150, dtype=dtype)
+    k += 30  # as the keys of some channels are
+    y = ops.attention(q, k, v, 0.125, format)
+    expected = reference.attention(q, k, v, 0.125)
+    assert (y.dtype, y.shape) == (dtype, q.shape)
+    assert y.transpose(1, 2).is_contiguous()
+    error = (y.double() - expected).norm() / expected.norm()
+    assert bound / 30 < error < bound
+    check(ops.attention, (q, k, v, 0.125, format))
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize(("queries", "tokens"), [(0, 5), (5, 0)])
+def test_attention_of_nothing(queries: int, tokens: int, format: str) -> None:
+    q, k, v = heads(queries), heads(tokens), heads(tokens)
+    assert torch.equal(ops.attention(q, k, v, 0.125, format), torch.zeros(2, 3, queries, 64, dtype=q.dtype))
+
+
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+def test_attention_shows_what_is_not_finite(format: str) -> None:
+    for place in range(3):
+        given = heads(5), heads(5), heads(5)
+        given[place][1, 2, 3, 4] = torch.inf
+        assert not ops.attention(*given, 0.125, format).isfinite().all()
+
+
+def test_attention_says_what_it_cannot() -> None:
+    x = torch.empty(2, 3, 5, 64, device="meta")
+    with pytest.raises(ValueError, match="attention has the formats int8, fp8, not int4"):
+        ops.attention(x, x, x, 0.125, "int4")
+    with pytest.raises(ValueError, match="heads of one size, and these are of 64, 64 and 32"):
+        ops.attention(x, x, x[..., :32], 0.125, "fp8")

@@ -41,6 +41,11 @@ def geglu(operands: Operands, out_qparams: torch.Tensor | None, dtype: torch.dty
     return y.to(dtype) if out_qparams is None else torch.ops.onlinequant.quantize(y, out_qparams, dtype, False)
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
+    """See ``emulated.attention``."""
+    return emulated.attention(q, k, v, scale, format)
+
+
 def layer_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None,

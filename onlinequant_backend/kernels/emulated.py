@@ -10,8 +10,10 @@ import torch.nn.functional as F
 
 from ..graph.conv_geometry import ConvGeometry
 from ..tensors import CHANNELS_LAST
-from .formats import NOT_FINITE
+from .formats import LIMITS, NOT_FINITE, attention_dtype
 from .operands import Operands
+
+_TOKENS = 128  # of which keys and values have one scale
 
 
 def linear(operands: Operands, dtype: torch.dtype) -> torch.Tensor:
@@ -31,6 +33,30 @@ def conv(operands: Operands, geometry: ConvGeometry, dtype: torch.dtype) -> torc
     if bias is not None:
         y = y + bias.float().view(per_channel)
     return y.to(dtype).contiguous(memory_format=CHANNELS_LAST[xq.dim()])
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
+    """See ``reference.attention``; rounded where ``nvidia.attention`` rounds."""
+    dtype, size = attention_dtype(format), q.shape[-1]
+    keys = k.float() - k.float().mean(2, keepdim=True)
+    s = _rounded(q.float() * scale, dtype, (1, size)) @ _rounded(keys, dtype, (_TOKENS, size)).mT
+    weights, values = torch.softmax(s, -1), v.float()
+    if dtype.is_floating_point:
+        weights = _rounded(weights, dtype, (1, max(k.shape[2], 1)))
+        values = _rounded(values, dtype, (_TOKENS, size))
+    y = weights @ values
+    return y.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def _rounded(x: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> torch.Tensor:
+    """``x`` [..., rows, columns] as ``dtype`` holds it, with a scale for each ``block`` of rows and columns."""
+    rows, columns = x.shape[-2:]
+    blocks = F.pad(x, (0, -columns % block[1], 0, -rows % block[0]))
+    blocks = blocks.unflatten(-1, (-1, block[1])).unflatten(-3, (-1, block[0]))
+    scale = blocks.abs().amax((-3, -1), keepdim=True).clamp(min=1e-12) / LIMITS[dtype][1]
+    q = blocks / scale
+    q = q.to(dtype).float() if dtype.is_floating_point else q.round()
+    return (q * scale).flatten(-4, -3).flatten(-2)[..., :rows, :columns]
 
 
 def _float(xq: torch.Tensor) -> torch.Tensor:

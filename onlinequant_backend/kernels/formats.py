@@ -83,6 +83,15 @@ class Format:
         return 2.0**-9 if self.activation.is_floating_point else 1.0
 
 
+def attention_dtype(format: str) -> torch.dtype:
+    """What attention multiplies queries and keys in, and in "fp8" also weights and values; those of "int8" are float.
+    Raises ValueError for any other format."""
+    dtypes = {known.name: known.activation for known in (INT8, FP8)}
+    if format not in dtypes:
+        raise ValueError(f"attention has the formats {', '.join(dtypes)}, not {format}")
+    return dtypes[format]
+
+
 # Of stored activations, and what NaN and infinity are stored as: they must not pass for numbers.
 LIMITS = {torch.uint8: (0.0, 254.0), torch.int8: (-127.0, 127.0), torch.float8_e4m3fn: (-448.0, 448.0)}
 NOT_FINITE = {torch.uint8: 255.0, torch.int8: -128.0, torch.float8_e4m3fn: math.nan}

@@ -57,6 +57,12 @@ def group_norm(
     return F.silu(y) if silu else y
 
 
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """softmax(``scale`` * q k^T) v in float64; ``q`` [batch, heads, queries, size], ``k`` and ``v`` [batch, heads,
+    tokens, size]. Without tokens it is 0."""
+    return torch.softmax(scale * (q.double() @ k.double().mT), -1) @ v.double()
+
+
 def _in_float(operands: Operands) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     xq, qparams, weight, weight_scale, bias = operands
     x, w = dequantize(xq, qparams), dequantize_weight(weight, weight_scale)

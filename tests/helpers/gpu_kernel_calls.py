@@ -22,6 +22,8 @@ TILES = {
     "gluon": Tile(GLUON, 128, 128, 128, 8, 6),
     "wide": Tile(GLUON, 128, 256, 128, 8, 4),
     "gather": Tile(GATHER, 128, 128, 64, 8, 3),
+    "attention tma": Tile(TMA, 128, 128, 0, 8, 3),
+    "attention gather": Tile(GATHER, 64, 64, 0, 4, 3),
     "split": Tile(TMA, 128, 128, 128, 8, 4, splits=2),
 }
 
@@ -86,6 +88,7 @@ def calls(dtype: torch.dtype) -> Iterator[Call]:
     yield from _matmuls(dtype)
     yield from _convolutions(dtype)
     yield from _norms(dtype)
+    yield from _attentions(dtype)
 
 
 def _matmuls(dtype: torch.dtype) -> Iterator[Call]:
@@ -106,7 +109,7 @@ def _convolutions(dtype: torch.dtype) -> Iterator[Call]:
     # A part of a longer product, as the time embeddings' are.
     added = torch.zeros(2, 256, dtype=half)[:, 64:128]
     same, halved = ([1, 1], [1, 1], [1, 1]), ([2, 2], [1, 1], [1, 1])
-    families = dict.fromkeys(TILES, "TMA convolutions") | {"gather": "gather convolutions"}
+    families = dict.fromkeys(("tma", "split"), "TMA convolutions") | {"gather": "gather convolutions"}
     families |= dict.fromkeys(("gluon", "wide"), "Gluon convolutions")
     for tile, family in families.items():
         yield Call(f"conv {tile}", family, "conv", tile, (*operands, *same, half))
@@ -128,6 +131,17 @@ def _norms(dtype: torch.dtype) -> Iterator[Call]:
         affine = (torch.ones(64, dtype=half), torch.zeros(64, dtype=half), 1e-5)
         args = (pixels, 32, *affine, True, qparams, dtype)
         yield Call(f"group_norm {name}", "GroupNorm", "group_norm", "", args)
+
+
+def _attentions(dtype: torch.dtype) -> Iterator[Call]:
+    format = "fp8" if dtype.is_floating_point else "int8"
+    for tile, family in (("attention tma", "TMA attention"), ("attention gather", "gather attention")):
+        # As a linear layer gives them, in two parts with a tail, and in one part without.
+        for name, tokens, size in (("two parts", 200, 80), ("one part", 256, 64)):
+            q, k, v = (torch.zeros(2, tokens, 4, size, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+            yield Call(f"{tile} {name}", family, "attention", tile, (q, k, v, 0.1, format))
+    q, k, v = (torch.zeros(9, 25, 4, 64, dtype=torch.float16).transpose(1, 2) for _ in range(3))
+    yield Call("attention short", "short attention", "attention", "attention gather", (q, k, v, 0.1, format))
 
 
 def checks() -> dict[str, Callable[[], object]]:

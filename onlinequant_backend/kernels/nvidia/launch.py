@@ -31,6 +31,11 @@ FUSES_PRODUCTS_AND_SUMS = {
     "_sum_kernel": True,
     "_combine_kernel": True,
     "_apply_kernel": True,
+    # Exponents are a product minus the largest, sums shrink when one is added: one instruction for each value.
+    "_attention_kernel": True,
+    "_short_attention_kernel": True,
+    # A mean is a sum of products.
+    "_prepare_kernel": True,
     # They compare numbers as they are: there is nothing to fuse.
     "_check_kernel": False,
     "_compare_kernel": False,

@@ -1,4 +1,4 @@
-"""8-bit linear and convolution on NVIDIA GPUs: cuBLAS or Triton, whichever ``tuning`` knows to be faster."""
+"""8-bit linear, convolution and attention on NVIDIA GPUs: cuBLAS or Triton, whichever ``tuning`` knows to be faster."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 
 from ...graph.conv_geometry import ConvGeometry
 from ...tensors import CHANNELS_LAST
+from .. import formats
 from ..operands import Operands
 from . import precompile, tuning
 from .gpu import gpu_of
@@ -106,6 +107,37 @@ def group_norm(
     pixels = _channels_inside(x).reshape(shape).contiguous()
     triton_group_norm(pixels, groups, weight, bias, eps, silu, qparams, _channels_inside(out).view(shape))
     return out
+
+
+def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
+    """See ``reference.attention``; of no more than 64 queries and tokens in float. Laid out as [batch, queries, heads,
+    size], as the linear layer that reads it wants it."""
+    batch, heads, queries, size = q.shape
+    shape = (batch * heads, queries, k.shape[2], size)
+    tile = tuning.attention_tile(*shape, formats.attention_dtype(format), gpu_of(q.device))
+    return run_attention(q, k, v, scale, format, tile)
+
+
+def run_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str, tile: Tile
+) -> torch.Tensor:
+    """``attention`` with the given tile."""
+    from .attention import LARGEST_HEAD
+    from .attention import attention as triton_attention
+    from .short_attention import LONGEST, short_attention
+
+    batch, heads, queries, size = q.shape
+    if size > LARGEST_HEAD:
+        raise ValueError(f"attention has heads of at most {LARGEST_HEAD}, and these are of {size}")
+    out = q.new_empty((batch, queries, heads, size))
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    if out.numel() == 0 or k.shape[2] == 0:
+        out.zero_()
+    elif max(queries, k.shape[2]) <= LONGEST:
+        short_attention(q, k, v, scale, out)
+    else:
+        triton_attention(q, k, v, scale, formats.attention_dtype(format), out, tile)
+    return out.transpose(1, 2)
 
 
 def conv(

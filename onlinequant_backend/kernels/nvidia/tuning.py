@@ -28,7 +28,8 @@ class Tile:
         kernel: "cublas" (the rest is its own affair), "gluon" (convolutions on Hopper GPUs, compute capability 9.0),
             "tma" (operands fetched by the tensor memory accelerator, compute capability 9.0 and later) or "gather" (any
             GPU, any geometry).
-        rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels.
+        rows, columns, depth: of a block: rows of a matrix product or output pixels; output channels; input channels. Of
+            attention: queries; tokens; 0.
         warps, stages: of a Triton launch.
         splits: programs that share the sum of one block, where its blocks alone would leave much of the GPU idle.
     """
@@ -51,9 +52,24 @@ _CONV = (Tile(TMA, 256, 128, 128, 8, 3), Tile(TMA, 128, 128, 128, 8, 4), Tile(TM
 _GLUON = (Tile(GLUON, 128, 256, 128, 8, 4), Tile(GLUON, 128, 128, 128, 8, 6))
 _CONV_HALF_DEPTH = tuple(dataclasses.replace(tile, depth=64) for tile in _CONV)
 _GATHER = (Tile(GATHER, 128, 128, 64, 8, 3), Tile(GATHER, 64, 64, 64, 4, 3), Tile(GATHER, 128, 64, 128, 4, 3))
+# By the largest head that they are for. Eight warps are two groups, of which one multiplies while the other takes
+# exponents; so do two programs of four. Larger heads leave fewer registers for tokens; without the tensor memory
+# accelerator these pass through registers, too.
+_ATTENTION: dict[str, dict[int, tuple[Tile, ...]]] = {
+    TMA: {
+        128: (Tile(TMA, 128, 128, 0, 8, 3), Tile(TMA, 64, 128, 0, 4, 3), Tile(TMA, 128, 64, 0, 8, 3)),
+        256: (Tile(TMA, 128, 32, 0, 8, 3), Tile(TMA, 64, 32, 0, 4, 3)),
+    },
+    GATHER: {
+        64: (Tile(GATHER, 128, 64, 0, 8, 3), Tile(GATHER, 64, 64, 0, 4, 3)),
+        128: (Tile(GATHER, 64, 64, 0, 4, 3), Tile(GATHER, 64, 32, 0, 4, 3)),
+        256: (Tile(GATHER, 32, 32, 0, 4, 3), Tile(GATHER, 64, 32, 0, 4, 3)),
+    },
+}
 _MAX_SPLITS = 16
 
-# What a tile is chosen for: (M, N, K, dtype) of a linear layer, or (input, weight, geometry, dtype) of a convolution.
+# What a tile is chosen for: (M, N, K, dtype) of a linear layer, (input, weight, geometry, dtype) of a convolution, or
+# ("attention", sequences, queries, tokens, size, dtype).
 Shape = tuple[Any, ...]
 _chosen: dict[tuple[Gpu, Shape], Tile] = {}
 
@@ -68,6 +84,9 @@ def key(shape: Shape) -> str:
     if isinstance(shape[0], int):
         M, N, K, dtype = shape
         return f"linear {dtype} {M}x{K} {N}"
+    if shape[0] == "attention":
+        _, sequences, queries, tokens, size, dtype = shape
+        return f"attention {dtype} {sequences} {queries}x{tokens} {size}"
     x, weight, geometry, dtype = shape
     numbers = " ".join("x".join(map(str, part)) for part in (x, weight, *geometry))
     return f"conv {dtype} {numbers}"
@@ -84,6 +103,22 @@ def conv_tile(
     """The tile of a convolution: [N, C, *spatial] by [K, C, *kernel]."""
     known = _chosen.get((gpu, (x, weight, geometry, dtype)))
     return known or conv_tiles(x, weight, geometry, dtype, gpu)[0]
+
+
+def attention_tile(sequences: int, queries: int, tokens: int, size: int, dtype: torch.dtype, gpu: Gpu) -> Tile:
+    """The tile of attention: of all heads of all batch entries, [queries, size] over [tokens, size]."""
+    known = _chosen.get((gpu, ("attention", sequences, queries, tokens, size, dtype)))
+    return known or attention_tiles(sequences, queries, tokens, size, dtype, gpu)[0]
+
+
+@functools.lru_cache(maxsize=4096)
+def attention_tiles(
+    sequences: int, queries: int, tokens: int, size: int, dtype: torch.dtype, gpu: Gpu
+) -> tuple[Tile, ...]:
+    """The candidates of attention, the best guess first: few rows where many would leave processors idle."""
+    by_size = _ATTENTION[TMA if gpu.has_tma else GATHER]
+    tiles = next((tiles for largest, tiles in by_size.items() if size <= largest), by_size[256])
+    return tuple(sorted(tiles, key=lambda tile: _blocks(tile, queries, 1) * sequences < gpu.processors))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -133,6 +168,7 @@ def is_valid(tile: Tile) -> bool:
     """Whether ``tile`` is among the candidates of any shape."""
     unsplit = dataclasses.replace(tile, splits=1)
     known = unsplit in (Tile(CUBLAS), *_LINEAR, *_FEW_ROWS, _SHALLOW, *_CONV, *_CONV_HALF_DEPTH, *_GLUON, *_GATHER)
+    known |= any(tile in tiles for by_size in _ATTENTION.values() for tiles in by_size.values())
     return known and type(tile.splits) is int and 1 <= tile.splits <= _MAX_SPLITS
 
 

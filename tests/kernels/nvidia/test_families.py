@@ -120,7 +120,7 @@ def test_without_descriptors_nothing_uses_the_tma(install: Install) -> None:
     install("3.2.0", lacks=("triton.tools.tensor_descriptor",))
     found = families.families(HOPPER)
     reason = "Triton 3.2.0 has no tensor descriptors: No module named 'triton.tools.tensor_descriptor'"
-    uses_tma = ("TMA matmul", "TMA matmul with GEGLU", "TMA convolutions", "Gluon convolutions")
+    uses_tma = ("TMA matmul", "TMA matmul with GEGLU", "TMA convolutions", "Gluon convolutions", "TMA attention")
     assert {name: why for name, why in found.items() if why} == dict.fromkeys(uses_tma, reason)
 
 
@@ -140,11 +140,11 @@ def test_a_triton_that_cannot_be_imported_is_none(install: Install, monkeypatch:
     ("capability", "on", "gluon"),
     [
         ((7, 5), 0, "needs compute capability 9.0"),
-        ((8, 0), 5, "needs compute capability 9.0"),
-        ((8, 9), 5, "needs compute capability 9.0"),
-        ((9, 0), 10, None),
-        ((10, 0), 9, "its instructions exist only on compute capability 9.0"),
-        ((12, 0), 9, "its instructions exist only on compute capability 9.0"),
+        ((8, 0), 7, "needs compute capability 9.0"),
+        ((8, 9), 7, "needs compute capability 9.0"),
+        ((9, 0), 13, None),
+        ((10, 0), 12, "its instructions exist only on compute capability 9.0"),
+        ((12, 0), 12, "its instructions exist only on compute capability 9.0"),
     ],
 )
 def test_gpus_differ(capability: tuple[int, int], on: int, gluon: str | None, install: Install) -> None:

@@ -133,6 +133,7 @@ def test_what_is_compiled_ahead_is_what_calls_ask_for() -> None:
     assert {kernel for kernels, _ in found.values() for kernel in kernels} == {
         *("_matmul_kernel", "_geglu_kernel", "_conv_kernel", "_gluon_conv_kernel", "_add_up_kernel", "_gather_kernel"),
         *("_layer_norm_kernel", "_group_kernel", "_sum_kernel", "_combine_kernel", "_apply_kernel"),
+        *("_attention_kernel", "_prepare_kernel", "_short_attention_kernel"),
     }
 
 

@@ -166,6 +166,8 @@ def test_keys_tell_everything_apart() -> None:
         (weight, x, PLAIN, FP8),
         *((x, weight, geometry, FP8) for geometry in (POINTWISE, ConvGeometry((2, 2), ONE, ONE))),
         (x, weight, ConvGeometry(ONE, ONE, (2, 2)), FP8),
+        *(("attention", *sizes, FP8) for sizes in ((1, 2, 3, 4), (1, 3, 2, 4), (2, 1, 3, 4), (1, 2, 4, 3))),
+        ("attention", 1, 2, 3, 4, INT8),
     ]
     assert len(set(map(tuning.key, shapes))) == len(shapes)
     assert tuning.key((torch.Size(x), list(weight), PLAIN, FP8)) == tuning.key((x, weight, PLAIN, FP8))
@@ -175,6 +177,7 @@ def test_keys_are_in_the_cache_and_stay() -> None:
     assert tuning.key((12, 32, 48, FP8)) == "linear torch.float8_e4m3fn 12x48 32"
     x, weight = (2, 64, 32, 32), (64, 64, 3, 3)
     assert tuning.key((x, weight, PLAIN, INT8)) == "conv torch.int8 2x64x32x32 64x64x3x3 1x1 1x1 1x1"
+    assert tuning.key(("attention", 20, 4096, 77, 64, FP8)) == "attention torch.float8_e4m3fn 20 4096x77 64"
 
 
 def test_only_tiles_that_are_known_are_valid() -> None:
@@ -214,3 +217,28 @@ def test_stride_is_for_even_sizes_and_whole_blocks_of_channels() -> None:
         assert {tile.kernel for tile in tiles} == {kernel}
         assert kernel == GATHER or {tile.depth for tile in tiles} == {depth}
         assert all(map(tuning.is_valid, tiles))
+
+
+# --- Attention ---
+
+
+@pytest.mark.parametrize("size", [40, 64, 80, 128, 160, 256])
+@pytest.mark.parametrize("gpu", [GPU, GPU._replace(has_tma=False, has_gluon=False)])
+def test_attention_has_tiles_for_all_heads(gpu: Gpu, size: int) -> None:
+    tiles = tuning.attention_tiles(20, 4096, 4096, size, FP8, gpu)
+    assert {tile.kernel for tile in tiles} == {TMA if gpu.has_tma else GATHER}
+    assert all(map(tuning.is_valid, tiles))
+
+
+def test_few_queries_are_spread_over_more_programs() -> None:
+    many, few = (tuning.attention_tile(20, queries, 4096, 64, FP8, GPU) for queries in (4096, 500))
+    assert (many.rows, few.rows) == (128, 64)
+
+
+def test_attention_runs_on_what_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "_chosen", {})
+    shape = (20, 4096, 4096, 64, FP8)
+    first, *_, last = tuning.attention_tiles(*shape, GPU)
+    assert tuning.attention_tile(*shape, GPU) == first
+    tuning.choose({("attention", *shape): last}, GPU)
+    assert tuning.attention_tile(*shape, GPU) == last
