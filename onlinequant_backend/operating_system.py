@@ -26,6 +26,11 @@ _CGROUP = Path("/sys/fs/cgroup")  # control groups, version 2
 _LONG_PATHS = r"SYSTEM\CurrentControlSet\Control\FileSystem"
 
 
+def is_linux() -> bool:
+    """Whether this is Linux."""
+    return sys.platform == "linux"
+
+
 def is_windows() -> bool:
     """Whether this is Windows."""
     return sys.platform == "win32"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
+from ..operating_system import is_linux
 from ..tensors import numbered
 from . import parts
 
@@ -67,7 +67,7 @@ def _do_nothing() -> None:
 
 
 def _is_possible(device: torch.device) -> bool:
-    if device.type != "cuda" or sys.platform != "linux" or parts.lacks(parts.COMPACT_MEMORY):
+    if device.type != "cuda" or not is_linux() or parts.lacks(parts.COMPACT_MEMORY):
         return False
     # Other allocators have no such segments, and not all of them count what they take.
     return torch.cuda.get_allocator_backend() == "native" and _settings() == _made and _works(numbered(device))
