@@ -20,6 +20,7 @@ _log = logging.getLogger("onlinequant")
 _ON, _OFF = "expandable_segments:True", "expandable_segments:False"
 # The free pages that a block may hold, in bytes, beyond the most that tensors have taken: to free them takes time.
 _SLACK = 2**27
+_EVERY = 4
 _lock = threading.Lock()
 _running = 0  # blocks with compact memory
 _made = ""  # the settings as this package has left them
@@ -44,22 +45,26 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[], None]]:
 
 
 class _Trim:
-    """Frees unused pages if there are many."""
+    """Frees unused pages if there are many. Looks at every fourth call: it takes as long as to launch some kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._calls = 0
         self._kept = 0  # what is reserved even so
 
     def __call__(self) -> None:
-        if self._reserved() > max(self._kept, self._stats("allocated_bytes", "peak")) + _SLACK:
+        self._calls += 1
+        if self._calls % _EVERY:
+            return
+        reserved, most = self._sizes()
+        if reserved > max(self._kept, most) + _SLACK:
             torch.cuda.empty_cache()
-            self._kept = self._reserved()
+            self._kept, _ = self._sizes()
 
-    def _reserved(self) -> int:
-        return self._stats("reserved_bytes", "current")
-
-    def _stats(self, name: str, what: str) -> int:
-        return int(torch.cuda.memory_stats_as_nested_dict(self._device)[name]["all"][what])
+    def _sizes(self) -> tuple[int, int]:
+        """What is reserved now, and the most that tensors have taken."""
+        stats = torch.cuda.memory_stats_as_nested_dict(self._device)
+        return stats["reserved_bytes"]["all"]["current"], stats["allocated_bytes"]["all"]["peak"]
 
 
 def _do_nothing() -> None:
