@@ -70,7 +70,7 @@ class CompiledMethod:
         missing = object()
         before = vars(module).get(name, missing)
         setattr(module, name, self._guarded(getattr(module, name)))
-        leaves_float = self._options.get("precision") != "float"
+        leaves_float = self._options.get("precision") != "float" and parts.why_float() is None
         try:
             with own_products.replaced(module) if leaves_float else contextlib.nullcontext():
                 yield

@@ -12,8 +12,6 @@ from collections.abc import Iterator
 
 import torch
 
-from onlinequant_backend.quantization import stored_weights
-
 _SWITCH = "_full_precision_mm"
 # The layers of each model that have the switch.
 _layers: weakref.WeakKeyDictionary[torch.nn.Module, list[torch.nn.Module]] = weakref.WeakKeyDictionary()
@@ -35,6 +33,8 @@ def replaced(module: torch.nn.Module) -> Iterator[None]:
 
 
 def _multiplies_in_8_bit(layer: torch.nn.Module) -> bool:
+    from onlinequant_backend.quantization import stored_weights  # the nodes load with any torch
+
     weight = layer._parameters.get("weight")
     is_on = getattr(layer, _SWITCH) is False and getattr(layer, "layout_type", None) is not None
     return is_on and weight is not None and stored_weights.unreadable(weight) is None

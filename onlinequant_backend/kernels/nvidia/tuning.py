@@ -61,7 +61,7 @@ _ATTENTION: dict[str, dict[int, tuple[Tile, ...]]] = {
         256: (Tile(TMA, 128, 32, 0, 8, 3), Tile(TMA, 64, 32, 0, 4, 3)),
     },
     GATHER: {
-        64: (Tile(GATHER, 128, 64, 0, 8, 3), Tile(GATHER, 64, 64, 0, 4, 3)),
+        64: (Tile(GATHER, 64, 64, 0, 4, 3), Tile(GATHER, 128, 64, 0, 8, 3)),
         128: (Tile(GATHER, 64, 64, 0, 4, 3), Tile(GATHER, 64, 32, 0, 4, 3)),
         256: (Tile(GATHER, 32, 32, 0, 4, 3), Tile(GATHER, 64, 32, 0, 4, 3)),
     },
