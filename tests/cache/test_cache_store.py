@@ -16,21 +16,13 @@ from onlinequant_backend.cache.eviction import ENTRIES
 from onlinequant_backend.errors import InsecureCacheDirectoryError
 from tests.helpers import cache_process
 from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, calibration, content, key
+from tests.helpers.stores import root as root
+from tests.helpers.stores import store as store
 
 
 @pytest.fixture(autouse=True)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_store, "_in_use", set())
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path.resolve() / "cache"
-
-
-@pytest.fixture
-def store(root: Path) -> Cache:
-    return Cache.open(str(root))
 
 
 def import_into(root: Path, made: Calibration, of: str = KEY) -> Path:

@@ -16,6 +16,8 @@ from onlinequant_backend.cache.listing import render
 from onlinequant_backend.cache.weights_file import WEIGHTS_FILE, SavedWeight
 from tests.helpers import cache_process
 from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, key
+from tests.helpers.stores import root as root
+from tests.helpers.stores import store as store
 
 SIZE = 100_000
 WEIGHT = SavedWeight("layer", "I8", (SIZE,), 1, "0" * 16, "1" * 16)
@@ -25,16 +27,6 @@ WEIGHT = SavedWeight("layer", "I8", (SIZE,), 1, "0" * 16, "1" * 16)
 def _as_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache_store, "_in_use", set())
     best_effort.forget()
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path.resolve() / "cache"
-
-
-@pytest.fixture
-def store(root: Path) -> Cache:
-    return Cache.open(str(root))
 
 
 def save(store: Cache, of: str = KEY) -> None:

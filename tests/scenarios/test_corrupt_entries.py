@@ -15,16 +15,8 @@ from onlinequant_backend.cache.cache_store import Cache
 from onlinequant_backend.cache.calibration_file import CALIBRATION_FILE, MAX_BYTES, STATS_FILE
 from tests.helpers import cache_process
 from tests.helpers.calibrations import CALIBRATION, KEY, OTHER_MACHINE, SIBLING, STATS, calibration, content, key
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return tmp_path.resolve() / "cache"
-
-
-@pytest.fixture
-def store(root: Path) -> Cache:
-    return Cache.open(str(root))
+from tests.helpers.stores import root as root
+from tests.helpers.stores import store as store
 
 
 def published(store: Cache) -> Path:
