@@ -198,6 +198,14 @@ def _add_models(installed: Path, models: Path) -> None:
         tiny_models.write_dit(checkpoint, models / f"checkpoints/tiny_{name}.safetensors", seed)
 
 
+def run_script(name: str) -> None:
+    """Run a script of this folder in ComfyUI's environment, without a server; its argument is the installation."""
+    installation = _installation()
+    command = [installation / "venv/bin/python", Path(__file__).with_name(name), installation]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-5000:]
+
+
 def _installation() -> Path:
     """The folder with ComfyUI, its environment, small random models and what starts it; made where it is missing."""
     if VARIABLE not in os.environ and not TOOLS.is_dir():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
@@ -56,9 +53,4 @@ def test_plain_weights_are_no_products() -> None:
 
 @pytest.mark.comfy
 def test_a_quantized_checkpoint() -> None:
-    installation = server._installation()
-    script = Path(__file__).with_name("quantized_checkpoint.py")
-    done = subprocess.run(
-        [installation / "venv/bin/python", script, installation], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-5000:]
+    server.run_script("quantized_checkpoint.py")
