@@ -31,7 +31,7 @@ class Observation:
         gradients: by index, the sums of squared gradients of the layers' outputs; None outside of a gradient pass,
             which does nothing else.
         spared: the bytes of free memory below which a gradient pass raises MemoryError.
-        trim: called before each layer is observed, so that freed memory does not pile up.
+        trim: called before each layer is observed, with the bytes of its output, so that freed memory does not pile up.
     """
 
     layers: Sequence[Layer]
@@ -44,13 +44,13 @@ class Observation:
     lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
-    trim: Callable[[], None] = lambda: None
+    trim: Callable[[int], None] = lambda made: None
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Record one layer's input ``x`` and output ``y``; returns ``y``, or the 8-bit output when probing. ``first``:
         index of the first layer that reads the same ``x``; both layers share its range.
         """
-        self.trim()
+        self.trim(y.nbytes)
         layer = self.layers[index]
         if self.gradients is not None:
             return self._with_gradient(index, y)

@@ -20,6 +20,7 @@ _log = logging.getLogger("onlinequant")
 _ON, _OFF = "expandable_segments:True", "expandable_segments:False"
 # The free pages that a block may hold, in bytes, beyond the most that tensors have taken: to free them takes time.
 _SLACK = 2**27
+_LARGE = 2**26  # bytes of a tensor beside which a look takes no time
 _EVERY = 4
 _lock = threading.Lock()
 _running = 0  # blocks with compact memory
@@ -27,12 +28,12 @@ _made = ""  # the settings as this package has left them
 
 
 @contextlib.contextmanager
-def compact_memory(device: torch.device) -> Iterator[Callable[[], None]]:
+def compact_memory(device: torch.device) -> Iterator[Callable[[int], None]]:
     """Within the block, new memory comes from segments that grow page by page ("expandable segments",
     https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf). Ordinary
     segments, with tensors of many different sizes, have gaps of up to a third. Frees unused pages at the end, since
-    only such blocks could use them again. Gives a function that frees them in between if there are many. Does nothing
-    if the user has made any setting of the allocator, or where there are no such segments.
+    only such blocks could use them again. Gives a function that frees them in between if there are many; its argument
+    is the bytes of the tensor that was made last. Does nothing if the user has made any setting of the allocator, or where there are no such segments.
     """
     if not (_is_possible(device) and _begin()):
         yield _do_nothing
@@ -45,16 +46,17 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[], None]]:
 
 
 class _Trim:
-    """Frees unused pages if there are many. Looks at every fourth call: it takes as long as to launch some kernels."""
+    """Frees unused pages if there are many. Looks when a tensor is large, and at every fourth call: a look takes as long
+    as to launch some kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._calls = 0
         self._kept = 0  # what is reserved even so
 
-    def __call__(self) -> None:
+    def __call__(self, made: int) -> None:
         self._calls += 1
-        if self._calls % _EVERY:
+        if made < _LARGE and self._calls % _EVERY:
             return
         reserved, most = self._sizes()
         if reserved > max(self._kept, most) + _SLACK:
@@ -67,7 +69,7 @@ class _Trim:
         return stats["reserved_bytes"]["all"]["current"], stats["allocated_bytes"]["all"]["peak"]
 
 
-def _do_nothing() -> None:
+def _do_nothing(made: int) -> None:
     pass
 
 

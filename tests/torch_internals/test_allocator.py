@@ -68,7 +68,7 @@ def test_what_the_user_has_set_stays(theirs: str, when: str, fake: Allocator) ->
             pass
     fake.settings, fake.set = theirs, []
     with compact_memory(GPU) as trim:
-        trim()
+        trim(2**20)
     assert fake.settings == theirs and not fake.set
 
 
@@ -106,7 +106,7 @@ def test_nothing_is_set_elsewhere(where: str, fake: Allocator, monkeypatch: pyte
     if where == "a driver without them":
         monkeypatch.setattr(allocator, "_works", lambda device: False)
     with compact_memory(torch.device("cpu") if where == "a CPU" else GPU) as trim:
-        trim()
+        trim(2**20)
     assert not fake.set and not fake.emptied
 
 
@@ -138,7 +138,7 @@ def test_many_free_pages_are_given_back_in_between(fake: Allocator) -> None:
         """How often, while as many layers are observed as there are from one look to the next."""
         before = fake.emptied
         for _ in range(allocator._EVERY):
-            trim()
+            trim(2**20)
         return fake.emptied - before
 
     with compact_memory(GPU) as trim:
@@ -149,6 +149,15 @@ def test_many_free_pages_are_given_back_in_between(fake: Allocator) -> None:
         assert emptied() == 0  # they could not be freed
         fake.reserved += 2**27 + 1
         assert emptied() == 1
+
+
+def test_free_pages_are_given_back_as_soon_as_a_large_tensor_was_made(fake: Allocator) -> None:
+    with compact_memory(GPU) as trim:
+        fake.reserved = fake.peak + 2**27 + 1
+        trim(2**26 - 1)
+        assert fake.emptied == 0
+        trim(2**26)
+        assert fake.emptied == 1
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
