@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import operator
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -165,10 +166,15 @@ def _asked_to_write_in_place(node: fx.Node) -> bool:
 
 def _given(node: fx.Node, name: str) -> Any:
     """An argument of a call of a Python function, or its default; None if there is none of this name."""
-    parameters = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+    parameters = _parameters(node.target)  # type: ignore[arg-type]
     if name not in parameters:
         return None
     return argument(node, list(parameters).index(name), name, parameters[name].default)
+
+
+@functools.lru_cache(1024)
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(function).parameters
 
 
 def is_random(node: fx.Node) -> bool:

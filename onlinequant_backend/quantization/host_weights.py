@@ -15,7 +15,8 @@ import logging
 import mmap
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import torch
@@ -30,6 +31,7 @@ _log = logging.getLogger("onlinequant")
 _LEAST = 2**18
 # The share of the host's memory that is left to others.
 _RESERVE = 0.1
+_THREADS = 8
 _MAPPED = 2  # cudaHostRegisterMapped
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -95,6 +97,8 @@ def move_to_host(weights: Sequence[torch.Tensor]) -> int:
     fitting = {id(weight): weight for weight in weights if not is_on_host(weight) and can_be_on_host(weight)}
     left = [weight.data for weight in fitting.values()]
     try:
+        with _lock:
+            _make_blocks((weight.nbytes, weight.device) for weight in left)
         return sum(_move(weight, weight.device) for weight in fitting.values())
     finally:
         for device in {memory.device for memory in left}:
@@ -108,7 +112,11 @@ def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
     """As ``move_to_host``, for weights in the CPU's memory that ``device`` is to read."""
     reader = numbered(device)
     fitting = {id(weight): weight for weight in weights if weight.device.type == "cpu" and _is_worth_it(weight)}
-    return sum(_move(weight, reader) for weight in fitting.values()) if supports(reader) else 0
+    if not supports(reader):
+        return 0
+    with _lock:
+        _make_blocks((weight.nbytes, reader) for weight in fitting.values() if not was_on_host(weight))
+    return sum(_move(weight, reader) for weight in fitting.values())
 
 
 def leave_on_host(weights: Sequence[torch.Tensor]) -> int:
@@ -177,22 +185,54 @@ def _like(weight: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
     return memory.view(weight.dtype).as_strided(weight.shape, weight.stride())
 
 
+def _make_blocks(wanted: Iterable[tuple[int, torch.device]]) -> None:
+    """Have an unused block of each size for each device, if there is room for all. Several threads make them: to fault
+    the pages in takes most of the time."""
+    unused, missing = list(_unused), []
+    for size, device in sorted(wanted, key=lambda block: block[0]):
+        found = _fitting(unused, size, device)
+        if found is None:
+            missing.append((size, device))
+        else:
+            unused.remove(found)
+    if not missing:
+        return
+    for block in unused:
+        _unused.remove(block)
+        block.free()
+    with contextlib.suppress(HostMemoryError):  # ``_block`` raises it for the first that is too much
+        _check_room(sum(size for size, _ in missing))
+        with ThreadPoolExecutor(_THREADS) as pool:
+            # Each is in the list even if another one fails.
+            list(pool.map(lambda block: _unused.append(_Block(*block)), missing))
+
+
 def _block(size: int, device: torch.device) -> _Block:
     """A block for a weight of ``size`` bytes: an unused one that is not much larger, or a new one."""
-    fitting = [block for block in _unused if block.device == device and size <= block.size <= 1.25 * size]
-    found = min(fitting, key=lambda block: block.size, default=None)
+    found = _fitting(_unused, size, device)
     if found is not None:
         _synchronize(device)  # kernels that are queued may still read what was in it
         _unused.remove(found)
         return found
     free_unused()
+    _check_room(size)
+    return _Block(size, device)
+
+
+def _fitting(blocks: Iterable[_Block], size: int, device: torch.device) -> _Block | None:
+    """The smallest of ``blocks`` for a weight of ``size`` bytes that is not much larger."""
+    fitting = [block for block in blocks if block.device == device and size <= block.size <= 1.25 * size]
+    return min(fitting, key=lambda block: block.size, default=None)
+
+
+def _check_room(size: int) -> None:
+    """Raise HostMemoryError if the host has too little memory for ``size`` bytes more."""
     free, whole = free_memory()
     if size > free - _RESERVE * whole:
         raise HostMemoryError(
             f"of {whole / 1e9:.1f} GB of host memory {free / 1e9:.1f} GB are free, "
             f"and {_RESERVE:.0%} are left to others"
         )
-    return _Block(size, device)
 
 
 def free_unused() -> None:
@@ -227,6 +267,7 @@ class _Block:
         self.bytes = torch.frombuffer(memory, dtype=torch.uint8)
         self._process = os.getpid()
         if device.type == "cuda":
+            self.bytes[:: mmap.PAGESIZE].zero_()  # faults the pages in outside of the driver's locks
             self._register()
 
     def _register(self) -> None:

@@ -33,7 +33,8 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[int], None]]:
     https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf). Ordinary
     segments, with tensors of many different sizes, have gaps of up to a third. Frees unused pages at the end, since
     only such blocks could use them again. Gives a function that frees them in between if there are many; its argument
-    is the bytes of the tensor that was made last. Does nothing if the user has made any setting of the allocator, or where there are no such segments.
+    is the bytes of the tensor that was made last. Does nothing if the user has made any setting of the allocator, or
+    where there are no such segments.
     """
     if not (_is_possible(device) and _begin()):
         yield _do_nothing
@@ -46,8 +47,8 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[int], None]]:
 
 
 class _Trim:
-    """Frees unused pages if there are many. Looks when a tensor is large, and at every fourth call: a look takes as long
-    as to launch some kernels."""
+    """Frees unused pages if there are many. Looks when a tensor is large, and at every fourth call: a look takes as
+    long as to launch some kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -172,6 +172,43 @@ def test_too_little_host_memory_is_said(monkeypatch: pytest.MonkeyPatch) -> None
     assert not is_on_host(weight)
 
 
+def test_many_weights_have_their_memory_made_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = [noise(64, 64), noise(64, 70)]
+    move_to_host(before)
+    addresses = {weight.data_ptr() for weight in before}
+    del before
+    looks = []
+
+    def look() -> tuple[int, int]:
+        looks.append(None)
+        return 10**9, 10**9
+
+    monkeypatch.setattr(host_weights, "free_memory", look)
+    weights = [noise(64, width) for width in (64, 128, 256)]
+    expected = [weight.clone() for weight in weights]
+    assert move_to_host(weights) == sum(weight.nbytes for weight in weights)
+    assert all(map(torch.equal, weights, expected))
+    assert len(looks) == 1 and weights[0].data_ptr() in addresses
+    move_to_host([noise(64, 70)])
+    assert len(looks) == 2  # what did not fit was freed
+
+
+def test_weights_move_as_far_as_their_memory_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = host_weights._Block.__init__
+
+    def failing(self: host_weights._Block, size: int, device: torch.device) -> None:
+        if size == 64 * 80 * 4:
+            raise HostMemoryError("cannot be page-locked")
+        make(self, size, device)
+
+    monkeypatch.setattr(host_weights._Block, "__init__", failing)
+    weights = [noise(64, 64), noise(64, 80)]
+    with pytest.raises(HostMemoryError, match="cannot be page-locked"):
+        move_to_host(weights)
+    assert [is_on_host(weight) for weight in weights] == [True, False]
+    assert not host_weights._unused
+
+
 def test_memory_is_free_only_when_kernels_have_read_it(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     monkeypatch.setattr(host_weights, "_synchronize", lambda device: events.append("wait"))
@@ -179,7 +216,7 @@ def test_memory_is_free_only_when_kernels_have_read_it(monkeypatch: pytest.Monke
     move_to_host([noise(64, 64)])
     assert events[-2:] == ["wait", "free"]
     events.clear()
-    left = iter([10**9, 0])
+    left = iter([0, 10**9, 0])  # too little for both, enough for one
     monkeypatch.setattr(host_weights, "free_memory", lambda: (next(left), 10**9))
     with pytest.raises(HostMemoryError):
         move_to_host([noise(64, 65), noise(64, 66)])
