@@ -166,7 +166,7 @@ def _asked_to_write_in_place(node: fx.Node) -> bool:
 
 def _given(node: fx.Node, name: str) -> Any:
     """An argument of a call of a Python function, or its default; None if there is none of this name."""
-    parameters = _parameters(node.target)  # type: ignore[arg-type]
+    parameters = _parameters(node.target)
     if name not in parameters:
         return None
     return argument(node, list(parameters).index(name), name, parameters[name].default)
