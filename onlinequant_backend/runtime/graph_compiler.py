@@ -29,7 +29,7 @@ from ..progress import Progress
 from ..quantization import host_weights
 from ..report.phases import Phase
 from ..tensors import plain_tensors
-from ..torch_internals import dynamo_interface, inductor_interface, torch_settings
+from ..torch_internals import dynamo_interface, inductor_interface, kernel_tuning, torch_settings
 from .announcement import announce
 from .compiled_graphs import CompiledGraphs, InFloat, Key
 from .failures import Failures
@@ -254,7 +254,7 @@ class GraphCompiler:
         with (
             best_effort("the first calls of the 8-bit graph are slow"),
             torch.no_grad(),
-            inductor_interface.tuned_in_turns(lambda: turn(self._traced)),
+            kernel_tuning.tuned_in_turns(lambda: turn(self._traced)),
         ):
             for _ in range(1 if allocates_in_graph() else 2):
                 compiled(args, state)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import copyreg
-import functools
 import importlib
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast, get_origin
 
 import torch
 
-from . import parts, triton_digest
+from . import kernel_tuning, parts, triton_digest
 from .torch_settings import autocast_dtypes, settings
 
 
@@ -93,6 +91,7 @@ def inductor_cache(directory: Path | None, tag: str) -> Iterator[None]:
         if directory is not None and not is_users:
             stack.enter_context(_environment("TORCHINDUCTOR_CACHE_DIR", str(directory)))
             stack.enter_context(_instructions_remembered(directory))
+            kernel_tuning.remember_times(directory)
         yield
 
 
@@ -129,40 +128,6 @@ def _keep_kernel_cache() -> None:
     except ImportError:
         return
     os.environ.setdefault("TRITON_CACHE_DIR", str(knobs.cache.dir))
-
-
-@contextlib.contextmanager
-def tuned_in_turns(turn: Callable[[], contextlib.AbstractContextManager[Any]]) -> Iterator[None]:
-    """Within the block, Inductor autotunes each kernel in this thread within ``turn()``, one kernel at a time."""
-    _have_tuning_take_turns()
-    _turns.turn = turn
-    try:
-        yield
-    finally:
-        _turns.turn = None
-
-
-_turns = threading.local()
-
-
-@functools.cache
-def _have_tuning_take_turns() -> None:
-    if parts.lacks(parts.TUNING_IN_TURNS):
-        return
-    try:
-        from torch._inductor.runtime.triton_heuristics import CachingAutotuner
-    except ImportError:  # there is no Triton
-        return
-    kind: Any = CachingAutotuner
-    measure = kind.benchmark_all_configs
-
-    @functools.wraps(measure)
-    def in_turn(tuner: Any, *args: Any, **kwargs: Any) -> Any:
-        turn = getattr(_turns, "turn", None)
-        with contextlib.nullcontext() if turn is None else turn():
-            return measure(tuner, *args, **kwargs)
-
-    kind.benchmark_all_configs = in_turn
 
 
 def _kernels_in_batches() -> contextlib.AbstractContextManager[None]:

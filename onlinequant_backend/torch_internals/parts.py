@@ -40,7 +40,7 @@ class Need(NamedTuple):
 KERNEL_BATCHES = "compiling CPU kernels in batches"
 INSTRUCTION_CHECK = "remembering the CPU's instructions"
 LAZY_GRAPHS = "generating a graph's code only when it is called"
-TUNING_IN_TURNS = "autotuning one kernel at a time"
+TUNING = "measuring kernels one at a time and once"
 COMPACT_MEMORY = "memory without gaps"
 COMPILER_NAME = "naming the C++ compiler"
 
@@ -119,9 +119,9 @@ NEEDS = (
     Need("compiling in float without the other parts", "_dynamo.lookup_backend", "models run uncompiled there"),
     Need(LAZY_GRAPHS, "fx._lazy_graph_module._LazyGraphModule", "it is generated at once"),
     Need(
-        TUNING_IN_TURNS,
+        TUNING,
         "_inductor.runtime.triton_heuristics.CachingAutotuner.benchmark_all_configs",
-        "several are measured at once",
+        "several are measured at once, and some in each process",
     ),
     Need(
         COMPACT_MEMORY,

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -126,7 +122,6 @@ def test_inference_mode(requires_grad: bool) -> None:
 @torch.no_grad()
 def test_a_mode_and_inductor_options_reach_inductor(monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[dict[str, Any]] = []
-    from onlinequant_backend.torch_internals import inductor_interface
 
     monkeypatch.setattr(
         inductor_interface, "compile_fx", lambda module, inputs, options, **_: given.append(options) or module
@@ -224,41 +219,6 @@ def test_an_order_of_attention_kernels_does_not_keep_a_graph_out_of_the_cache() 
         assert (found["autograd_cache_hit"], found["autograd_cache_bypass"]) == (hits, 0)
         torch._dynamo.reset()
         oq.reset()
-
-
-def test_kernels_are_tuned_in_turns_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    heuristics = pytest.importorskip("torch._inductor.runtime.triton_heuristics")
-    turns, within, second = list[str](), list[tuple[str, ...]](), threading.Event()
-
-    @contextlib.contextmanager
-    def turn(name: str) -> Iterator[None]:
-        turns.append(name)
-        yield
-        turns.pop()
-
-    def measure(_tuner: object, *_args: object) -> str:
-        within.append(tuple(turns))
-        return "timings"
-
-    monkeypatch.setattr(heuristics.CachingAutotuner, "benchmark_all_configs", measure)
-    inductor_interface._have_tuning_take_turns.cache_clear()
-    tuner = heuristics.CachingAutotuner.__new__(heuristics.CachingAutotuner)
-
-    def overlap() -> None:
-        with inductor_interface.tuned_in_turns(lambda: turn("other")):
-            second.wait(10)
-            tuner.benchmark_all_configs()
-
-    with ThreadPoolExecutor(2) as pool:
-        with inductor_interface.tuned_in_turns(lambda: turn("this")):
-            assert tuner.benchmark_all_configs(1, 2) == "timings"
-            pool.submit(tuner.benchmark_all_configs).result()
-            other = pool.submit(overlap)
-        second.set()
-        other.result()
-    tuner.benchmark_all_configs()
-    assert within == [("this",), (), ("other",), ()]
-    inductor_interface._have_tuning_take_turns.cache_clear()  # what it has wrapped goes with this test
 
 
 def test_settings_are_held_against_other_threads() -> None:
