@@ -18,10 +18,10 @@ from . import parts
 _log = logging.getLogger("onlinequant")
 
 _ON, _OFF = "expandable_segments:True", "expandable_segments:False"
-# The free pages that a block may hold, in bytes, beyond the most that tensors have taken: to free them takes time.
-_SLACK = 2**27
-_LARGE = 2**26  # bytes of a tensor beside which a look takes no time
-_EVERY = 4
+# The free pages that a block may hold, in bytes and as a share of the most that tensors have taken: to free them and to
+# get them again takes time.
+_SLACK, _SHARE = 2**27, 1 / 16
+_LARGE = 2**25  # bytes of a tensor beside which a look takes no time
 _lock = threading.Lock()
 _running = 0  # blocks with compact memory
 _made = ""  # the settings as this package has left them
@@ -47,27 +47,26 @@ def compact_memory(device: torch.device) -> Iterator[Callable[[int], None]]:
 
 
 class _Trim:
-    """Frees unused pages if there are many. Looks when a tensor is large, and at every fourth call: a look takes as
-    long as to launch some kernels."""
+    """Frees unused pages if there are many, which otherwise are no use to a tensor that is larger than each gap between
+    others. Looks when a tensor is large: a look takes as long as to launch some kernels."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._calls = 0
-        self._kept = 0  # what is reserved even so
+        self._kept = 0  # what is free even so, since a page is free only as a whole
 
     def __call__(self, made: int) -> None:
-        self._calls += 1
-        if made < _LARGE and self._calls % _EVERY:
+        if made < _LARGE:
             return
-        reserved, most = self._sizes()
-        if reserved > max(self._kept, most) + _SLACK:
+        free, most = self._sizes()
+        if free > self._kept + max(_SLACK, _SHARE * most):
             torch.cuda.empty_cache()
             self._kept, _ = self._sizes()
 
     def _sizes(self) -> tuple[int, int]:
-        """What is reserved now, and the most that tensors have taken."""
+        """What is reserved now and in no tensor, and the most that tensors have taken."""
         stats = torch.cuda.memory_stats_as_nested_dict(self._device)
-        return stats["reserved_bytes"]["all"]["current"], stats["allocated_bytes"]["all"]["peak"]
+        allocated = stats["allocated_bytes"]["all"]
+        return stats["reserved_bytes"]["all"]["current"] - allocated["current"], allocated["peak"]
 
 
 def _do_nothing(made: int) -> None:
