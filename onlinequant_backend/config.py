@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import errors
@@ -52,6 +52,7 @@ class QuantConfig:
     Attributes:
         quantized_conv_percentage: share of convolutions to quantize in [0, 100], least sensitive first; 0 means none.
         quantized_linear_percentage: the same for linear layers.
+        quantized_attention_percentage: the same for attention, on GPUs.
         conv_compute_density_threshold: a convolution below this many FLOPs per byte stays in float, whatever
             ``selection``; [0, inf). None leaves it to timing where layers are timed, and is 100 on other GPUs and 20
             on CPUs.
@@ -95,6 +96,7 @@ class QuantConfig:
 
     quantized_conv_percentage: float = 100
     quantized_linear_percentage: float = 100
+    quantized_attention_percentage: float = 100
     conv_compute_density_threshold: float | None = None
     linear_compute_density_threshold: float | None = None
     precision: str = "auto"
@@ -119,14 +121,11 @@ class QuantConfig:
     mode: str | None = None
 
     def __post_init__(self) -> None:
-        for kind in ("conv", "linear"):
-            for name, check in (
-                (f"quantized_{kind}_percentage", _check_percentage),
-                (f"{kind}_compute_density_threshold", _check_threshold),
-            ):
-                if getattr(self, name) is not None or check is _check_percentage:
-                    check(name, getattr(self, name))
-                    object.__setattr__(self, name, float(getattr(self, name)))
+        for name in ("conv", "linear", "attention"):
+            self._check_number(f"quantized_{name}_percentage", _check_percentage)
+        for name in ("conv_compute_density_threshold", "linear_compute_density_threshold"):
+            if getattr(self, name) is not None:
+                self._check_number(name, _check_threshold)
         if not _is_choice(self.precision, PRECISIONS):
             raise errors.UnknownPrecisionError(_choose_from("precision", self.precision, PRECISIONS))
         if not _is_count(self.calibration_steps, least=1):
@@ -154,6 +153,10 @@ class QuantConfig:
             raise errors.InvalidOptionError(f"cache_dir is {_shown(self.cache_dir)}: give a directory's path, or None.")
         _check_mode(self.mode)
         object.__setattr__(self, "inductor", _checked_inductor_options(self.inductor))
+
+    def _check_number(self, name: str, check: Callable[[str, Any], None]) -> None:
+        check(name, getattr(self, name))
+        object.__setattr__(self, name, float(getattr(self, name)))
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> QuantConfig:

@@ -90,7 +90,8 @@ def _group_norm_fake(
 
 
 def _attention_fake(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
-    formats.attention_dtype(format)
+    if format != formats.FLOAT:
+        formats.attention_dtype(format)
     batch, heads, queries, size = q.shape
     if k.shape != v.shape or k.shape[3] != size:
         raise ValueError(f"attention needs heads of one size, and these are of {size}, {k.shape[3]} and {v.shape[3]}")

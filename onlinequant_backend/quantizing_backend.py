@@ -19,7 +19,8 @@ from .analysis.traced_graph import TracedGraph
 from .best_effort import warn_once
 from .cache import cache_store
 from .config import QuantConfig
-from .graph import LayerInfo, fx_utils, layer_nodes, operations, parameter_names
+from .graph import AttentionInfo, LayerInfo, fx_utils, operations, parameter_names
+from .graph.attention_info import all_infos
 from .kernels import precision
 from .passes import ANALYZE, PassContext, run_passes
 from .report import NodeDecision, report
@@ -109,14 +110,14 @@ class _Analysis(NamedTuple):
 
     Attributes:
         module: a copy of the graph whose layers are known.
-        infos: its layers.
+        infos: its layers and attention.
         reason: why it stays in float; None if it does not.
         identity: see ``graph_key.identity``.
         is_known_elsewhere: whether another process can identify its operations, so that they may be cached.
     """
 
     module: fx.GraphModule
-    infos: list[LayerInfo]
+    infos: list[LayerInfo | AttentionInfo]
     reason: str | None
     identity: str | None = None
     is_known_elsewhere: bool = False
@@ -136,7 +137,7 @@ def _analyze(
         analyzed = fx_utils.copy_graph(graph_module)
         parameter_names.name_parameters(analyzed, inputs, tracing.root())
         run_passes(analyzed, ANALYZE, PassContext(config, resolved, device=device, at_largest=tracing.largest))
-        infos = [info for _, info in layer_nodes(analyzed)]
+        infos = all_infos(analyzed)
         reason = _why_float(infos, resolved, inputs)
         if reason is not None:
             return _Analysis(analyzed, infos, reason)
@@ -149,7 +150,7 @@ def _analyze(
         return _Analysis(graph_module, [], f"it failed: {type(error).__name__}: {error}")
 
 
-def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo]) -> None:
+def _say_unmatched(patterns: Sequence[str], infos: Sequence[LayerInfo | AttentionInfo]) -> None:
     """Warn once of patterns of ``exclude`` that match no layer in any graph of the model so far."""
     model = tracing.root()
     names = {info.name for info in infos}.union(() if model is None else (name for name, _ in model.named_modules()))
@@ -171,7 +172,10 @@ def _as_it_is(graph_module: fx.GraphModule, entry: report.Report) -> Callable[..
     return run
 
 
-def _why_float(infos: Sequence[LayerInfo], resolved: precision.Precision, inputs: Sequence[Any]) -> str | None:
+def _why_float(
+    found: Sequence[LayerInfo | AttentionInfo], resolved: precision.Precision, inputs: Sequence[Any]
+) -> str | None:
+    infos = [info for info in found if isinstance(info, LayerInfo)]  # attention alone is not worth it
     if torch.is_grad_enabled() and any(map(fx_utils.requires_grad, inputs)):
         return NEEDS_GRADIENTS
     if resolved.name == "float":

@@ -16,6 +16,7 @@ from .attend_to_one_key import attend_to_one_key
 from .context import PassContext
 from .drop_identities import drop_identities
 from .drop_unused_inputs import drop_unused_inputs
+from .find_attention import find_attention
 from .functionalize import functionalize
 from .fuse_channel_add import fuse_channel_add
 from .fuse_geglu import fuse_geglu
@@ -28,6 +29,7 @@ from .merge_linears import merge_linears
 from .name_layers import name_layers
 from .outline_regions import outline_regions
 from .quantize_inputs import quantize_inputs
+from .rewrite_attention import rewrite_attention
 from .rewrite_conv import rewrite_conv
 from .rewrite_linear import rewrite_linear
 from .scale_outputs import scale_outputs
@@ -47,6 +49,7 @@ ANALYZE: tuple[Pass, ...] = (
     name_layers,
     annotate_density,
     select_nodes,
+    find_attention,
 )
 OBSERVE: tuple[Pass, ...] = (insert_observers, stream_weights)
 SELECT: tuple[Pass, ...] = (select_nodes,)
@@ -54,6 +57,7 @@ REWRITE: tuple[Pass, ...] = (
     quantize_inputs,
     rewrite_linear,
     rewrite_conv,
+    rewrite_attention,
     drop_identities,
     fuse_group_norm,
     fuse_layer_norm,

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import re
+
 import torch.fx as fx
 
 from onlinequant_backend.graph import parameter_names
@@ -18,6 +20,8 @@ _KINDS: dict[object, str] = {
     **dict.fromkeys(LINEAR_TARGETS, "linear"),
     **dict.fromkeys(CONV_TARGETS + TRANSPOSED_TARGETS, "conv"),
 }
+
+_PLUMBING = ("__dict__", "_modules", "_orig_mod")
 
 
 def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
@@ -38,7 +42,7 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
             continue
         parameter = weight_parameter(node)
         if parameter is None:
-            info = LayerInfo(_module_name(node), _KINDS[node.target])
+            info = LayerInfo(module_name(node), _KINDS[node.target])
         else:
             name = names[parameter].removesuffix(".weight")
             info = LayerInfo(name, _KINDS[node.target], weight=parameter.name)
@@ -47,12 +51,13 @@ def name_layers(graph_module: fx.GraphModule, context: PassContext) -> int:
     return named
 
 
-def _module_name(node: fx.Node) -> str:
+def module_name(node: fx.Node) -> str:
+    """The qualified name of the module that makes a call, or the node's if the model itself makes it."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return str(node.name)
     path = list(stack.values())[-1][0]
-    for plumbing in ("L['self']", "L['fn']", "._modules", "._orig_mod"):
-        path = path.replace(plumbing, "")
-    name = path.replace("['", ".").replace("']", "").replace("[", ".").replace("]", "").strip(".")
-    return name or str(node.name)
+    for root in ("L['self']", "L['fn']"):
+        path = path.removeprefix(root)
+    parts = re.split(r"\['?|'?\]|\.", path)
+    return ".".join(part for part in parts if part and part not in _PLUMBING) or str(node.name)

@@ -16,6 +16,7 @@ from onlinequant_backend.config import QuantConfig
 DEFAULTS = {
     "quantized_conv_percentage": 100,
     "quantized_linear_percentage": 100,
+    "quantized_attention_percentage": 100,
     "conv_compute_density_threshold": None,
     "linear_compute_density_threshold": None,
     "precision": "auto",
@@ -42,6 +43,7 @@ DEFAULTS = {
 OTHER_VALUES = {
     "quantized_conv_percentage": 99.5,
     "quantized_linear_percentage": 0,
+    "quantized_attention_percentage": 0,
     "conv_compute_density_threshold": 0,
     "linear_compute_density_threshold": 301,
     "precision": "float",

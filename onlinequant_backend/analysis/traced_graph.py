@@ -12,7 +12,8 @@ import torch
 import torch.fx as fx
 
 from ..config import QuantConfig
-from ..graph import LayerInfo, fx_utils, info_of, layer_nodes
+from ..graph import AttentionInfo, LayerInfo, fx_utils, info_of, layer_nodes
+from ..graph.attention_info import attention_nodes
 from ..graph.graph_inputs import GraphInputs
 from ..graph.layer_info import is_cast
 from ..kernels.precision import Precision
@@ -64,6 +65,11 @@ class TracedGraph:
     def infos(self) -> list[LayerInfo]:
         """Its layers that may be quantized, by their indices."""
         return [info for _, info in layer_nodes(self.module) if info.index is not None]
+
+    @functools.cached_property
+    def attention(self) -> dict[str, AttentionInfo]:
+        """Its attention, by name."""
+        return {info.name: info for _, info in attention_nodes(self.module)}
 
     @functools.cached_property
     def operations(self) -> str:

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import math
 import os
 import re
 import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -187,14 +187,13 @@ class Cache:
             if self.has(key):  # nothing evicts it any more
                 write_atomically(self.root / ENTRIES / key / CALIBRATION_FILE, calibration.to_bytes(key))
 
-    def load_error(self, key: str) -> float | None:
-        """The error of a step that the statistics of ``key`` tell; None if they tell none."""
+    def load_stats(self, key: str) -> dict[str, Any]:
+        """The statistics of ``key``, of which nothing but that they are a JSON object was checked; empty if there are
+        none."""
         if self.root is not None and self.has(key):
             with best_effort("cannot read the cache %s", self.root), contextlib.suppress(FileNotFoundError):
-                stats = parse_object(read_file(self.root / ENTRIES / key / STATS_FILE, MAX_BYTES), STATS_FILE)
-                error = stats.get("error")
-                return error if isinstance(error, float) and 0 <= error < math.inf else None
-        return None
+                return parse_object(read_file(self.root / ENTRIES / key / STATS_FILE, MAX_BYTES), STATS_FILE)
+        return {}
 
     def load_autotuning(self, key: str) -> str | None:
         """What was measured for ``key``, or for another checkpoint or size of its model on such a machine: JSON that

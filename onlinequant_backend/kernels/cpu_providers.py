@@ -47,6 +47,7 @@ class X86(_Cpu):
     """See ``Provider``: oneDNN, with weights of its own layout."""
 
     formats = (formats.ONEDNN, formats.ONEDNN_7)
+    attention_dtypes = ()
 
     def format(self, precision: str, device: torch.device) -> Format | str:
         """int8 alone."""
@@ -92,6 +93,7 @@ class Emulated(PlainWeights, _Cpu):
     """See ``Provider``: what GPUs compute in, to see what that does to a picture. As slow as float."""
 
     formats = (formats.INT8, formats.FP8)
+    attention_dtypes = (torch.float32, torch.float16, torch.bfloat16)
 
     def format(self, precision: str, device: torch.device) -> Format | str:
         """Fp8 if it is asked for; int8 is oneDNN's."""

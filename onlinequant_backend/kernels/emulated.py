@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from ..graph.conv_geometry import ConvGeometry
 from ..tensors import CHANNELS_LAST
-from .formats import LIMITS, NOT_FINITE, attention_dtype
+from . import reference
+from .formats import FLOAT, LIMITS, NOT_FINITE, attention_dtype
 from .operands import Operands
 
 _TOKENS = 128  # of which keys and values have one scale
@@ -37,6 +38,9 @@ def conv(operands: Operands, geometry: ConvGeometry, dtype: torch.dtype) -> torc
 
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
     """See ``reference.attention``; rounded where ``nvidia.attention`` rounds."""
+    if format == FLOAT:
+        y = reference.attention(q, k, v, scale)
+        return y.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
     dtype, size = attention_dtype(format), q.shape[-1]
     keys = k.float() - k.float().mean(2, keepdim=True)
     s = _rounded(q.float() * scale, dtype, (1, size)) @ _rounded(keys, dtype, (_TOKENS, size)).mT

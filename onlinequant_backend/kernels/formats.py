@@ -83,9 +83,12 @@ class Format:
         return 2.0**-9 if self.activation.is_floating_point else 1.0
 
 
+FLOAT = "float"  # the format of attention whose products are in float
+
+
 def attention_dtype(format: str) -> torch.dtype:
     """What attention multiplies queries and keys in, and in "fp8" also weights and values; those of "int8" are float.
-    Raises ValueError for any other format."""
+    Raises ValueError for any other format than these two."""
     dtypes = {known.name: known.activation for known in (INT8, FP8)}
     if format not in dtypes:
         raise ValueError(f"attention has the formats {', '.join(dtypes)}, not {format}")

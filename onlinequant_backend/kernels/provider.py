@@ -34,6 +34,10 @@ class Provider(Protocol):
         """What the kernels can read."""
 
     @property
+    def attention_dtypes(self) -> tuple[torch.dtype, ...]:
+        """What the kernels for attention read."""
+
+    @property
     def times_layers(self) -> bool:
         """Whether layers are selected, and their kernels chosen, by times measured at their shapes."""
 
@@ -65,7 +69,7 @@ class Provider(Protocol):
         """By family of kernels, why it is off on a device, or None if it is on."""
 
     def least_density(self, kind: str) -> float:
-        """FLOPs per byte from which a layer of this kind, "conv" or "linear", gains by 8 bit."""
+        """FLOPs per byte from which a layer of this kind, "conv", "linear" or "attention", gains by 8 bit."""
 
     def saturates(self, format: Format) -> bool:
         """Whether conversion to the format's activations limits them, in the code that Inductor generates."""

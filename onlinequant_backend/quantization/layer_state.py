@@ -14,6 +14,7 @@ from ..cache.calibration_file import LayerCalibration
 from ..graph.layer_info import Sensitivity
 from ..kernels.formats import Format
 from .input_range import InputRange
+from .output_error import output_error
 from .ranges import ActivationRange, clipped_share, is_frozen_from
 from .smoothing import smoothing_factors
 from .stored_weights import in_float
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from .saved_weights import SavedCopy
 
 
-# Output values compared at a time, at least one image: all of a video model's take more memory than its step.
-_MOST_COMPARED = 2**26
 # On a GPU a histogram takes about 15 small kernels, so a layer computes one in the first call and in every n-th.
 _GPU_HISTOGRAMS = 8
 
@@ -231,10 +230,4 @@ class Layer(InputRange):
         """Compare the layer's float output ``y`` with its 8-bit output for the same input."""
         if self.geometry is None:
             x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        parts = min(len(y), math.ceil(y.numel() / _MOST_COMPARED))
-        sums = []
-        for x_part, y_part in zip(x.tensor_split(parts), y.tensor_split(parts), strict=True):
-            error = self.quantized_output(x_part, bias, y_part).float() - y_part
-            sums.append(torch.stack([error.abs().sum(), error.square().sum(), y_part.abs().sum(dtype=torch.float32)]))
-        mae, mse, magnitude = (torch.stack(sums).sum(0, dtype=torch.float64) / y.numel()).tolist()
-        self.sensitivity = Sensitivity(mae / max(magnitude, torch.finfo(torch.float32).tiny), mae, mse)
+        self.sensitivity = output_error(lambda part: self.quantized_output(x[part], bias, y[part]), y)

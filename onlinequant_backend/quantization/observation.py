@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, MutableMapping, Sequence
+from collections.abc import Callable, Container, Mapping, MutableMapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from .. import ops
 from ..operating_system import free_memory
+from .output_error import output_error
 
 if TYPE_CHECKING:
+    from ..graph import AttentionInfo
     from .layer_state import Layer
 
 
@@ -31,6 +34,8 @@ class Observation:
         gradients: by index, the sums of squared gradients of the layers' outputs; None outside of a gradient pass,
             which does nothing else.
         spared: the bytes of free memory below which a gradient pass raises MemoryError.
+        attention: by name, the attention whose error in 8 bit is measured when ``compares``.
+        attention_format: the format of that.
         trim: called before each layer is observed, with the bytes of its output, so that freed memory does not pile up.
     """
 
@@ -44,6 +49,8 @@ class Observation:
     lost: set[int] = dataclasses.field(default_factory=set)
     gradients: MutableMapping[int, float] | None = None
     spared: float = 0
+    attention: Mapping[str, AttentionInfo] = dataclasses.field(default_factory=dict)
+    attention_format: str = ""
     trim: Callable[[int], None] = lambda made: None
 
     def see(self, index: int, first: int, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -73,6 +80,20 @@ class Observation:
                 layer.copy.drop()
         return y
 
+    def see_attention(
+        self, name: str, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float | None, y: torch.Tensor
+    ) -> torch.Tensor:
+        """Measure what 8 bit does to the result ``y`` of attention; returns ``y``. All [batch, heads, tokens, size]."""
+        info = self.attention.get(name)
+        if self.compares and info is not None and self.probed is None and self.gradients is None:
+            factor = q.shape[-1] ** -0.5 if scale is None else scale
+
+            def quantized(part: slice) -> torch.Tensor:
+                return ops.attention(q[part], k[part], v[part], factor, self.attention_format)
+
+            info.sensitivity = output_error(quantized, y)
+        return y
+
     def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:
         if self.spared and free_memory()[0] < self.spared:
             raise MemoryError("the memory is nearly used up")
@@ -92,3 +113,16 @@ def observe(
 ) -> torch.Tensor:
     """The node that ``passes.insert_observers`` inserts after a layer; see ``Observation.see``."""
     return observation.see(index, first, x, y, bias)
+
+
+def observe_attention(
+    observation: Observation,
+    name: str,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float | None,
+    y: torch.Tensor,
+) -> torch.Tensor:
+    """The node that ``passes.insert_observers`` inserts after attention; see ``Observation.see_attention``."""
+    return observation.see_attention(name, q, k, v, scale, y)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 from .schema import NUMBER, OPTIONAL_NUMBER, Types, checked, finite
 
 if TYPE_CHECKING:
-    from ..graph.layer_info import LayerInfo
+    from ..graph import AttentionInfo, LayerInfo
 
-KINDS = ("conv", "linear")
+KINDS = ("conv", "linear", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,9 @@ class NodeDecision:
 
     Attributes:
         name: fully qualified name of the layer in its model.
-        kind: "conv" or "linear".
-        shape: shape of the layer's input.
-        weight_shape: shape of its weight.
+        kind: "conv", "linear" or "attention".
+        shape: shape of the layer's input, of attention that of its queries.
+        weight_shape: shape of its weight, of attention that of its keys.
         flops: floating-point operations of one call.
         bytes: input, weight and output, each moved once.
         density: ``flops / bytes``.
@@ -56,7 +56,7 @@ class NodeDecision:
             raise ValueError(f"the decision about {self.name} has no reason")
 
     @classmethod
-    def of(cls, info: LayerInfo) -> NodeDecision:
+    def of(cls, info: LayerInfo | AttentionInfo) -> NodeDecision:
         """What has been decided about a layer."""
         sensitivity = info.sensitivity
         return cls(

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 # Blue and orange differ in lightness too, so the picture survives a grey print and colour blindness.
 COLOURS = {"8 bit": "#1f6fb4", "candidate": "#7fb8e6", "chosen": "#7fb8e6", "float": "#e07b28"}
 _ORDER = ("float", "candidate", "chosen", "8 bit")
-_MARKERS = {"conv": "o", "linear": "^"}
+_MARKERS = {"conv": "o", "linear": "^", "attention": "s"}
+_ROWS = {"conv": 2.0, "linear": 1.0, "attention": 0.0}
 _THRESHOLD_STYLES = {"conv": (0, (6, 3)), "linear": (0, (2, 2))}
 
 
@@ -46,7 +47,7 @@ def draw_layers(figure: FigureBase, report: Report) -> None:
     measured = [decision for decision in report.decisions if decision.sensitivity and decision.density > 0]
     others = [decision for decision in report.decisions if not decision.sensitivity and decision.density > 0]
     _draw_marks(scatter, report, measured, [decision.sensitivity or 0.0 for decision in measured])
-    _draw_marks(rug, report, others, [{"conv": 1.0, "linear": 0.0}[decision.kind] for decision in others])
+    _draw_marks(rug, report, others, [_ROWS[decision.kind] for decision in others])
     if not measured:
         scatter.set_ylim(0.001, 0.1)
     if not measured and not others:
@@ -75,7 +76,7 @@ def _draw_marks(axes: Axes, report: Report, decisions: Sequence[NodeDecision], h
 
 def _thresholds(report: Report) -> dict[str, float]:
     """The density threshold of each kind, where the options hold one that a logarithmic axis can show."""
-    values = {kind: report.config.get(f"{kind}_compute_density_threshold") for kind in _MARKERS}
+    values = {kind: report.config.get(f"{kind}_compute_density_threshold") for kind in _THRESHOLD_STYLES}
     return {kind: float(value) for kind, value in values.items() if value}
 
 
@@ -88,8 +89,8 @@ def _draw_thresholds(all_axes: Sequence[Axes], report: Report) -> None:
 def _label(figure: FigureBase, scatter: Axes, rug: Axes, report: Report) -> None:
     figure.suptitle(f"{report.model}: {report.headline()}", fontsize=13, fontweight="bold")
     scatter.set_ylabel("sensitivity: relative error of the output in 8 bit")
-    rug.set(xlabel="compute density (FLOPs per byte)", ylim=(-0.7, 1.7))
-    rug.set_yticks([1, 0], ["conv", "linear"])
+    rug.set(xlabel="compute density (FLOPs per byte)", ylim=(-0.7, 2.7))
+    rug.set_yticks(list(_ROWS.values()), list(_ROWS))
     rug.set_ylabel("not\nmeasured", rotation=0, ha="right", va="center", labelpad=12)
     rug.xaxis.set_minor_formatter(NullFormatter())
     rug.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -42,7 +42,7 @@ class Report:
         calls_observed: calls observed so far.
         calibration_steps: calls to observe in all.
         cache_hit: whether the decisions came from the cache.
-        decisions: one for each convolution and linear layer, in the graph's order.
+        decisions: one for each convolution, linear layer and attention, in the graph's order.
         compile_seconds: seconds spent in Inductor after observing.
         error: relative error of a step in 8 bit: the first one, or with ``max_error`` one when observing was over; None
             if not measured.
@@ -93,7 +93,8 @@ class Report:
         return self._phase is phase
 
     def counts(self) -> dict[str, int]:
-        """Layers in 8 bit (``quantized_conv``) out of those there are (``candidates_conv``); the same for linear."""
+        """Layers in 8 bit (``quantized_conv``) out of those there are (``candidates_conv``); the same for linear
+        layers and attention."""
         counts = {}
         for kind in KINDS:
             decisions = [decision for decision in self.decisions if decision.kind == kind]
@@ -118,6 +119,7 @@ class Report:
             f"{sum(standing != 'float' for each, standing in standings if each == kind)} of "
             f"{sum(each == kind for each, _ in standings)} {kind}"
             for kind in KINDS
+            if kind != "attention" or any(each == kind for each, _ in standings)
         ]
         return f"{', '.join(counts)} layers {verb}"
 

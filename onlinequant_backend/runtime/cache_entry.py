@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import logging
+import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +19,8 @@ from ..best_effort import best_effort, warn_once
 from ..cache.cache_store import Cache
 from ..cache.calibration_file import Calibration
 from ..cache.locks import Lock
-from ..graph import LayerInfo
+from ..graph import AttentionInfo, LayerInfo
+from ..graph.layer_info import Sensitivity
 from ..quantization.layer_state import Layer
 from ..report.report import Report
 
@@ -79,7 +82,17 @@ class Entry:
 
     def load_error(self) -> float | None:
         """The error of a step as an earlier process measured it; None if it did not."""
-        return self._cache.load_error(self.key)
+        error = self._cache.load_stats(self.key).get("error")
+        return error if isinstance(error, float) and 0 <= error < math.inf else None
+
+    def load_attention(self, attention: Mapping[str, AttentionInfo]) -> None:
+        """Fill in the errors of ``attention``, by name, as an earlier process measured them."""
+        decisions = self._cache.load_stats(self.key).get("decisions")
+        for decision in decisions if isinstance(decisions, list) else ():
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # the file may have been changed
+                if decision["kind"] == "attention" and decision["name"] in attention:
+                    relative, mae, mse = (float(decision[name]) for name in ("sensitivity", "mae", "mse"))
+                    attention[decision["name"]].sensitivity = Sensitivity(relative, mae, mse)
 
     def save_error(self, report: Report, error: float) -> None:
         """Add the error of a step to the saved statistics."""

@@ -93,6 +93,7 @@ class Calibration:
         if not restored:
             return
         state.calibrated_rest = state.rest_fingerprint(parameters)
+        entry.load_attention(self._traced.attention)
         error = entry.load_error()
         # That process compared its first step with float. This one need not, unless the error must be reported.
         state.is_compared = error is not None and error < VISIBLE

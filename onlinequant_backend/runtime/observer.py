@@ -48,7 +48,12 @@ class Observer:
         alone = turn(traced) if self._compiler.background is not None else contextlib.nullcontext()
         floats = [parameters[position] for position in self._candidates]
         with alone, compact_memory(traced.device) as trim, torch.no_grad(), state.room(parameters, kept), streaming():
-            observation = Observation(state.layers, floats, is_last, kept=frozenset(kept), trim=trim)
+            observation = Observation(
+                *(state.layers, floats, is_last, frozenset(kept)),
+                attention=traced.attention,
+                attention_format=traced.precision.name,
+                trim=trim,
+            )
             return traced.observed(*args, observation)
 
     def end(self, args: Sequence[Any], state: WeightState, result: Any) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ..analysis.traced_graph import TracedGraph
-from ..graph import layer_nodes
+from ..graph.attention_info import all_infos
 from ..passes import SELECT, PassContext, run_passes
 from ..quantization.weight_set import WeightSet
 from ..report import NodeDecision
 from . import layer_timing
+from .attention_choice import choose_attention
 from .sensitivity import estimate_by_gradient, over_budget
 
 _log = logging.getLogger("onlinequant")
@@ -49,6 +50,7 @@ class LayerChoice:
             freed=frozenset(index for index, layer in enumerate(weights.layers) if layer.copy.freed),
             device=self._traced.device,
         )
+        slow: dict[str, str] = {}
         if context.measures_speed:
             layer_timing.restore(load_autotuning(), self._traced.device)
             saves_memory = self._traced.config.float_weights == "host" and self._traced.keeps_weights_on_host
@@ -57,10 +59,11 @@ class LayerChoice:
             )
             context.unusable = {**slow, **context.unusable}
         run_passes(self._traced.module, SELECT, context)
+        choose_attention(self._traced.module, context, slow)
         if self._traced.config.max_error is not None:
             self._hold_budget(self._traced.config.max_error, args, weights)
         self.is_made = True
-        self._traced.report.decisions = [NodeDecision.of(info) for _, info in layer_nodes(self._traced.module)]
+        self._traced.report.decisions = [NodeDecision.of(info) for info in all_infos(self._traced.module)]
 
     def _rank(self, args: Sequence[Any], weights: WeightSet) -> None:
         """Record each layer's sensitivity; if the decision depends on it, measured at the model's output."""

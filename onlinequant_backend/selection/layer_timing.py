@@ -16,13 +16,14 @@ import torch.nn.functional as F
 
 from ..best_effort import best_effort
 from ..compilation.compile_process import IDLE, done_elsewhere
-from ..graph import LayerInfo, fx_utils, layer_reads
+from ..graph import AttentionInfo, LayerInfo, fx_utils, layer_reads
+from ..graph.attention_info import attention_nodes
 from ..kernels.formats import Format
 from ..kernels.nvidia import precompile, tuning
 from ..kernels.nvidia.gpu import Gpu, gpu_of
 from ..kernels.nvidia.tuning import Tile
 from ..progress import Progress
-from .layer_trial import Timing, Trial, candidates, is_out_of_memory, shape_of, time_layer
+from .layer_trial import Timing, candidates, is_out_of_memory, shape_of, time_layer, trial_of
 
 _log = logging.getLogger("onlinequant")
 _VERSION = 1
@@ -44,6 +45,7 @@ _POINTWISE = (
     *(operator.add, operator.iadd, operator.mul, operator.imul, operator.sub, operator.truediv, "mul"),
 )
 
+Timed = LayerInfo | AttentionInfo
 _known: dict[tuple[Gpu, str], Timing] = {}
 _compiled: set[tuple[Gpu, str]] = set()  # shapes whose kernels are compiled
 _CURRENT = torch.device("cuda")
@@ -52,14 +54,14 @@ _CURRENT = torch.device("cuda")
 def measure(
     graph_module: fx.GraphModule, format: Format, device: torch.device, saves_memory: bool = False
 ) -> dict[str, str]:
-    """Time every layer that could be quantized, once for each shape, and choose its tile. Linears that read one tensor
-    are timed as the product into which ``merge_linears`` merges them. Fills in ``float_us`` and ``quantized_us`` of
-    each ``LayerInfo``; returns, by name, why layers gain too little. If the GPU lacks the memory to time a layer, both
-    stay unset, and the layer is treated as faster. ``saves_memory``: whether layers may also be a little slower.
+    """Time every layer and attention that could be quantized, once for each shape, and choose its tile. Linears that
+    read one tensor are timed as the product into which ``merge_linears`` merges them. Fills in ``float_us`` and
+    ``quantized_us`` of each; returns, by name, why any gains too little. If the GPU lacks the memory to time a layer,
+    both stay unset, and the layer is treated as faster. ``saves_memory``: whether layers may also be a little slower.
     """
     groups = _groups(graph_module)
     gpu = gpu_of(device)
-    shapes = _shapes(groups, format)
+    shapes = _shapes(graph_module, groups, format)
     missing = {key: info for key, info in shapes.items() if (gpu, key) not in _known}
     if missing:
         compile_ahead(graph_module, format, device)
@@ -87,9 +89,20 @@ def measure(
         for info, timing in zip(members, timings, strict=True):
             info.float_us, info.quantized_us = timing.float_us, quantized_us * timing.float_us / float_us
             if not is_worth_it:
-                times = f"{info.quantized_us:.1f} us quantized, {info.float_us:.1f} us in float"
-                reasons[info.name] = f"gains too little: {times}"
+                reasons[info.name] = _gains_too_little(info)
+    for attention in _attention(graph_module):
+        found = known.get(_key(attention, format))
+        if found is None:
+            continue
+        attention.float_us, attention.quantized_us = found.float_us, found.quantized_us
+        if found.quantized_us > found.float_us * (1 - _LEAST_GAIN):
+            reasons[attention.name] = _gains_too_little(attention)
     return reasons
+
+
+def _gains_too_little(info: Timed) -> str:
+    kind = "by this package" if isinstance(info, AttentionInfo) and info.is_short else "quantized"
+    return f"gains too little: {info.quantized_us:.1f} us {kind}, {info.float_us:.1f} us in float"
 
 
 def tune(info: LayerInfo, format: Format, device: torch.device) -> Timing:
@@ -117,13 +130,19 @@ def _groups(graph_module: fx.GraphModule) -> list[tuple[list[LayerInfo], fx.Node
     return list(groups.values())
 
 
-def _shapes(groups: Sequence[tuple[list[LayerInfo], fx.Node]], format: Format) -> dict[str, LayerInfo]:
-    """The first layer, or merged product, of each shape, by its key: these are timed."""
-    shapes: dict[str, LayerInfo] = {}
-    for members, _ in groups:
-        for info in [*members, *_timed_merged(members)]:
-            shapes.setdefault(_key(info, format), info)
+def _shapes(
+    graph_module: fx.GraphModule, groups: Sequence[tuple[list[LayerInfo], fx.Node]], format: Format
+) -> dict[str, Timed]:
+    """The first layer, merged product or attention of each shape, by its key: these are timed."""
+    timed: list[Timed] = [info for members, _ in groups for info in (*members, *_timed_merged(members))]
+    shapes: dict[str, Timed] = {}
+    for info in (*timed, *_attention(graph_module)):
+        shapes.setdefault(_key(info, format), info)
     return shapes
+
+
+def _attention(graph_module: fx.GraphModule) -> list[AttentionInfo]:
+    return [info for _, info in attention_nodes(graph_module) if info.is_candidate]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -158,7 +177,8 @@ def _timed_merged(members: Sequence[LayerInfo]) -> list[LayerInfo]:
 def dump(graph_module: fx.GraphModule, format: Format, device: torch.device = _CURRENT) -> str | None:
     """The timings of a graph's layers as JSON, for ``restore``; None if there are none."""
     gpu = gpu_of(device)
-    keys = sorted(key for key in _shapes(_groups(graph_module), format) if (gpu, key) in _known)
+    shapes = _shapes(graph_module, _groups(graph_module), format)
+    keys = sorted(key for key in shapes if (gpu, key) in _known)
     if not keys:
         return None
     timings = {key: dataclasses.asdict(_known[gpu, key]) for key in keys}
@@ -182,21 +202,22 @@ def restore(text: str | None, device: torch.device = _CURRENT) -> int:
 
 def _timing(value: Any) -> Timing:
     timing = Timing(value["float_us"], value["quantized_us"], value["quantize_us"], Tile(**value["tile"]))
-    times = (timing.float_us, timing.quantized_us, timing.quantize_us)
-    if not all(isinstance(time, float) and 0 < time < math.inf for time in times):
+    times = (timing.float_us, timing.quantized_us)
+    is_sound = isinstance(timing.quantize_us, float) and 0 <= timing.quantize_us < math.inf
+    if not is_sound or not all(isinstance(time, float) and 0 < time < math.inf for time in times):
         raise ValueError(f"times are {times}")
     if not tuning.is_valid(timing.tile):
         raise ValueError(f"there is no tile {timing.tile}")
     return timing
 
 
-def _key(info: LayerInfo, format: Format) -> str:
+def _key(info: Timed, format: Format) -> str:
     return f"{tuning.key(shape_of(info, format))} {info.dtype}"
 
 
 def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.device) -> None:
     """Compile the kernels that ``measure`` will time, several in parallel, unless they are compiled already."""
-    shapes = _shapes(_groups(graph_module), format)
+    shapes = _shapes(graph_module, _groups(graph_module), format)
     gpu = gpu_of(device)
     missing = [info for key, info in shapes.items() if (gpu, key) not in _known and (gpu, key) not in _compiled]
     _compiled.update((gpu, key) for key in shapes)
@@ -211,16 +232,16 @@ def compile_ahead(graph_module: fx.GraphModule, format: Format, device: torch.de
 
 
 def compile_tiles(
-    tiles: Sequence[tuple[LayerInfo, Tile]],
+    tiles: Sequence[tuple[Timed, Tile]],
     format: Format,
     device: torch.device,
     advance: Callable[[str], object] = lambda name: None,
 ) -> None:
     """Compile a kernel for each layer and tile; ``advance`` is called with the layer's name after each."""
 
-    def call(info: LayerInfo, tile: Tile) -> None:
+    def call(info: Timed, tile: Tile) -> None:
         with precompile.on(device):
-            Trial(info, format, precompile.NOWHERE).run(tile)
+            trial_of(info, format, precompile.NOWHERE).run(tile)
 
     with precompile.threads() as pool:
         for (info, tile), done in [(each, pool.submit(call, *each)) for each in tiles]:
@@ -229,7 +250,7 @@ def compile_tiles(
             advance(info.name)
 
 
-def _time_if_it_fits(info: LayerInfo, format: Format, device: torch.device) -> Timing | None:
+def _time_if_it_fits(info: Timed, format: Format, device: torch.device) -> Timing | None:
     """``time_layer``; None if memory runs out."""
     for is_last in (False, True):
         try:

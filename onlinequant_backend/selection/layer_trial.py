@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from ..compilation import cuda_graphs
-from ..graph import LayerInfo
+from ..graph import AttentionInfo, LayerInfo
+from ..kernels import formats
 from ..kernels.formats import Format
 from ..kernels.nvidia import operators, precompile, tuning
 from ..kernels.nvidia.gpu import Gpu, gpu_of
@@ -26,6 +27,8 @@ _log = logging.getLogger("onlinequant")
 _RUNS, _TIMES = 8, 3
 # How long the GPU is kept busy while they are launched: about two milliseconds, and at most a tenth of a second.
 _BUSY_CYCLES, _MOST_CYCLES = 3_000_000, 192_000_000
+# The most values of queries, keys or values with which attention is timed; its time is proportional to the batch.
+_MOST_VALUES = 2**25
 # The number of candidates timed for each shape: each costs a compile by Triton.
 _CANDIDATES = 4
 
@@ -40,15 +43,21 @@ class Timing:
     tile: Tile
 
 
-def shape_of(info: LayerInfo, format: Format) -> tuning.Shape:
+def shape_of(info: LayerInfo | AttentionInfo, format: Format) -> tuning.Shape:
     """The shape for which a tile is chosen."""
+    if isinstance(info, AttentionInfo):
+        batch, heads, queries, size = info.input_shape
+        return "attention", batch * heads, queries, info.weight_shape[2], size, format.activation
     if info.geometry is None:
         return (math.prod(info.input_shape[:-1]), *info.weight_shape, format.activation)
     return info.input_shape, info.weight_shape, info.geometry, format.activation
 
 
-def candidates(info: LayerInfo, format: Format, gpu: Gpu) -> tuple[Tile, ...]:
+def candidates(info: LayerInfo | AttentionInfo, format: Format, gpu: Gpu) -> tuple[Tile, ...]:
     """The tiles to time, the best guess first."""
+    if isinstance(info, AttentionInfo):
+        found = tuning.attention_tiles(*shape_of(info, format)[1:], gpu)
+        return found[: 1 if info.is_short else _CANDIDATES]  # the kernel for short sequences has none
     tiles = tuning.linear_tiles if info.geometry is None else tuning.conv_tiles
     return tiles(*shape_of(info, format), gpu)[:_CANDIDATES]
 
@@ -95,12 +104,47 @@ class Trial:
         return operators.run_conv(operands, self._info.geometry, self._info.dtype, tile)
 
 
-def time_layer(info: LayerInfo, format: Format, device: torch.device) -> Timing:
-    """Time a layer in float, and quantized with each candidate."""
-    trial, clock = Trial(info, format, device), Clock(device)
+class AttentionTrial:
+    """Attention with its real sequences, as many as are needed, to be run by torch and by this package's kernels.
+
+    Attributes:
+        share: the part of the real batch that it has.
+    """
+
+    def __init__(self, info: AttentionInfo, format: Format, device: torch.device) -> None:
+        batch, heads, queries, size = info.input_shape
+        tokens = info.weight_shape[2]
+        some = max(min(batch, _MOST_VALUES // (heads * max(queries, tokens) * size)), 1)
+        self.share = some / batch
+
+        def made(length: int) -> torch.Tensor:
+            """Laid out as linear layers give it."""
+            return torch.randn((some, length, heads, size), device=device, dtype=info.dtype).transpose(1, 2)
+
+        self._operands = made(queries), made(tokens), made(tokens)
+        self._scale = size**-0.5
+        self._format = formats.FLOAT if info.is_short else format.name
+
+    def in_float(self) -> torch.Tensor:
+        return F.scaled_dot_product_attention(*self._operands)
+
+    def run(self, tile: Tile) -> torch.Tensor:
+        return operators.run_attention(*self._operands, self._scale, self._format, tile)
+
+
+def trial_of(info: LayerInfo | AttentionInfo, format: Format, device: torch.device) -> Trial | AttentionTrial:
+    """What runs a layer or attention."""
+    return AttentionTrial(info, format, device) if isinstance(info, AttentionInfo) else Trial(info, format, device)
+
+
+def time_layer(info: LayerInfo | AttentionInfo, format: Format, device: torch.device) -> Timing:
+    """Time a layer or attention in float, and quantized with each candidate."""
+    trial, clock = trial_of(info, format, device), Clock(device)
     tiles = candidates(info, format, gpu_of(device))
     times = {tile: clock.time_if_possible(functools.partial(trial.run, tile)) for tile in tiles}
     best = min(times, key=lambda tile: times[tile])
+    if isinstance(trial, AttentionTrial):
+        return Timing(clock.time(trial.in_float) / trial.share, times[best] / trial.share, 0.0, best)
     return Timing(clock.time(trial.in_float), times[best], clock.time(trial.quantize), best)
 
 

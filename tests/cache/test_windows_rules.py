@@ -76,7 +76,11 @@ def test_statistics_that_are_being_read_are_replaced_when_the_reader_is_done(sto
     path = store.root / "entries" / KEY / STATS_FILE
     with open_for(path, 0.2):
         store.update_stats(KEY, '{"error": 0.5}')
-    assert store.load_error(KEY) == 0.5 and sorted(path.parent.iterdir()) == [path.parent / CALIBRATION_FILE, path]
+    assert store.load_stats(KEY) == {"error": 0.5}
+    assert sorted(path.parent.iterdir()) == [
+        path.parent / CALIBRATION_FILE,
+        path,
+    ]
 
 
 def test_what_stays_open_stays_as_it_is(

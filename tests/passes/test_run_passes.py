@@ -37,7 +37,7 @@ def test_order_of_the_passes() -> None:
     assert [[run.__name__ for run in passes] for passes in (ANALYZE, OBSERVE, SELECT, REWRITE)] == [
         [
             *("functionalize", "attend_to_one_key", "scale_outputs", "share_activations"),
-            *("name_layers", "annotate_density", "select_nodes"),
+            *("name_layers", "annotate_density", "select_nodes", "find_attention"),
         ],
         ["insert_observers", "stream_weights"],
         ["select_nodes"],
@@ -45,6 +45,7 @@ def test_order_of_the_passes() -> None:
             "quantize_inputs",
             "rewrite_linear",
             "rewrite_conv",
+            "rewrite_attention",
             "drop_identities",
             "fuse_group_norm",
             "fuse_layer_norm",

@@ -258,7 +258,7 @@ def test_large_outputs_are_compared_image_by_image(monkeypatch: pytest.MonkeyPat
         return quantized_output(x, bias, y)
 
     monkeypatch.setattr(layer, "quantized_output", noted)
-    monkeypatch.setattr("onlinequant_backend.quantization.layer_state._MOST_COMPARED", 300)
+    monkeypatch.setattr("onlinequant_backend.quantization.output_error._MOST", 300)
     layer.measure_sensitivity(x, None, y)
     assert compared == [(2, 4, 6, 6), (2, 4, 6, 6), (1, 4, 6, 6)]
     assert whole is not None and layer.sensitivity is not None

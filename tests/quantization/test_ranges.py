@@ -236,7 +236,7 @@ class TestObservation:
     def test_measuring_compares_outputs_of_finite_layers(
         self, layers: list[Layer], most: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("onlinequant_backend.quantization.layer_state._MOST_COMPARED", most)
+        monkeypatch.setattr("onlinequant_backend.quantization.output_error._MOST", most)
         x, weight, bias = noise(16, 32), noise(8, 32), noise(8)
         y = x @ weight.t() + bias
         observation = Observation(layers, [weight] * len(layers), compares=True, kept={0})

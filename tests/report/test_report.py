@@ -25,8 +25,8 @@ def test_a_decision_without_a_reason_is_refused() -> None:
 
 
 def test_a_decision_of_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="attention"):
-        decision(kind="attention")
+    with pytest.raises(ValueError, match="embedding"):
+        decision(kind="embedding")
 
 
 def test_counts_are_by_kind() -> None:
@@ -35,6 +35,8 @@ def test_counts_are_by_kind() -> None:
         "candidates_conv": 2,
         "quantized_linear": 0,
         "candidates_linear": 3,
+        "quantized_attention": 0,
+        "candidates_attention": 0,
     }
 
 
@@ -166,7 +168,7 @@ def test_a_decision_with_a_wrong_or_missing_field_is_refused(tmp_path: Path, nam
     ("changes", "message"),
     [
         ({"reason": ""}, "has no reason"),
-        ({"kind": "attention"}, "attention"),
+        ({"kind": "embedding"}, "embedding"),
         ({"shape": [1, "2"]}, "shape of decision 0"),
         ({"flops": True}, "'flops' of decision 0 is True"),
         ({"compute_density": 10**400}, "'compute_density' of decision 0 is too large"),

@@ -139,7 +139,7 @@ class Trial:
 
 def test_kernels_are_compiled_ahead_once(monkeypatch: pytest.MonkeyPatch) -> None:
     Trial.ran, Trial.devices = [], set()
-    monkeypatch.setattr(layer_timing, "Trial", Trial)
+    monkeypatch.setattr(layer_timing, "trial_of", Trial)
     monkeypatch.setattr(layer_timing.precompile, "on", lambda _device: contextlib.nullcontext())
     monkeypatch.setattr(layer_timing, "candidates", lambda *_: (WIDE,))
     graph_module = analyzed().graph_module

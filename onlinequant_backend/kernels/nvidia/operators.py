@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ...graph.conv_geometry import ConvGeometry
 from ...tensors import CHANNELS_LAST
@@ -114,8 +115,25 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, f
     size], as the linear layer that reads it wants it."""
     batch, heads, queries, size = q.shape
     shape = (batch * heads, queries, k.shape[2], size)
+    if format == formats.FLOAT:
+        return _attention_in_float(q, k, v, scale)
     tile = tuning.attention_tile(*shape, formats.attention_dtype(format), gpu_of(q.device))
     return run_attention(q, k, v, scale, format, tile)
+
+
+def _attention_in_float(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    """By the kernel for short sequences, or at other sizes by torch's."""
+    if fits_short(q, k):
+        return run_attention(q, k, v, scale, formats.FLOAT, Tile(""))
+    y = F.scaled_dot_product_attention(q, k, v, scale=scale)
+    return y.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def fits_short(q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether a kernel keeps whole sequences in registers."""
+    from .short_attention import LONGEST
+
+    return max(q.shape[2], k.shape[2]) <= LONGEST
 
 
 def run_attention(
@@ -124,7 +142,7 @@ def run_attention(
     """``attention`` with the given tile."""
     from .attention import LARGEST_HEAD
     from .attention import attention as triton_attention
-    from .short_attention import LONGEST, short_attention
+    from .short_attention import short_attention
 
     batch, heads, queries, size = q.shape
     if size > LARGEST_HEAD:
@@ -133,7 +151,7 @@ def run_attention(
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     if out.numel() == 0 or k.shape[2] == 0:
         out.zero_()
-    elif max(queries, k.shape[2]) <= LONGEST:
+    elif fits_short(q, k):
         short_attention(q, k, v, scale, out)
     else:
         triton_attention(q, k, v, scale, formats.attention_dtype(format), out, tile)

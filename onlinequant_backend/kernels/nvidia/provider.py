@@ -22,6 +22,7 @@ class Nvidia(PlainWeights):
     dispatch_key = "CUDA"
     kernels = operators
     formats = (formats.INT8, formats.FP8)
+    attention_dtypes = (torch.float16, torch.bfloat16)
     times_layers = True
     captures_graphs = True
     compiles_regions = False
@@ -69,7 +70,7 @@ class Nvidia(PlainWeights):
 
     def least_density(self, kind: str) -> float:
         """A GPU waits for its memory until far more than a CPU."""
-        return {"conv": 100.0, "linear": 300.0}[kind]
+        return {"conv": 100.0, "linear": 300.0, "attention": 1000.0}[kind]
 
     def saturates(self, format: Format) -> bool:
         """In Triton's conversion to float8 the instruction does (PTX ``cvt.rn.satfinite.e4m3x2.f32``). Clamping before

@@ -1,0 +1,59 @@
+"""The choice of the attention of a graph that this package's kernels compute, made after observing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch.fx as fx
+
+from ..graph import AttentionInfo
+from ..graph.attention_info import attention_nodes
+from ..passes import PassContext
+
+
+def choose_attention(graph_module: fx.GraphModule, context: PassContext, slow: Mapping[str, str]) -> None:
+    """Decide for all attention that options allow, in this order: by times, or by compute density where none are
+    measured, then by ``quantized_attention_percentage``, least sensitive first. ``slow``: by name, why a kernel of this
+    package gains too little.
+    """
+    chosen = list[AttentionInfo]()
+    for _, info in attention_nodes(graph_module):
+        if not info.is_candidate:
+            continue
+        refusal = slow.get(info.name) or _unknown_or_thin(info, context)
+        info.is_replaced = refusal is None
+        info.quantized = refusal is None and not info.is_short
+        info.reason = refusal or ("selected" if info.quantized else _in_float(info))
+        if info.quantized:
+            chosen.append(info)
+    _apply_percentage(chosen, context.config.quantized_attention_percentage)
+
+
+def _unknown_or_thin(info: AttentionInfo, context: PassContext) -> str | None:
+    if context.measures_speed:
+        return "there was no memory to time it" if info.float_us is None else None
+    least = context.kernels.least_density("attention")
+    return f"density {info.density:.4g} is below {least:g}" if info.density < least else None
+
+
+def _in_float(info: AttentionInfo) -> str:
+    times = "" if info.quantized_us is None else f": {info.quantized_us:.1f} us, {info.float_us:.1f} us by torch"
+    return f"in float, by a kernel for short sequences{times}"
+
+
+def _apply_percentage(chosen: Sequence[AttentionInfo], percentage: float) -> None:
+    """Keep the least sensitive share; equal sensitivities go by graph order."""
+    ranked = sorted(chosen, key=_error)
+    keep = round(len(ranked) * percentage / 100)
+    for rank, info in enumerate(ranked[keep:], start=keep + 1):
+        info.is_replaced = info.quantized = False
+        info.reason = (
+            f"sensitivity {_error(info):.3g} ranks {rank} of {len(ranked)}; "
+            f"quantized_attention_percentage={percentage:g} keeps {keep}"
+        )
+
+
+def _error(info: AttentionInfo) -> float:
+    relative = info.sensitivity.relative if info.sensitivity else math.inf
+    return math.inf if math.isnan(relative) else relative

@@ -1,0 +1,65 @@
+"""Attention as a layer: observed, chosen, run in 8 bit, reported, and found again by the next process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import onlinequant_backend as oq
+from onlinequant_backend.kernels.cpu_providers import Emulated
+from tests.helpers.eager_inductor import EagerInductor
+from tests.helpers.small import compiled
+from tests.helpers.tiny import noise, relative_error
+from tests.passes.test_find_attention import Twice
+
+X, CONTEXT = noise(2, 128, 64), noise(2, 70, 64, seed=2)
+
+
+def decisions() -> dict[str, oq.NodeDecision]:
+    return {each.name: each for each in oq.reports()[-1].decisions if each.kind == "attention"}
+
+
+@torch.no_grad()
+def run(calls: int, **options: Any) -> torch.Tensor:
+    step = compiled(Twice(), precision="fp8", **options)
+    for _ in range(calls):
+        result = step(X, CONTEXT)
+    return result
+
+
+@torch.no_grad()
+def test_attention_is_observed_selected_and_found_again(inductor: EagerInductor) -> None:
+    expected = Twice()(X, CONTEXT)
+    in_8_bit = run(4)
+    report = oq.reports()[-1]
+    assert report.phase == "quantized" and report.headline().endswith("2 of 2 attention layers in 8 bit")
+    made = decisions()
+    assert [each.reason for each in made.values()] == ["selected"] * 2
+    assert all(0 < (each.sensitivity or 0) < 0.1 and each.mse for each in made.values())
+    layers_alone = run(4, quantized_attention_percentage=0)
+    assert {each.reason for each in decisions().values()} == {"quantized_attention_percentage is 0"}
+    assert not torch.equal(in_8_bit, layers_alone)
+    assert relative_error(layers_alone, expected) < 0.1 and relative_error(in_8_bit, expected) < 0.1
+
+    oq.reset()
+    torch._dynamo.reset()
+    assert torch.equal(run(1), in_8_bit)
+    report = oq.reports()[-1]
+    assert report.cache_hit and report.calls_observed == 0 and decisions() == made
+
+
+@torch.no_grad()
+def test_a_share_of_attention(inductor: EagerInductor) -> None:
+    run(4, quantized_attention_percentage=50)
+    found = sorted(decisions().values(), key=lambda each: each.sensitivity or 0.0)
+    assert [each.quantized for each in found] == [True, False]
+
+
+@torch.no_grad()
+def test_thin_attention_stays_in_float(inductor: EagerInductor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Emulated, "least_density", lambda _self, kind: 1000.0 if kind == "attention" else 0.0)
+    run(3)
+    assert all(each.reason.endswith("is below 1000") for each in decisions().values())
+    assert "0 of 2 attention" in oq.reports()[-1].headline()
