@@ -20,7 +20,7 @@ from .model_patch import quantize_model, record_of_model
 from .pictures import AMPLIFIED, compare
 from .record import Record
 from .status import Statuses
-from .widgets import observe_again_input, quantization_inputs, understood
+from .widgets import attention_input, observe_again_input, quantization_inputs, understood
 
 CATEGORY = "model/patch"
 ALIASES = ["quantize", "int8", "fp8", "torch.compile", "speed"]
@@ -41,7 +41,7 @@ class OnlineQuantModel(io.ComfyNode):
                 "Of several nodes that compile one model, such as TorchCompileModel, only the last one has an effect."
             ),
             search_aliases=ALIASES,
-            inputs=[io.Model.Input("model"), *quantization_inputs(), observe_again_input()],
+            inputs=[io.Model.Input("model"), *quantization_inputs(), observe_again_input(), attention_input()],
             outputs=[io.Model.Output()],
             hidden=[io.Hidden.unique_id],
         )
@@ -71,7 +71,7 @@ class OnlineQuantControlNet(io.ComfyNode):
                 "T2I adapters and control LoRAs stay in float."
             ),
             search_aliases=ALIASES,
-            inputs=[io.ControlNet.Input("control_net"), *quantization_inputs()],
+            inputs=[io.ControlNet.Input("control_net"), *quantization_inputs(), attention_input()],
             outputs=[io.ControlNet.Output()],
             hidden=[io.Hidden.unique_id],
         )

@@ -15,6 +15,7 @@ _FAST: Mapping[str, Any] = {
     "selection": "auto",
     "exclude": "",
     "cuda_graphs": "auto",
+    "quantized_attention_percentage": 100,
 }
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "fast": _FAST,

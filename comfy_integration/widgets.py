@@ -97,7 +97,12 @@ def observe_again_input() -> io.Int.Input:
     )
 
 
-def _percentage(name: str, layers: str) -> io.Int.Input:
+def attention_input() -> io.Int.Input:
+    """The last widget: a workflow that was saved before it existed has the values of the others in order."""
+    return _percentage("quantized_attention_percentage", "attention layers", is_advanced=True)
+
+
+def _percentage(name: str, layers: str, is_advanced: bool = False) -> io.Int.Input:
     return io.Int.Input(
         name,
         default=100,
@@ -105,6 +110,7 @@ def _percentage(name: str, layers: str) -> io.Int.Input:
         max=100,
         step=1,
         optional=True,
+        advanced=is_advanced or None,
         tooltip=f"Percentage of the {layers} that are quantized, least sensitive first. 0 is none.",
     )
 
@@ -127,6 +133,7 @@ def understood(
     preset: str = CUSTOM,
     quantized_conv_percentage: int = 100,
     quantized_linear_percentage: int = 100,
+    quantized_attention_percentage: int = 100,
     conv_compute_density_threshold: int = 0,
     linear_compute_density_threshold: int = 0,
     calibration_steps: int = 0,
@@ -140,6 +147,7 @@ def understood(
     values = {
         "quantized_conv_percentage": quantized_conv_percentage,
         "quantized_linear_percentage": quantized_linear_percentage,
+        "quantized_attention_percentage": quantized_attention_percentage,
         "conv_compute_density_threshold": conv_compute_density_threshold,
         "linear_compute_density_threshold": linear_compute_density_threshold,
         "exclude": exclude,

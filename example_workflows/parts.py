@@ -21,6 +21,9 @@ DEFAULTS: dict[str, Value] = {
     "compile_in_background": True,
 }
 
+# The widget that came last.
+PERCENTAGE: dict[str, Value] = {"quantized_attention_percentage": 100}
+
 SEED = 1
 PROMPT = "a lighthouse on a cliff at dawn, detailed oil painting, warm light"
 UNWANTED = "blurry, low quality, watermark"
@@ -57,7 +60,7 @@ def accelerated(workflow: Workflow, variant: str, model: Link) -> Link:
     if variant == "compiled":
         return workflow.add("Model", "TorchCompileModel", model=model, backend="inductor")[0]
     if variant == "quantized":
-        return workflow.add("Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS, observe_again=0)[0]
+        return workflow.add("Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS, observe_again=0, **PERCENTAGE)[0]
     return model
 
 
