@@ -60,7 +60,9 @@ def accelerated(workflow: Workflow, variant: str, model: Link) -> Link:
     if variant == "compiled":
         return workflow.add("Model", "TorchCompileModel", model=model, backend="inductor")[0]
     if variant == "quantized":
-        return workflow.add("Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS, observe_again=0, **PERCENTAGE)[0]
+        return workflow.add(
+            "Model", "OnlineQuantModel", PROGRESS, model=model, **DEFAULTS, observe_again=0, **PERCENTAGE
+        )[0]
     return model
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from example_workflows.parts import (
     DEFAULTS,
-    PERCENTAGE,
     HOW_IT_GOES,
+    PERCENTAGE,
     PICTURE,
     SEED,
     accelerated,
@@ -105,7 +105,9 @@ The ControlNet is a model of its own, observed and compiled like the first, so i
     )
     model = accelerated(workflow, "quantized", lora[0])
     control = workflow.add("ControlNet", "ControlNetLoader", control_net_name="diffusers_xl_canny_full.safetensors")
-    control = workflow.add("ControlNet", "OnlineQuantControlNet", PROGRESS, control_net=control, **DEFAULTS, **PERCENTAGE)
+    control = workflow.add(
+        "ControlNet", "OnlineQuantControlNet", PROGRESS, control_net=control, **DEFAULTS, **PERCENTAGE
+    )
     positive, negative = prompts(workflow, lora[1])
     empty = workflow.add("Prompt", "EmptyLatentImage", width=1024, height=1024, batch_size=1)
     drawn = workflow.add("Edges", "LoadImage", PREVIEW, image=PICTURE)

@@ -56,8 +56,6 @@ def module_name(node: fx.Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return str(node.name)
-    path = list(stack.values())[-1][0]
-    for root in ("L['self']", "L['fn']"):
-        path = path.removeprefix(root)
+    path = re.sub(r"^L(\['(self|fn)'\])?", "", list(stack.values())[-1][0])  # a local variable of what was compiled
     parts = re.split(r"\['?|'?\]|\.", path)
     return ".".join(part for part in parts if part and part not in _PLUMBING) or str(node.name)

@@ -10,6 +10,7 @@ from torch import nn
 
 import onlinequant_backend as oq
 from onlinequant_backend import exclusion
+from tests.helpers.reports import layers
 from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, Net, net, noise, relative_error
 
@@ -125,7 +126,7 @@ def test_layers_of_two_models_in_one_graph_can_be_told_apart() -> None:
     (report,) = oq.reports()
     assert report.phase == "quantized", report.phase_reason
     names = [name.removesuffix(".weight") for name, weight in models[0].named_parameters() if weight.dim() > 1]
-    assert sorted(decision.name for decision in report.decisions) == sorted(
+    assert sorted(decision.name for decision in layers(report)) == sorted(
         f"{model}.{name}" for model in ("base", "refiner") for name in names
     )
     blocks = {f"base.{name}" for name in names if name.startswith("blocks")}

@@ -82,7 +82,7 @@ def _note(tuner: Any) -> Path | None:
 def _read(note: Path) -> dict[str, float]:
     """Milliseconds by configuration; none if they cannot be read."""
     try:
-        found = json.loads(note.read_text())
+        found = json.loads(note.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     is_sound = isinstance(found, dict) and all(isinstance(time, float) for time in found.values())
@@ -91,5 +91,5 @@ def _read(note: Path) -> dict[str, float]:
 
 def _write(note: Path, times: dict[str, float]) -> None:
     unfinished = note.with_suffix(f".{os.getpid()}-{threading.get_ident()}")
-    unfinished.write_text(json.dumps(times))
+    unfinished.write_text(json.dumps(times), encoding="utf-8")
     unfinished.replace(note)

@@ -7,6 +7,11 @@ from typing import Any
 from onlinequant_backend.report.report import NodeDecision, Report
 
 
+def layers(report: Report) -> list[NodeDecision]:
+    """What was decided for layers with weights: attention stays in float on CPUs."""
+    return [decision for decision in report.decisions if decision.kind != "attention"]
+
+
 def decision(**changes: Any) -> NodeDecision:
     values: dict[str, Any] = {
         "name": "down_blocks.0.resnets.0.conv1",

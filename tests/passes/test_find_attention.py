@@ -6,10 +6,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph.attention_info import AttentionInfo, all_infos, attention_nodes
+from onlinequant_backend.graph.attention_info import all_infos
 from onlinequant_backend.kernels import formats
 from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.find_attention import find_attention
@@ -17,50 +16,9 @@ from onlinequant_backend.passes.insert_observers import insert_observers
 from onlinequant_backend.passes.rewrite_attention import rewrite_attention
 from onlinequant_backend.quantization.observation import Observation, observe_attention
 from onlinequant_backend.report.report import CANDIDATE
-from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
+from tests.helpers.attending import Attending, Twice, X, attention, probe_of
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC
 from tests.helpers.tiny import noise, relative_error
-
-HEADS, SIZE = 4, 16
-X, CONTEXT = noise(2, 128, HEADS * SIZE), noise(2, 70, HEADS * SIZE, seed=2)
-
-
-class Attending(nn.Module):
-    """Attention as diffusers has it, whose arguments are ``keywords``."""
-
-    def __init__(self, heads: int = HEADS, **keywords: Any) -> None:
-        super().__init__()
-        width = HEADS * SIZE
-        self.to_q, self.to_k, self.to_v = nn.Linear(width, width), nn.Linear(width, width), nn.Linear(width, width)
-        self.to_out = nn.Linear(width, width)
-        self.heads, self.keywords = heads, keywords
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        q, k, v = (
-            layer(value).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-            for layer, value in ((self.to_q, x), (self.to_k, context), (self.to_v, context))
-        )
-        y = F.scaled_dot_product_attention(q, k, v, **self.keywords)
-        return self.to_out(y.transpose(1, 2).flatten(2))
-
-
-class Twice(nn.Module):
-    """A module with attention, called two times, in a module of another name."""
-
-    def __init__(self, **keywords: Any) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.attn = Attending(**keywords).requires_grad_(False)
-
-    def forward(self, x: torch.Tensor, context: torch.Tensor) -> torch.Tensor:
-        return self.attn(self.attn(x, x), context)
-
-
-def probe_of(model: nn.Module, *inputs: torch.Tensor, precision: Precision = SYMMETRIC[1], **more: Any) -> GraphProbe:
-    return GraphProbe(model, *(inputs or (X, CONTEXT)), precision=precision, **more).analyze()
-
-
-def attention(probe: GraphProbe) -> list[AttentionInfo]:
-    return [info for _, info in attention_nodes(probe.graph_module)]
 
 
 def test_attention_is_named_and_measured() -> None:

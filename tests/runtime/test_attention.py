@@ -9,12 +9,10 @@ import torch
 
 import onlinequant_backend as oq
 from onlinequant_backend.kernels.cpu_providers import Emulated
+from tests.helpers.attending import CONTEXT, Twice, X
 from tests.helpers.eager_inductor import EagerInductor
 from tests.helpers.small import compiled
-from tests.helpers.tiny import noise, relative_error
-from tests.passes.test_find_attention import Twice
-
-X, CONTEXT = noise(2, 128, 64), noise(2, 70, 64, seed=2)
+from tests.helpers.tiny import relative_error
 
 
 def decisions() -> dict[str, oq.NodeDecision]:

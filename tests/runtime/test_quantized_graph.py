@@ -21,6 +21,7 @@ from onlinequant_backend.quantization import merged_weight, weight_copy
 from onlinequant_backend.quantization.layer_state import Layer
 from onlinequant_backend.runtime.set_registry import known_sets
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
+from tests.helpers.reports import layers
 from tests.helpers.small import CLOSE, X, compiled
 from tests.helpers.tiny import OPTIONS, Net, deltas, net, noise, relative_error
 
@@ -46,11 +47,11 @@ def test_observed_calls_are_exact_then_one_compile_then_8_bit(inductor: EagerInd
     assert report.stats_path is not None
     saved = oq.Report.load(report.stats_path)
     assert (saved.phase, saved.decisions) == ("quantized", report.decisions)
-    assert all(decision.quantized and decision.reason for decision in report.decisions)
-    assert {decision.name for decision in report.decisions} == {
+    assert all(decision.quantized and decision.reason for decision in layers(report))
+    assert {decision.name for decision in layers(report)} == {
         name.removesuffix(".weight") for name, p in model.named_parameters() if p.dim() > 1
     }
-    assert all(decision.sensitivity is not None and decision.sensitivity > 0 for decision in report.decisions)
+    assert all(decision.sensitivity is not None and decision.sensitivity > 0 for decision in layers(report))
     assert inductor.quantized_ops() == len(report.decisions) == 7
 
 
@@ -683,7 +684,7 @@ def test_layers_with_non_finite_inputs_stay_float(inductor: EagerInductor) -> No
     step = compiled(Exploding().requires_grad_(False))
     for _ in range(3):
         step(X)
-    refused = [decision for decision in oq.reports()[-1].decisions if not decision.quantized]
+    refused = [decision for decision in layers(oq.reports()[-1]) if not decision.quantized]
     assert [decision.name for decision in refused] == ["conv_out", "conv_out"]  # one weight, read twice
     assert all("finite" in decision.reason for decision in refused)
 
@@ -811,12 +812,12 @@ def test_a_budget_keeps_the_most_sensitive_layers_in_float(inductor: EagerInduct
         return report
 
     free = run(1.0)
-    assert free.error is not None and free.error > 0.001 and all(d.quantized for d in free.decisions)
+    assert free.error is not None and free.error > 0.001 and all(d.quantized for d in layers(free))
     some, none = run(0.6 * free.error), run(1e-9)
-    in_float = [d.sensitivity or 0 for d in some.decisions if not d.quantized]
-    in_8_bit = [d.sensitivity or 0 for d in some.decisions if d.quantized]
+    in_float = [d.sensitivity or 0 for d in layers(some) if not d.quantized]
+    in_8_bit = [d.sensitivity or 0 for d in layers(some) if d.quantized]
     assert in_float and in_8_bit and min(in_float) >= max(in_8_bit)
-    assert all("max_error=1e-09" in d.reason for d in none.decisions)
+    assert all("max_error=1e-09" in d.reason for d in layers(none))
 
 
 class Timed(nn.Module):

@@ -17,6 +17,7 @@ from onlinequant_backend.quantization import host_weights, weight_copy
 from tests.helpers.eager_inductor import EagerInductor, dynamo_graphs
 from tests.helpers.hosted import hosted as hosted
 from tests.helpers.hosted import on_host
+from tests.helpers.reports import layers
 from tests.helpers.small import CLOSE, FOUND, compiled
 from tests.helpers.tiny import noise, relative_error
 from tests.helpers.tiny_unet import ADAPTED, tiny_unet
@@ -116,7 +117,7 @@ def test_layers_are_quantized_from_their_float8_weights(
     assert dynamo_graphs() == 1
     (report,) = oq.reports()
     assert report.phase == "quantized", report.phase_reason
-    assert all(decision.quantized or "cheap" in decision.reason for decision in report.decisions)
+    assert all(decision.quantized or "cheap" in decision.reason for decision in layers(report))
     assert inductor.quantized_ops() > 10
     assert set(quantized_dtypes) == {storage}
     assert floats_alive(unet) == 0

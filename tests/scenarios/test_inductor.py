@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import onlinequant_backend as oq
 from onlinequant_backend.torch_internals import inductor_interface, torch_settings
+from tests.helpers.reports import layers
 from tests.helpers.small import CLOSE
 from tests.helpers.tiny import OPTIONS, net, noise, relative_error
 
@@ -67,7 +68,7 @@ def test_fp8() -> None:
         (report,) = oq.reports()
         assert (report.phase, report.precision, report.cache_hit) == ("quantized", "fp8", calls_observed == 0)
         assert report.calls_observed == calls_observed
-        assert all(decision.quantized for decision in report.decisions) and len(report.decisions) == 7
+        assert all(decision.quantized for decision in layers(report)) and len(layers(report)) == 7
         pictures.append(y)
         oq.reset()
         torch._dynamo.reset()

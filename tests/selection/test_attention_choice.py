@@ -15,9 +15,9 @@ from onlinequant_backend.kernels.nvidia.tuning import TMA, Tile
 from onlinequant_backend.selection import layer_timing
 from onlinequant_backend.selection.attention_choice import choose_attention
 from onlinequant_backend.selection.layer_timing import Timing
+from tests.helpers.attending import Attending, Twice, attention, probe_of
 from tests.helpers.graph_probe import GraphProbe
 from tests.helpers.tiny import noise
-from tests.passes.test_find_attention import Attending, Twice, attention, probe_of
 
 CPU = torch.device("cpu")
 TILE = Tile(TMA, 128, 128, 0, 8, 3)
