@@ -7,6 +7,7 @@ import functools
 import logging
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -20,15 +21,18 @@ from ..kernels.nvidia.gpu import Gpu, gpu_of
 from ..kernels.nvidia.tuning import Tile
 from ..kernels.operands import Operands
 from ..quantization.weight_quantization import quantize_weight
-from ..tensors import CHANNELS_LAST
+from ..tensors import CHANNELS_LAST, relative_error
 
 _log = logging.getLogger("onlinequant")
+Result = TypeVar("Result")
 # The runs timed together, and the repetitions, of which the fastest counts.
 _RUNS, _TIMES = 8, 3
 # How long the GPU is kept busy while they are launched: about two milliseconds, and at most a tenth of a second.
 _BUSY_CYCLES, _MOST_CYCLES = 3_000_000, 192_000_000
 # The most values of queries, keys or values with which attention is timed; its time is proportional to the batch.
 _MOST_VALUES = 2**25
+# The relative error from which a kernel for attention must be wrong. That of fp8 is 0.06 for normal noise.
+_MOST_ERROR = 0.25
 # The number of candidates timed for each shape: each costs a compile by Triton.
 _CANDIDATES = 4
 
@@ -97,6 +101,9 @@ class Trial:
     def quantize(self) -> torch.Tensor:
         return self._x.to(self._format)
 
+    def check(self, result: torch.Tensor) -> None:
+        """Nothing: all that differs is how a product is divided."""
+
     def run(self, tile: Tile) -> torch.Tensor:
         operands = Operands(self._xq, self._qparams, self._q, self._scale, self._bias)
         if self._info.geometry is None:
@@ -131,6 +138,13 @@ class AttentionTrial:
     def run(self, tile: Tile) -> torch.Tensor:
         return operators.run_attention(*self._operands, self._scale, self._format, tile)
 
+    def check(self, result: torch.Tensor) -> None:
+        """Raise RuntimeError if a result is not near to torch's: not every GPU was tried with every kernel."""
+        error = relative_error(result, self.in_float())
+        if not error < _MOST_ERROR:
+            _log.warning("a kernel for attention in %s is not used: its relative error is %.2g", self._format, error)
+            raise RuntimeError(f"its relative error is {error:.2g}")
+
 
 def trial_of(info: LayerInfo | AttentionInfo, format: Format, device: torch.device) -> Trial | AttentionTrial:
     """What runs a layer or attention."""
@@ -141,7 +155,7 @@ def time_layer(info: LayerInfo | AttentionInfo, format: Format, device: torch.de
     """Time a layer or attention in float, and quantized with each candidate."""
     trial, clock = trial_of(info, format, device), Clock(device)
     tiles = candidates(info, format, gpu_of(device))
-    times = {tile: clock.time_if_possible(functools.partial(trial.run, tile)) for tile in tiles}
+    times = {tile: clock.time_if_possible(functools.partial(trial.run, tile), trial.check) for tile in tiles}
     best = min(times, key=lambda tile: times[tile])
     if isinstance(trial, AttentionTrial):
         return Timing(clock.time(trial.in_float) / trial.share, times[best] / trial.share, 0.0, best)
@@ -183,9 +197,12 @@ class Clock:
                     times.append(start.elapsed_time(end))
         return 1000 * min(times) / _RUNS
 
-    def time_if_possible(self, run: Callable[[], object]) -> float:
-        """As ``time``; 1e9 if the run fails, since a tile may need more shared memory than a smaller GPU has."""
+    def time_if_possible(self, run: Callable[[], Result], check: Callable[[Result], None]) -> float:
+        """As ``time``; 1e9 if the run fails, since a tile may need more shared memory than a smaller GPU has, or if
+        ``check`` refuses its result."""
         try:
+            with self._lane.turn():
+                check(run())
             return self.time(run)
         except Exception as error:
             if is_out_of_memory(error):

@@ -5,16 +5,18 @@ from typing import Any
 import pytest
 import torch
 
+from onlinequant_backend import ops
 from onlinequant_backend.graph import AttentionInfo
 from onlinequant_backend.graph.attention_info import attention_nodes
 from onlinequant_backend.graph.layer_info import Sensitivity
 from onlinequant_backend.kernels.cpu_providers import Emulated
 from onlinequant_backend.kernels.formats import FP8, Format
 from onlinequant_backend.kernels.nvidia import gpu, tuning
-from onlinequant_backend.kernels.nvidia.tuning import TMA, Tile
-from onlinequant_backend.selection import layer_timing
+from onlinequant_backend.kernels.nvidia.tuning import GATHER, TMA, Tile
+from onlinequant_backend.selection import layer_timing, layer_trial
 from onlinequant_backend.selection.attention_choice import choose_attention
 from onlinequant_backend.selection.layer_timing import Timing
+from onlinequant_backend.selection.layer_trial import AttentionTrial
 from tests.helpers.attending import Attending, Twice, attention, probe_of
 from tests.helpers.graph_probe import GraphProbe
 from tests.helpers.tiny import noise
@@ -113,3 +115,47 @@ def test_attention_that_options_refuse_is_not_timed(monkeypatch: pytest.MonkeyPa
     probe = probe_of(Attending(), quantized_attention_percentage=0)
     assert not layer_timing._attention(probe.graph_module)
     assert len(list(attention_nodes(probe.graph_module))) == 1
+
+
+def trial_on_a_cpu(monkeypatch: pytest.MonkeyPatch, info: AttentionInfo, factor: float = 1.0) -> AttentionTrial:
+    """A trial whose kernel is the emulated one; its results are ``factor`` times as large as they should be."""
+
+    def run(q: Any, k: Any, v: Any, scale: float, format: str, _tile: Tile) -> torch.Tensor:
+        return factor * ops.attention(q, k, v, scale, format)
+
+    monkeypatch.setattr(layer_trial.operators, "run_attention", run)
+    return AttentionTrial(info, FP8, CPU)
+
+
+def test_a_kernel_whose_result_is_wrong_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (info,) = attention(probe_of(Attending()))
+    trial = trial_on_a_cpu(monkeypatch, info)
+    trial.check(trial.run(TILE))
+    assert trial.share == 1 and trial.in_float().shape == info.output_shape and not caplog.text
+    for factor in (0.5, float("nan")):
+        trial = trial_on_a_cpu(monkeypatch, info, factor)
+        with pytest.raises(RuntimeError, match="its relative error is"):
+            trial.check(trial.run(TILE))
+    assert "a kernel for attention in fp8 is not used" in caplog.text
+
+
+def test_a_large_batch_is_timed_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_trial, "_MOST_VALUES", 3 * 4 * 128 * 16)
+    info = AttentionInfo("attn", (8, 4, 100, 16), (8, 4, 128, 16), (8, 4, 100, 16), dtype=torch.bfloat16)
+    trial = trial_on_a_cpu(monkeypatch, info)
+    assert trial.share == 3 / 8
+    result = trial.run(TILE)
+    assert result.shape == (3, 4, 100, 16) and result.dtype == torch.bfloat16
+    trial.check(result)
+
+
+def test_int8_heads_above_128_do_without_the_accelerator() -> None:
+    hopper = gpu.NONE._replace(has_tma=True)
+    for size, dtype, kernel in (
+        (160, torch.int8, GATHER),
+        (128, torch.int8, TMA),
+        (160, torch.float8_e4m3fn, TMA),
+    ):
+        assert {tile.kernel for tile in tuning.attention_tiles(16, 256, 256, size, dtype, hopper)} == {kernel}

@@ -116,7 +116,9 @@ def attention_tiles(
     sequences: int, queries: int, tokens: int, size: int, dtype: torch.dtype, gpu: Gpu
 ) -> tuple[Tile, ...]:
     """The candidates of attention, the best guess first: few rows where many would leave processors idle."""
-    by_size = _ATTENTION[TMA if gpu.has_tma else GATHER]
+    # In int8, whose values are in float, it gave results for heads of 160 that were no numbers (H200, Triton 3.6).
+    has_tma = gpu.has_tma and (dtype.is_floating_point or size <= 128)
+    by_size = _ATTENTION[TMA if has_tma else GATHER]
     tiles = next((tiles for largest, tiles in by_size.items() if size <= largest), by_size[256])
     return tuple(sorted(tiles, key=lambda tile: _blocks(tile, queries, 1) * sequences < gpu.processors))
 
