@@ -84,22 +84,23 @@ def _prepare_kernel(
     keys = head_of(k, sequence, heads, k_stride_b, k_stride_h)
     # Whatever all keys lose alike changes nothing. A sample's mean does, and makes a pass over all keys superfluous.
     samples = (lane.to(tl.int64) * tokens // BLOCK)[:, None] * k_stride_n + d[None, :]
-    sample = tl.load(keys + samples, mask=(d < size)[None, :], other=0.0).to(tl.float32)
-    mean = tl.sum(sample * (1.0 / BLOCK), 0)
+    sample = tl.load(keys + samples, mask=(d < size)[None, :], other=0.0)
     places = token.to(tl.int64)[:, None] * k_stride_n + d[None, :]
-    x = tl.load(keys + places, mask=valid, other=0.0).to(tl.float32)
-    x, scale = _quantized(tl.where(valid, x - mean[None, :], 0.0), kq.dtype.element_ty)
+    x = tl.load(keys + places, mask=valid, other=0.0)
+    if vq is not None:  # all that comes from afar is asked for at once
+        values = head_of(v, sequence, heads, v_stride_b, v_stride_h)
+        token_of_v = block * BLOCK + _order(lane)
+        valid_of_v = (token_of_v < tokens)[:, None] & (d < size)[None, :]
+        places = token_of_v.to(tl.int64)[:, None] * v_stride_n + d[None, :]
+        y = tl.load(values + places, mask=valid_of_v, other=0.0)
+    mean = tl.sum(sample.to(tl.float32) * (1.0 / BLOCK), 0)
+    x, scale = _quantized(tl.where(valid, x.to(tl.float32) - mean[None, :], 0.0), kq.dtype.element_ty)
     padded = blocks * BLOCK
     row = (sequence.to(tl.int64) * padded + token)[:, None]
     tl.store(kq + row * STORED + d[None, :], x, mask=(d < STORED)[None, :])
     tl.store(k_scales + tl.program_id(0), scale)
     if vq is not None:
-        values = head_of(v, sequence, heads, v_stride_b, v_stride_h)
-        token = block * BLOCK + _order(lane)
-        valid = (token < tokens)[:, None] & (d < size)[None, :]
-        places = token.to(tl.int64)[:, None] * v_stride_n + d[None, :]
-        y = tl.load(values + places, mask=valid, other=0.0).to(tl.float32)
-        y, scale = _quantized(y, vq.dtype.element_ty)
+        y, scale = _quantized(y.to(tl.float32), vq.dtype.element_ty)
         row = (sequence.to(tl.int64) * STORED + d)[:, None]
         tl.store(vq + row * padded + (block * BLOCK + lane)[None, :], y.T, mask=(d < STORED)[:, None])
         tl.store(v_scales + tl.program_id(0), scale)

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from onlinequant_backend.kernels import emulated, formats, reference
 from tests.helpers import exact_floats
+from tests.helpers.attention_operands import error, operands
 from tests.helpers.kernel_operands import grow, output_of
 
 # Relative errors of attention whose weights are far from equal, as those of trained models are.
@@ -27,24 +28,6 @@ SIZES = [40, 64, 80, 96, 128, 160]
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton", reason="there is no triton: pip install --no-deps triton")
     exact_floats.install(monkeypatch)
-
-
-def operands(
-    queries: int, tokens: int, size: int, device: str, dtype: torch.dtype = torch.float16, outliers: float = 0
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Queries that look for a few directions, keys that have them, values that go with these: [2, 3, tokens, size], as
-    a linear layer gives them. ``outliers``: added to every fourth channel of all keys."""
-    torch.manual_seed(0)
-    themes, contents = torch.randn(2, 6, 3, size) / torch.tensor([0.7, 1.0])[:, None, None, None]
-
-    def about(rows: int, means: torch.Tensor, noise: float) -> torch.Tensor:
-        torch.manual_seed(rows)  # keys and values are about the same
-        return means[torch.randint(6, (2, rows))] + noise * torch.randn(2, rows, 3, size)
-
-    k, v = about(tokens, themes, 0.5), about(tokens, contents, 0.5)
-    k[..., ::4] += outliers
-    q = about(queries, themes, 0.5)
-    return tuple(x.to(device, dtype).transpose(1, 2) for x in (q, k, v))  # type: ignore[return-value]
 
 
 def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, kernel: str = "gather") -> torch.Tensor:
@@ -62,11 +45,6 @@ def run(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, format: str, kernel: 
     scale, dtype = 1 / math.sqrt(size), formats.attention_dtype(format)
     shape = (batch, queries, heads, size)
     return output_of(lambda out: attention(q, k, v, scale, dtype, out, tile), shape, q.dtype, device).transpose(1, 2)
-
-
-def error(actual: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> float:
-    expected = reference.attention(q, k, v, 1 / math.sqrt(q.shape[-1]))
-    return float((actual.double() - expected).norm() / expected.norm())
 
 
 def test_the_operands_are_told_apart() -> None:
