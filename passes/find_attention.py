@@ -93,6 +93,8 @@ def _impossible(node: fx.Node, info: AttentionInfo) -> str | None:
         given = fx_utils.argument(node, at, name, known)
         if given is not known and given != known:
             return f"there is no 8-bit kernel for {name}"
+    if isinstance(fx_utils.argument(node, 6, "scale"), fx.Node):
+        return "its scale is computed in the graph"
     if q.dim() != 4:
         return "its operands are not [batch, heads, tokens, size]"
     queries, keys, values = (tuple(map(str, tensor.shape)) for tensor in (q, k, v))  # adds no guard

@@ -85,13 +85,20 @@ class Observation:
     ) -> torch.Tensor:
         """Measure what 8 bit does to the result ``y`` of attention; returns ``y``. All [batch, heads, tokens, size]."""
         info = self.attention.get(name)
-        if self.compares and info is not None and self.probed is None and self.gradients is None:
-            factor = q.shape[-1] ** -0.5 if scale is None else scale
+        if not self.compares or info is None or self.probed is not None or self.gradients is not None:
+            return y
+        factor = q.shape[-1] ** -0.5 if scale is None else scale
 
-            def quantized(part: slice) -> torch.Tensor:
-                return ops.attention(q[part], k[part], v[part], factor, self.attention_format)
+        def quantized(part: slice) -> torch.Tensor:
+            return ops.attention(q[part], k[part], v[part], factor, self.attention_format)
 
+        try:
             info.sensitivity = output_error(quantized, y)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a GPU may lack the shared memory that it needs
+            info.is_candidate = info.quantized = False
+            info.reason = f"its 8-bit kernel does not run here: {type(error).__name__}: {error}"
         return y
 
     def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:

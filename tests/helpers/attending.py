@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ class Twice(nn.Module):
         return self.attn(self.attn(x, x), context)
 
 
-def probe_of(model: nn.Module, *inputs: torch.Tensor, precision: Precision = SYMMETRIC[1], **more: Any) -> GraphProbe:
+def probe_of(model: Callable[..., Any], *inputs: Any, precision: Precision = SYMMETRIC[1], **more: Any) -> GraphProbe:
     return GraphProbe(model, *(inputs or (X, CONTEXT)), precision=precision, **more).analyze()
 
 

@@ -131,6 +131,30 @@ def test_errors_are_those_of_the_8_bit_kernel(precision: Precision) -> None:
     probe.assert_settled(insert_observers)
 
 
+def test_a_kernel_that_does_not_run_leaves_attention_in_float(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_operands: object) -> None:
+        raise RuntimeError("out of resource: shared memory")
+
+    probe = probe_of(Attending())
+    (info,) = attention(probe)
+    expected = probe.call()[0]
+    probe.run(insert_observers)
+    monkeypatch.setattr(ops, "attention", refuse)
+    observation = Observation(probe.new_layers(), probe.weights(), True, attention={info.name: info})
+    assert torch.equal(probe.call(observation)[0], expected)
+    assert not info.is_candidate and not info.quantized
+    assert info.reason == "its 8-bit kernel does not run here: RuntimeError: out of resource: shared memory"
+
+
+def test_a_scale_that_is_computed_stays_in_float() -> None:
+    def attend(q: torch.Tensor, scale: float) -> torch.Tensor:
+        return F.scaled_dot_product_attention(q, q, q, scale=scale * 0.5)
+
+    q = noise(2, 4, 128, 16)
+    assert attention(probe_of(attend, q, 0.3))[0].is_candidate  # a constant
+    assert attention(probe_of(attend, q, 0.3, dynamic=True))[0].reason == "its scale is computed in the graph"
+
+
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_selected_attention_becomes_the_op(scale: float | None) -> None:
     model = Twice(scale=scale)
