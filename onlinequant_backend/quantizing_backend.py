@@ -140,6 +140,9 @@ def _analyze(
         infos = all_infos(analyzed)
         reason = _why_float(infos, resolved, inputs)
         if reason is not None:
+            for info in infos:
+                if isinstance(info, AttentionInfo) and info.is_candidate:
+                    info.refuse("no other layer is in 8 bit")
             return _Analysis(analyzed, infos, reason)
         identity = graph_key.identity(analyzed, config, resolved, device)
         return _Analysis(analyzed, infos, None, identity, not operations.is_of_this_process(analyzed))

@@ -38,8 +38,8 @@ def annotate_density(graph_module: fx.GraphModule, context: PassContext) -> int:
         changed += 1
     largest = context.at_largest([info for _, info in layer_nodes(graph_module)]) if changed else {}
     for node, info in layer_nodes(graph_module):
-        known = largest.get(info.name)
-        if known is not None and not fx_utils.is_concrete(node.meta.get("example_value")) and _is_alike(known, info):
+        known, is_fixed = largest.get(info.name), fx_utils.is_concrete(node.meta.get("example_value"))
+        if isinstance(known, LayerInfo) and not is_fixed and _is_alike(known, info):
             for name in ("input_shape", "output_shape", "flops", "bytes"):
                 setattr(info, name, getattr(known, name))
     return changed

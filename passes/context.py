@@ -10,11 +10,12 @@ import torch
 import torch.fx as fx
 
 from onlinequant_backend.config import QuantConfig
-from onlinequant_backend.graph import LayerInfo
+from onlinequant_backend.graph import AttentionInfo, LayerInfo
 from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.kernels.provider import Provider, provider_of
 
 _log = logging.getLogger("onlinequant")
+Info = LayerInfo | AttentionInfo
 
 
 @dataclasses.dataclass
@@ -28,7 +29,7 @@ class PassContext:
         freed: indices of the layers whose float weight was freed, so that they must be quantized.
         selection: indices of the layers to rewrite; None means all that are ``LayerInfo.quantized``.
         device: the device on which the graph runs.
-        at_largest: each of these layers, by name, at the largest size that its model was traced at.
+        at_largest: each of these layers or attention, by name, at the largest size that its model was traced at.
         smoothing: by layer index, an identifier of the smoothing factors of its input, if it is smoothed.
         merge: merges the weights of several layers, by their indices; returns whether that was possible.
         values: what each node of the rewritten graph returns, with the strides that it has there.
@@ -42,7 +43,7 @@ class PassContext:
     freed: Collection[int] = ()
     selection: Sequence[int] | None = None
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
-    at_largest: Callable[[Sequence[LayerInfo]], Mapping[str, LayerInfo]] = lambda infos: {}
+    at_largest: Callable[[Sequence[Info]], Mapping[str, Info]] = lambda infos: {}
     smoothing: Mapping[int, object] = dataclasses.field(default_factory=dict)
     merge: Callable[[tuple[int, ...]], bool] = lambda indices: False
     values: Callable[[fx.GraphModule], Mapping[fx.Node, object]] = lambda graph_module: {}

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from onlinequant_backend import exclusion
 from onlinequant_backend.graph import AttentionInfo, fx_utils
-from onlinequant_backend.graph.attention_info import attention_nodes, attention_of
+from onlinequant_backend.graph.attention_info import all_infos, attention_of
 from onlinequant_backend.report.report import CANDIDATE
 from onlinequant_backend.torch_internals import dynamo_interface
 
@@ -38,21 +38,25 @@ def find_attention(graph_module: fx.GraphModule, context: PassContext) -> int:
 
     For queries [B, H, N, D] and keys [B, H, T, D], ``flops = 4 B H N T D``. Does not change nodes that are marked.
     """
-    names = {info.name for _, info in attention_nodes(graph_module)}
-    marked = 0
+    names = {info.name for info in all_infos(graph_module)}
+    found: dict[fx.Node, AttentionInfo] = {}
     for node in graph_module.graph.nodes:
-        if node.target is not F.scaled_dot_product_attention or attention_of(node) is not None:
-            continue
-        info = AttentionInfo(_unused(module_name(node), names))
-        names.add(info.name)
-        _describe(node, info)
+        if node.target is F.scaled_dot_product_attention and attention_of(node) is None:
+            info = AttentionInfo(_unused(module_name(node), names))
+            names.add(info.name)
+            _describe(node, info)
+            node.meta["onlinequant"] = found[node] = info
+    largest = context.at_largest(list(found.values())) if found else {}
+    for node, info in found.items():
+        known = largest.get(info.name)
+        if isinstance(known, AttentionInfo) and not fx_utils.is_concrete(node.meta.get("example_value")):
+            _take_sizes(info, known)
         impossible = _lacks_kernel(context, info) or _impossible(node, info)
         refusal = impossible or _refused_by_options(info, context)
+        info.is_possible = impossible is None
         info.is_candidate = info.quantized = refusal is None
         info.reason = refusal or CANDIDATE
-        node.meta["onlinequant"] = info
-        marked += 1
-    return marked
+    return len(found)
 
 
 def _unused(name: str, names: set[str]) -> str:
@@ -80,6 +84,13 @@ def _describe(node: fx.Node, info: AttentionInfo) -> None:
     info.bytes = sum(math.prod(_shape(tensor)) * tensor.element_size() for tensor in (q, k, v, y))
 
 
+def _take_sizes(info: AttentionInfo, known: AttentionInfo) -> None:
+    """Describe attention at the largest size that it was traced at."""
+    if info.input_shape[1::2] == known.input_shape[1::2] and info.dtype == known.dtype:
+        for name in ("input_shape", "weight_shape", "output_shape", "flops", "bytes"):
+            setattr(info, name, getattr(known, name))
+
+
 def _shape(tensor: torch.Tensor) -> tuple[int, ...]:
     return tuple(dynamo_interface.hint(size) for size in tensor.shape)
 
@@ -102,6 +113,8 @@ def _impossible(node: fx.Node, info: AttentionInfo) -> str | None:
         return "its queries, keys and values differ in batch, heads or size"
     if not all(isinstance(size, int) for size in (q.shape[1], q.shape[3])):
         return "its number of heads or their size is not fixed"
+    if info.is_short and not all(isinstance(tensor.shape[2], int) for tensor in (q, k)):
+        return "its sequences are short, and their length varies"
     if q.shape[3] > LARGEST_HEAD:
         return f"its heads are larger than {LARGEST_HEAD}"
     if not info.flops:

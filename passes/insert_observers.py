@@ -51,7 +51,7 @@ def insert_observers(graph_module: fx.GraphModule, context: PassContext) -> int:
 def _observe_attention(graph_module: fx.GraphModule, observation: fx.Node) -> int:
     observed = 0
     for node, info in attention_nodes(graph_module):
-        if not info.is_candidate or info.is_short:
+        if not info.is_possible or info.is_short:
             continue
         users = list(node.users)
         operands = (fx_utils.argument(node, at, name) for at, name in enumerate(("query", "key", "value")))

@@ -27,12 +27,12 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..best_effort import warn_once
 from ..errors import OnlineQuantError
-from ..graph import LayerInfo, dynamic_shapes, fx_utils
+from ..graph import AttentionInfo, LayerInfo, dynamic_shapes, fx_utils
 from ..torch_internals import dynamo_interface, inductor_interface, triton_digest
 
 _log = logging.getLogger("onlinequant")
 _T = TypeVar("_T")
-Layers = MutableMapping[Any, dict[str, LayerInfo]]
+Layers = MutableMapping[Any, dict[str, LayerInfo | AttentionInfo]]
 
 
 class Way(enum.IntEnum):
@@ -225,11 +225,11 @@ def compiled_as_traced() -> Iterator[None]:
         raise _AnotherWay(f"it cannot be compiled: {type(error).__name__}: {error}") from error
 
 
-def largest(infos: Sequence[LayerInfo]) -> Mapping[str, LayerInfo]:
-    """Each layer of the model that Dynamo is compiling, by name, at the largest size that it was traced at so far,
-    including ``infos``."""
+def largest(infos: Sequence[LayerInfo | AttentionInfo]) -> Mapping[str, LayerInfo | AttentionInfo]:
+    """Each layer and attention of the model that Dynamo is compiling, by name, at the largest size that it was traced
+    at so far, including ``infos``."""
     attempt = _attempt()
-    known: dict[str, LayerInfo] = {}
+    known: dict[str, LayerInfo | AttentionInfo] = {}
     if attempt is not None:
         known = _frames_of(attempt.compilation).layers.setdefault(_model(attempt.compilation), known)
     for info in infos:

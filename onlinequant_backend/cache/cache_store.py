@@ -12,15 +12,15 @@
     compile_times.json                  how long compiling took here
 
 A key is 64 hex digits, four parts of 16: what holds on every machine, the weights, the machine, the graph; see
-``graph_key``.
-Entries whose keys differ in the last part only are of one model, at other shapes or with other options, and share a
-calibration.
+``graph_key``. Entries whose keys differ in the last part only are of one model, at other shapes or with other options,
+and share a calibration.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import re
 import secrets
@@ -187,12 +187,13 @@ class Cache:
             if self.has(key):  # nothing evicts it any more
                 write_atomically(self.root / ENTRIES / key / CALIBRATION_FILE, calibration.to_bytes(key))
 
-    def load_stats(self, key: str) -> dict[str, Any]:
-        """The statistics of ``key``, of which nothing but that they are a JSON object was checked; empty if there are
-        none."""
-        if self.root is not None and self.has(key):
-            with best_effort("cannot read the cache %s", self.root), contextlib.suppress(FileNotFoundError):
-                return parse_object(read_file(self.root / ENTRIES / key / STATS_FILE, MAX_BYTES), STATS_FILE)
+    def load_stats(self, key: str, alike: bool = False) -> dict[str, Any]:
+        """The statistics of ``key``, a JSON object of which nothing else was checked; with ``alike``, else those of the
+        newest entry of the model at other shapes or with other options. Empty if there are none."""
+        _check_key(key)
+        for folder in itertools.islice(_places(self.root, key) if self.root else (), None if alike else 1):
+            with best_effort("cannot read %s", folder), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                return parse_object(read_file(folder / STATS_FILE, MAX_BYTES), STATS_FILE)
         return {}
 
     def load_autotuning(self, key: str) -> str | None:

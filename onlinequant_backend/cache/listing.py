@@ -73,7 +73,9 @@ def _read_stats(folder: Path) -> tuple[str, int | None, int | None]:
     stats = parse_object(read_file(folder / STATS_FILE, MAX_BYTES), STATS_FILE)
     counts = stats["counts"]
     quantized, layers = (
-        sum(_count(counts[f"{what}_{kind}"]) for kind in ("conv", "linear")) for what in ("quantized", "candidates")
+        sum(_count(counts[f"{what}_{kind}"]) for kind in ("conv", "linear"))
+        + _count(counts.get(f"{what}_attention", 0))  # older files have none
+        for what in ("quantized", "candidates")
     )
     model = stats["model"]
     if not (isinstance(model, str) and model.isprintable()):  # it would reach a terminal

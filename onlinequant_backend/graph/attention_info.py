@@ -24,7 +24,8 @@ class AttentionInfo:
         flops: floating-point operations of both products, a multiply-add counting as two.
         bytes: size of queries, keys, values and output, each moved once.
         dtype: of all of these.
-        is_candidate: whether a kernel of this package can compute it, and options allow it.
+        is_possible: whether a kernel of this package can compute it; then its error is measured.
+        is_candidate: whether options allow it, too.
         sensitivity: the error of its own output in 8 bit, once measured.
         float_us, quantized_us: microseconds by the best kernel of torch and by this package's, if measured.
         is_replaced: whether a kernel of this package computes it.
@@ -39,6 +40,7 @@ class AttentionInfo:
     flops: int = 0
     bytes: int = 0
     dtype: torch.dtype = torch.float32
+    is_possible: bool = False
     is_candidate: bool = False
     sensitivity: Sensitivity | None = None
     float_us: float | None = None
@@ -58,7 +60,13 @@ class AttentionInfo:
         """Whether its kernel keeps whole sequences in registers, and multiplies in float."""
         return max(self.input_shape[-2], self.weight_shape[-2]) <= LONGEST_SHORT
 
+    def refuse(self, reason: str) -> None:
+        """Leave it in float."""
+        self.is_candidate = self.is_replaced = self.quantized = False
+        self.reason = reason
 
+
+FAILED = "its 8-bit kernel does not run here"  # how the reason begins
 LONGEST_SHORT = 64  # queries and tokens: see ``kernels.nvidia.short_attention``
 
 

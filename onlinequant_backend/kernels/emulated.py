@@ -39,8 +39,7 @@ def conv(operands: Operands, geometry: ConvGeometry, dtype: torch.dtype) -> torc
 def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, format: str) -> torch.Tensor:
     """See ``reference.attention``; rounded where ``nvidia.attention`` rounds."""
     if format == FLOAT:
-        y = reference.attention(q, k, v, scale)
-        return y.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+        return _by_token(reference.attention(q, k, v, scale), q.dtype)
     dtype, size = attention_dtype(format), q.shape[-1]
     keys = k.float() - k.float().mean(2, keepdim=True)
     s = _rounded(q.float() * scale, dtype, (1, size)) @ _rounded(keys, dtype, (_TOKENS, size)).mT
@@ -48,8 +47,12 @@ def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, f
     if dtype.is_floating_point:
         weights = _rounded(weights, dtype, (1, max(k.shape[2], 1)))
         values = _rounded(values, dtype, (_TOKENS, size))
-    y = weights @ values
-    return y.transpose(1, 2).to(q.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+    return _by_token(weights @ values, q.dtype)
+
+
+def _by_token(y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Laid out as [batch, queries, heads, size]."""
+    return y.transpose(1, 2).to(dtype).contiguous().transpose(1, 2)
 
 
 def _rounded(x: torch.Tensor, dtype: torch.dtype, block: tuple[int, int]) -> torch.Tensor:

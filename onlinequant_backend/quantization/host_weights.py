@@ -32,6 +32,7 @@ _LEAST = 2**18
 # The share of the host's memory that is left to others.
 _RESERVE = 0.1
 _THREADS = 8
+_PART = 2**30  # bytes that are moved at a time from the host's ordinary memory
 _MAPPED = 2  # cudaHostRegisterMapped
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -114,9 +115,15 @@ def load_on_host(weights: Sequence[torch.Tensor], device: torch.device) -> int:
     fitting = {id(weight): weight for weight in weights if weight.device.type == "cpu" and _is_worth_it(weight)}
     if not supports(reader):
         return 0
-    with _lock:
-        _make_blocks((weight.nbytes, reader) for weight in fitting.values() if not was_on_host(weight))
-    return sum(_move(weight, reader) for weight in fitting.values())
+    moved, weights = 0, list(fitting.values())
+    while weights:  # in parts: until a weight has moved, its memory is needed twice
+        part = [weights.pop()]
+        while weights and sum(weight.nbytes for weight in part) < _PART:
+            part.append(weights.pop())
+        with _lock:
+            _make_blocks((weight.nbytes, reader) for weight in part if not was_on_host(weight))
+        moved += sum(_move(weight, reader) for weight in part)
+    return moved
 
 
 def leave_on_host(weights: Sequence[torch.Tensor]) -> int:

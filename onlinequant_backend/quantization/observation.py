@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import ops
+from ..graph.attention_info import FAILED
 from ..operating_system import free_memory
 from .output_error import output_error
 
@@ -97,8 +98,7 @@ class Observation:
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # a GPU may lack the shared memory that it needs
-            info.is_candidate = info.quantized = False
-            info.reason = f"its 8-bit kernel does not run here: {type(error).__name__}: {error}"
+            info.refuse(f"{FAILED}: {type(error).__name__}: {error}")
         return y
 
     def _with_gradient(self, index: int, y: torch.Tensor) -> torch.Tensor:

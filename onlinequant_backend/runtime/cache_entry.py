@@ -20,6 +20,7 @@ from ..cache.cache_store import Cache
 from ..cache.calibration_file import Calibration
 from ..cache.locks import Lock
 from ..graph import AttentionInfo, LayerInfo
+from ..graph.attention_info import FAILED
 from ..graph.layer_info import Sensitivity
 from ..quantization.layer_state import Layer
 from ..report.report import Report
@@ -86,13 +87,20 @@ class Entry:
         return error if isinstance(error, float) and 0 <= error < math.inf else None
 
     def load_attention(self, attention: Mapping[str, AttentionInfo]) -> None:
-        """Fill in the errors of ``attention``, by name, as an earlier process measured them."""
-        decisions = self._cache.load_stats(self.key).get("decisions")
+        """Fill in what an earlier process learned of ``attention``, by name: the errors in 8 bit, or that the kernel
+        does not run."""
+        for info in attention.values():
+            info.sensitivity = None
+        decisions = self._cache.load_stats(self.key, alike=True).get("decisions")
         for decision in decisions if isinstance(decisions, list) else ():
             with contextlib.suppress(KeyError, TypeError, ValueError):  # the file may have been changed
-                if decision["kind"] == "attention" and decision["name"] in attention:
-                    relative, mae, mse = (float(decision[name]) for name in ("sensitivity", "mae", "mse"))
-                    attention[decision["name"]].sensitivity = Sensitivity(relative, mae, mse)
+                info = attention[decision["name"]]
+                if decision["kind"] != "attention":
+                    continue
+                if str(decision["reason"]).startswith(FAILED):
+                    info.refuse(decision["reason"])
+                relative, mae, mse = (float(decision[name]) for name in ("sensitivity", "mae", "mse"))
+                info.sensitivity = Sensitivity(relative, mae, mse)
 
     def save_error(self, report: Report, error: float) -> None:
         """Add the error of a step to the saved statistics."""

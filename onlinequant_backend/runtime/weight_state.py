@@ -225,11 +225,12 @@ class WeightStates:
 
     def kind(self, state: WeightState, chosen: tuple[int, ...]) -> int:
         """A number that is equal for sets that can share one compiled graph: those with the same memory layout, the
-        same layers ``chosen``, and equal smoothing of these."""
+        same layers ``chosen``, equal smoothing of these, and the same attention in 8 bit."""
         factors = state.smoothing()
         alike = list(factors.values())
         pattern = tuple((index, alike.index(each)) for index, each in factors.items())
-        return self._kinds.setdefault((state.layout, chosen, pattern), len(self._kinds))
+        attention = tuple((name, info.quantized) for name, info in self.traced.attention.items() if info.is_replaced)
+        return self._kinds.setdefault((state.layout, chosen, pattern, attention), len(self._kinds))
 
     def entry(self, state: WeightState, parameters: Sequence[torch.Tensor]) -> Entry:
         """The set's cache entry."""

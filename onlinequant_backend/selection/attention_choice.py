@@ -7,21 +7,22 @@ from collections.abc import Mapping, Sequence
 
 import torch.fx as fx
 
-from ..graph import AttentionInfo
+from ..graph import AttentionInfo, layer_nodes
 from ..graph.attention_info import attention_nodes
 from ..passes import PassContext
 
 
 def choose_attention(graph_module: fx.GraphModule, context: PassContext, slow: Mapping[str, str]) -> None:
-    """Decide for all attention that options allow, in this order: by times, or by compute density where none are
-    measured, then by ``quantized_attention_percentage``, least sensitive first. ``slow``: by name, why a kernel of this
-    package gains too little.
+    """Decide for all attention that options allow, unless no other layer is in 8 bit. In this order: by times, or by
+    compute density where none are measured, then by ``quantized_attention_percentage``, least sensitive first.
+    ``slow``: by name, why a kernel of this package gains too little.
     """
     chosen = list[AttentionInfo]()
+    alone = None if any(info.quantized for _, info in layer_nodes(graph_module)) else "no other layer is in 8 bit"
     for _, info in attention_nodes(graph_module):
         if not info.is_candidate:
             continue
-        refusal = slow.get(info.name) or _unknown_or_thin(info, context)
+        refusal = alone or slow.get(info.name) or _unknown_or_thin(info, context)
         info.is_replaced = refusal is None
         info.quantized = refusal is None and not info.is_short
         info.reason = refusal or ("selected" if info.quantized else _in_float(info))
@@ -49,9 +50,13 @@ def _apply_percentage(chosen: Sequence[AttentionInfo], percentage: float) -> Non
     for rank, info in enumerate(ranked[keep:], start=keep + 1):
         info.is_replaced = info.quantized = False
         info.reason = (
-            f"sensitivity {_error(info):.3g} ranks {rank} of {len(ranked)}; "
+            f"sensitivity {_said(info)} ranks {rank} of {len(ranked)}; "
             f"quantized_attention_percentage={percentage:g} keeps {keep}"
         )
+
+
+def _said(info: AttentionInfo) -> str:
+    return "not measured," if info.sensitivity is None else f"{info.sensitivity.relative:.3g}"
 
 
 def _error(info: AttentionInfo) -> float:

@@ -59,9 +59,9 @@ class LayerChoice:
             )
             context.unusable = {**slow, **context.unusable}
         run_passes(self._traced.module, SELECT, context)
-        choose_attention(self._traced.module, context, slow)
         if self._traced.config.max_error is not None:
             self._hold_budget(self._traced.config.max_error, args, weights)
+        choose_attention(self._traced.module, context, slow)
         self.is_made = True
         self._traced.report.decisions = [NodeDecision.of(info) for info in all_infos(self._traced.module)]
 

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from onlinequant_backend import ops
-from onlinequant_backend.graph.attention_info import all_infos
+from onlinequant_backend.graph.attention_info import AttentionInfo, all_infos
 from onlinequant_backend.kernels import formats
 from onlinequant_backend.kernels.precision import Precision
 from onlinequant_backend.passes.find_attention import find_attention
@@ -17,7 +18,7 @@ from onlinequant_backend.passes.rewrite_attention import rewrite_attention
 from onlinequant_backend.quantization.observation import Observation, observe_attention
 from onlinequant_backend.report.report import CANDIDATE
 from tests.helpers.attending import Attending, Twice, X, attention, probe_of
-from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC
+from tests.helpers.graph_probe import EIGHT_BITS, SYMMETRIC, GraphProbe
 from tests.helpers.tiny import noise, relative_error
 
 
@@ -175,3 +176,50 @@ def test_selected_attention_becomes_the_op(scale: float | None) -> None:
         info.is_replaced, info.quantized = True, False
     probe.run(rewrite_attention)
     assert relative_error(probe.call()[0], expected) < 1e-6
+
+
+def test_a_layer_of_the_same_name_is_another_one() -> None:
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(noise(192, 64))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = F.linear(x, self.weight).unflatten(-1, (3, 4, 16)).permute(2, 0, 3, 1, 4)
+            return F.scaled_dot_product_attention(q, k, v)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = Fused()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attn(x)
+
+    probe = probe_of(Model().requires_grad_(False), X)
+    assert [info.name for info in all_infos(probe.graph_module)] == ["attn", "attn.2"]
+
+
+def test_sequences_of_varying_length_are_described_at_their_largest() -> None:
+    sizes = (2, 4, 512, 16)
+    x = noise(2, 48, 64)
+
+    def found(known: dict[str, Any]) -> AttentionInfo:
+        probe = GraphProbe(Attending().requires_grad_(False), x, x, precision=SYMMETRIC[1], dynamic=True)
+        probe.context.at_largest = lambda infos: known
+        return attention(probe.analyze())[0]
+
+    short = found({})
+    assert short.reason == "its sequences are short, and their length varies" and not short.is_possible
+    largest = found({short.name: AttentionInfo(short.name, sizes, sizes, sizes, 1000, 10)})
+    assert largest.is_candidate and largest.input_shape == sizes and largest.flops == 1000
+    sizes = (2, 8, 512, 16)  # of another model
+    assert found({short.name: AttentionInfo(short.name, sizes, sizes, sizes)}).input_shape == (2, 4, 48, 16)
+
+
+def test_the_op_has_the_layout_that_it_promises() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        q = noise(2, 4, 8, 16, dtype=dtype)
+        for format in ("float", "fp8", "int8"):
+            result = ops.attention(q, q, q, 0.25, format)
+            assert result.stride() == torch.empty(2, 8, 4, 16).transpose(1, 2).stride() and result.dtype == dtype
