@@ -1,7 +1,7 @@
 """Attention with fp8 operands on Hopper GPUs, in Gluon: an experiment, which ``gluon_attention_check`` tries.
 
 On an H200 it takes half of the time of cuDNN's float16 kernel (90 for 183 us at SDXL's 4,096 tokens, 5.3 for 11.5 ms at
-SVD's 9,216, 257 for 434 us at FLUX.1's), and its results are wrong, differently in each run, so no model uses it yet.
+SVD's 9,216, 257 for 434 us at FLUX.1's), and its results are wrong, so no model uses it yet.
 
 One warp fetches keys and values; two groups of four warps have 64 queries each, and the weights of one are computed
 while another multiplies (Shah et al., "FlashAttention-3", 2024). What limits attention with 8-bit products is not these
