@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import torch
 import torch.fx as fx
 
-from .layer_info import LayerInfo, Sensitivity, info_of
+from .layer_info import LayerInfo, Measured, Sensitivity, info_of
 
 
 @dataclasses.dataclass
-class AttentionInfo:
+class AttentionInfo(Measured):
     """An attention node, as the passes describe it. It has no weight, so nothing of it is calibrated: its operands are
     quantized with scales that its kernel finds.
 
@@ -49,11 +49,6 @@ class AttentionInfo:
     quantized: bool = False
     reason: str = "not decided yet"
     kind: str = dataclasses.field(default="attention", init=False)
-
-    @property
-    def density(self) -> float:
-        """Compute density in FLOPs per byte."""
-        return self.flops / self.bytes if self.bytes else 0.0
 
     @property
     def is_short(self) -> bool:

@@ -37,8 +37,27 @@ TRANSPOSED_TARGETS = (
 CASTS = ("to", "float", "half", "bfloat16", "dequantize")
 
 
+class Measured:
+    """What follows from the numbers of a layer or attention."""
+
+    flops: int
+    bytes: int
+    sensitivity: Sensitivity | None
+
+    @property
+    def density(self) -> float:
+        """Compute density in FLOPs per byte."""
+        return self.flops / self.bytes if self.bytes else 0.0
+
+    @property
+    def error(self) -> float:
+        """The relative error of quantizing the layer; infinite if not known."""
+        relative = self.sensitivity.relative if self.sensitivity else math.inf
+        return math.inf if math.isnan(relative) else relative
+
+
 @dataclasses.dataclass
-class LayerInfo:
+class LayerInfo(Measured):
     """A conv or linear node, as the passes describe it.
 
     Attributes:
@@ -73,17 +92,6 @@ class LayerInfo:
     quantized_us: float | None = None
     quantized: bool = False
     reason: str = "not decided yet"
-
-    @property
-    def density(self) -> float:
-        """Compute density in FLOPs per byte."""
-        return self.flops / self.bytes if self.bytes else 0.0
-
-    @property
-    def error(self) -> float:
-        """The relative error of quantizing the layer; infinite if not known."""
-        relative = self.sensitivity.relative if self.sensitivity else math.inf
-        return math.inf if math.isnan(relative) else relative
 
 
 def info_of(node: fx.Node) -> LayerInfo | None:

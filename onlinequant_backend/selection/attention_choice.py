@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 
 import torch.fx as fx
@@ -45,7 +44,7 @@ def _in_float(info: AttentionInfo) -> str:
 
 def _apply_percentage(chosen: Sequence[AttentionInfo], percentage: float) -> None:
     """Keep the least sensitive share; equal sensitivities go by graph order."""
-    ranked = sorted(chosen, key=_error)
+    ranked = sorted(chosen, key=lambda info: info.error)
     keep = round(len(ranked) * percentage / 100)
     for rank, info in enumerate(ranked[keep:], start=keep + 1):
         info.is_replaced = info.quantized = False
@@ -57,8 +56,3 @@ def _apply_percentage(chosen: Sequence[AttentionInfo], percentage: float) -> Non
 
 def _said(info: AttentionInfo) -> str:
     return "not measured," if info.sensitivity is None else f"{info.sensitivity.relative:.3g}"
-
-
-def _error(info: AttentionInfo) -> float:
-    relative = info.sensitivity.relative if info.sensitivity else math.inf
-    return math.inf if math.isnan(relative) else relative
