@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import logging
 import operator
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
 
 import torch
 import torch.fx as fx
@@ -14,6 +16,7 @@ from onlinequant_backend.graph.layer_info import (
     CONV_TARGETS,
     TRANSPOSED_TARGETS,
     LayerInfo,
+    Measured,
     is_cast,
     layer_nodes,
     weight_parameter,
@@ -25,6 +28,7 @@ from .context import PassContext
 from .scale_outputs import IS_SCALING
 
 _log = logging.getLogger("onlinequant")
+_T = TypeVar("_T", bound=Measured)
 
 # The most nodes from the input of a residual block to its end.
 _BLOCK_LENGTH = 32
@@ -144,18 +148,21 @@ def _is_made_of(node: fx.Node, source: fx.Node) -> bool:
     return False
 
 
+def beyond_percentage(selected: Sequence[_T], option: str, percentage: float) -> Iterator[tuple[_T, str]]:
+    """Those that are too sensitive to be in the share that ``option`` keeps, with their rank in words. Equal
+    sensitivities go by graph order."""
+    ranked = sorted(selected, key=lambda info: info.error)
+    keep = round(len(ranked) * percentage / 100)
+    for rank, info in enumerate(ranked[keep:], start=keep + 1):
+        yield info, f"ranks {rank} of {len(ranked)}; {option}={percentage:g} keeps {keep}"
+
+
 def _apply_percentage(graph_module: fx.GraphModule, kind: str, context: PassContext) -> None:
     """Keep the least sensitive share of the layers of one kind; equal sensitivities go by graph order."""
     percentage = getattr(context.config, f"quantized_{kind}_percentage")
     selected = [info for _, info in layer_nodes(graph_module) if info.kind == kind and info.quantized]
-    selected.sort(key=lambda info: info.error)
-    keep = round(len(selected) * percentage / 100)
-    for rank, info in enumerate(selected[keep:], start=keep + 1):
-        info.quantized = False
-        info.reason = (
-            f"sensitivity {info.error:.3g} ranks {rank} of {len(selected)}; "
-            f"quantized_{kind}_percentage={percentage:g} keeps {keep}"
-        )
+    for info, rank in beyond_percentage(selected, f"quantized_{kind}_percentage", percentage):
+        info.quantized, info.reason = False, f"sensitivity {info.error:.3g} {rank}"
 
 
 def _impossible(node: fx.Node, info: LayerInfo, memory: Memory) -> str | None:

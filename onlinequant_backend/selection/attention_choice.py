@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch.fx as fx
 
 from ..graph import AttentionInfo, layer_nodes
 from ..graph.attention_info import attention_nodes
 from ..passes import PassContext
+from ..passes.select_nodes import beyond_percentage
 
 
 def choose_attention(graph_module: fx.GraphModule, context: PassContext, slow: Mapping[str, str]) -> None:
@@ -27,7 +28,10 @@ def choose_attention(graph_module: fx.GraphModule, context: PassContext, slow: M
         info.reason = refusal or ("selected" if info.quantized else _in_float(info))
         if info.quantized:
             chosen.append(info)
-    _apply_percentage(chosen, context.config.quantized_attention_percentage)
+    option = "quantized_attention_percentage"
+    for info, rank in beyond_percentage(chosen, option, context.config.quantized_attention_percentage):
+        info.is_replaced = info.quantized = False
+        info.reason = f"sensitivity {_said(info)} {rank}"
 
 
 def _unknown_or_thin(info: AttentionInfo, context: PassContext) -> str | None:
@@ -40,18 +44,6 @@ def _unknown_or_thin(info: AttentionInfo, context: PassContext) -> str | None:
 def _in_float(info: AttentionInfo) -> str:
     times = "" if info.quantized_us is None else f": {info.quantized_us:.1f} us, {info.float_us:.1f} us by torch"
     return f"in float, by a kernel for short sequences{times}"
-
-
-def _apply_percentage(chosen: Sequence[AttentionInfo], percentage: float) -> None:
-    """Keep the least sensitive share; equal sensitivities go by graph order."""
-    ranked = sorted(chosen, key=lambda info: info.error)
-    keep = round(len(ranked) * percentage / 100)
-    for rank, info in enumerate(ranked[keep:], start=keep + 1):
-        info.is_replaced = info.quantized = False
-        info.reason = (
-            f"sensitivity {_said(info)} ranks {rank} of {len(ranked)}; "
-            f"quantized_attention_percentage={percentage:g} keeps {keep}"
-        )
 
 
 def _said(info: AttentionInfo) -> str:
