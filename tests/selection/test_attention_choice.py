@@ -58,6 +58,14 @@ def test_what_was_not_timed_stays_in_float(is_timed: None) -> None:
     assert chosen(probe_of(Twice())) == [(False, False, "there was no memory to time it")] * 2
 
 
+def test_alone_it_stays_in_float(is_timed: None) -> None:
+    probe = probe_of(Twice())
+    timed(probe)
+    for info in probe.infos:
+        info.quantized = False
+    assert chosen(probe) == [(False, False, "no other layer is in 8 bit")] * 2
+
+
 def test_short_sequences_are_in_float_by_another_kernel(is_timed: None) -> None:
     probe = probe_of(Attending(), noise(3, 25, 64), noise(3, 25, 64), quantized_attention_percentage=0)
     timed(probe)
